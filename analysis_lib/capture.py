@@ -1,10 +1,10 @@
 """Last-token hidden states, each distinct token computed once.
 
 Rendered chats share long prefixes: the template's head, the safety prompt, the query's first words. They are
-laid out as a prefix tree. The common prefix runs once; what remains runs in packs, one sequence each, in which
-every token sees exactly its ancestors (a 4-D mask) at its true position. Nothing is padded and nothing is
-expanded, and the states are those of the plain forward pass up to floating-point order: each capture re-runs
-some rows plainly and keeps the difference as a certificate.
+laid out as a prefix tree. The common prefix runs once; what remains is packed into sequences of many rows, in which
+every token sees exactly its ancestors (a 4-D mask) at its true position; the last block's feed-forward part runs
+on the rows' last tokens alone. The states are those of the plain forward pass up to floating-point order: each capture
+re-runs some rows plainly and keeps the difference as a certificate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ from .store import Store, row_key
 
 # Largest accepted difference from the plain forward pass, relative to the states' own root mean square.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2.5e-1}
-PACK_TOKENS = {"cpu": 768, "cuda": 2048}
+PACK_TOKENS = {"cpu": 1024, "cuda": 2048}
+LINE_TOKENS = {"cpu": 96, "cuda": 512}
 CHUNK_ROWS = 512  # rows computed and kept at a time: what a killed run can lose
 
 
@@ -155,13 +157,9 @@ def last_states(model: ChatModel, rows: Sequence[Sequence[int]], layers: Sequenc
     """Last-token states (n, len(layers), d) of token rows, differentiable, and the way taken: "tree" or "plain"."""
     if not shares_prefixes(model):
         return _plain_states(model, rows, layers), "plain"
-    plan = plan_rows(rows, _pack_tokens(model))
-    out: list[torch.Tensor | None] = [None] * len(rows)
-    for pack, hidden, _ in run_plan(model, plan, layers):
-        last = hidden[torch.tensor([path[-1] for path in pack.paths], device=hidden.device)]
-        for i, state in zip(pack.rows, last):
-            out[i] = state
-    return torch.stack(out), "tree"  # type: ignore[arg-type]
+    plan = plan_rows(rows, _pack_tokens(model), line_tokens=_line_tokens(model))
+    states = torch.cat([states for _, states, _ in run_plan(model, plan, layers)])
+    return states[np.argsort([i for pack in plan.packs for i in pack.rows])], "tree"
 
 
 # The prefix tree
@@ -169,11 +167,11 @@ def last_states(model: ChatModel, rows: Sequence[Sequence[int]], layers: Sequenc
 
 @dataclass(frozen=True)
 class Pack:
-    """Part of a prefix tree, laid out as one sequence of t tokens.
+    """Part of a prefix tree, laid out as b lines of t tokens, short lines padded at their end.
 
-    tokens, depths  (t,) ids and true positions
-    sees            (t, t) bool: row token i sees column token j (its ancestors and itself)
-    rows, paths     the rows that end here and, for each, the positions (in the pack) of its tokens after the prefix
+    tokens, depths  (b, t) ids and true positions
+    sees            (b, t, t) bool: a token (second axis) sees a token of its line (third axis): its ancestors and itself
+    rows, paths     the rows that end here and, for each, the flat positions (line x t + place) of its tokens after the prefix
     """
 
     tokens: NDArray[np.int64]
@@ -193,43 +191,73 @@ class Plan:
     n_row_tokens: int
 
 
-def plan_rows(rows: Sequence[Sequence[int]], pack_tokens: int, *, most: int | None = None) -> Plan:
-    """Lays token rows out as a prefix tree. The common prefix has at most `most` tokens, and never a row's last one."""
+class _Line:
+    """Rows that follow each other in sorted order, as one sequence."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.rows: list[int] = []
+        self.paths: list[list[int]] = []
+        self.last: Sequence[int] = ()
+
+    def add(self, i: int, row: Sequence[int], depth: int) -> None:
+        common = common_length(self.last, row)
+        start = len(self.tokens)
+        self.paths.append([*(self.paths[-1][:common] if common else ()), *range(start, start + len(row) - common)])
+        self.tokens.extend(row[common:])
+        self.depths.extend(range(depth + common, depth + len(row)))
+        self.rows.append(i)
+        self.last = row
+
+    def fill_mask(self, sees: NDArray[np.bool_]) -> None:
+        known = 0
+        for path in self.paths:
+            new = slice(known, path[-1] + 1)
+            common = len(path) - (new.stop - known)
+            sees[new, path[:common]] = True
+            sees[new, new] = np.tri(new.stop - known, dtype=bool)
+            known = new.stop
+
+
+def plan_rows(
+    rows: Sequence[Sequence[int]], pack_tokens: int, *, most: int | None = None, line_tokens: int | None = None
+) -> Plan:
+    """Lays token rows out as a prefix tree, in packs of at most pack_tokens and lines of at most line_tokens (one row at least).
+
+    Without line_tokens a pack is one line. The common prefix has at most `most` tokens, and never a row's last one.
+    """
     if not rows or min(map(len, rows)) < 2:
         raise ValueError("rows of at least 2 tokens are needed")
     order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
     first, last = rows[order[0]], rows[order[-1]]
     longest = min(map(len, rows)) - 1
     shared = min(common_length(first, last), longest if most is None else min(most, longest))
-    packs: list[Pack] = []
-    open_rows: list[int] = []
-    paths: list[list[int]] = []
-    tokens: list[int] = []
-    depths: list[int] = []
-
-    def close() -> None:
-        sees = np.zeros((len(tokens), len(tokens)), dtype=bool)
-        for path in paths:
-            for j, node in enumerate(path):
-                sees[node, path[: j + 1]] = True
-        packs.append(Pack(np.array(tokens), np.array(depths), sees, open_rows.copy(), paths.copy()))
-        for part in (open_rows, paths, tokens, depths):
-            part.clear()
-
-    previous: Sequence[int] = ()
+    lines = [_Line()]
     for i in order:
         row = rows[i][shared:]
-        if tokens and len(tokens) + len(row) > pack_tokens:
-            close()
-        common = common_length(previous, row) if paths else 0
-        path = (paths[-1][:common] if paths else []) + list(range(len(tokens), len(tokens) + len(row) - common))
-        tokens.extend(row[common:])
-        depths.extend(range(shared + common, shared + len(row)))
-        open_rows.append(i)
-        paths.append(path)
-        previous = row
-    close()
-    return Plan(tuple(first[:shared]), packs, shared + sum(len(p.tokens) for p in packs), sum(map(len, rows)))
+        if lines[-1].tokens and len(lines[-1].tokens) + len(row) > min(line_tokens or pack_tokens, pack_tokens):
+            lines.append(_Line())
+        lines[-1].add(i, row, shared)
+    groups: list[list[_Line]] = [[]]
+    for line in sorted(lines, key=lambda line: len(line.tokens)):  # lines of like length: little padding
+        if groups[-1] and (line_tokens is None or len(line.tokens) * (len(groups[-1]) + 1) > pack_tokens):
+            groups.append([])
+        groups[-1].append(line)
+    n_tokens = shared + sum(len(line.tokens) for line in lines)
+    return Plan(tuple(first[:shared]), [_pack(group) for group in groups], n_tokens, sum(map(len, rows)))
+
+
+def _pack(lines: Sequence[_Line]) -> Pack:
+    b, t = len(lines), max(len(line.tokens) for line in lines)
+    tokens, depths, sees = np.zeros((b, t), np.int64), np.zeros((b, t), np.int64), np.zeros((b, t, t), bool)
+    paths = []
+    for j, line in enumerate(lines):
+        n = len(line.tokens)
+        tokens[j, :n], depths[j, :n] = line.tokens, line.depths
+        line.fill_mask(sees[j])
+        paths += [[j * t + place for place in path] for path in line.paths] if j else line.paths
+    return Pack(tokens, depths, sees, [i for line in lines for i in line.rows], paths)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -250,9 +278,9 @@ def run_plan(
     logits_at: Callable[[Pack], Sequence[int]] | None = None,
     backward_by_pack: bool = False,
 ) -> Iterator[tuple[Pack, torch.Tensor, Any]]:
-    """For each pack: its states (t, len(layers), d) and its key-value cache (prefix and pack). Differentiable.
+    """For each pack: its rows' last states (rows, len(layers), d) and its key-value cache (prefix and pack). Differentiable.
 
-    With logits_at, the vocabulary logits (m, vocabulary) at those m positions of the pack instead of states.
+    With logits_at, the vocabulary logits (m, vocabulary) at those m positions of the pack (of one line) instead of states.
     With backward_by_pack, the caller runs backward on each pack's own loss before asking for the next pack, and the
     prefix is run backward once at the end: the same gradient, with one pack's activations in memory.
     """
@@ -263,25 +291,28 @@ def run_plan(
     prefix: Any = DynamicCache()
     if length:
         see = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        model.body(
-            input_ids=torch.tensor([plan.prefix], device=device),
-            position_ids=before[None],
-            attention_mask=attention_mask(model, see[None], before[None], before[None]),
-            past_key_values=prefix,
-            use_cache=True,
-        )
+        with _last_feed_forward_at(model, torch.zeros(1, dtype=torch.long)):  # only keys and values are asked for
+            model.body(
+                input_ids=torch.tensor([plan.prefix], device=device),
+                position_ids=before[None],
+                attention_mask=attention_mask(model, see[None], before[None], before[None]),
+                past_key_values=prefix,
+                use_cache=True,
+            )
     ends = [tensor for layer in prefix.layers for tensor in (layer.keys, layer.values)]
     leaves = [tensor.detach().requires_grad_() for tensor in ends] if backward_by_pack else ends
     for pack in plan.packs:
+        b, t = pack.tokens.shape
         cache = DynamicCache()
         for i in range(len(prefix.layers)):
-            cache.update(leaves[2 * i], leaves[2 * i + 1], i)
+            cache.update(leaves[2 * i].expand(b, -1, -1, -1), leaves[2 * i + 1].expand(b, -1, -1, -1), i)
         depths = torch.from_numpy(pack.depths).to(device)
-        see = torch.cat([torch.ones(len(pack.tokens), length, dtype=torch.bool), torch.from_numpy(pack.sees)], dim=1).to(device)
+        see = torch.cat([torch.ones(b, t, length, dtype=torch.bool), torch.from_numpy(pack.sees)], dim=2).to(device)
+        columns = torch.cat([before.expand(b, -1), depths], dim=1)
         inputs = {
-            "input_ids": torch.from_numpy(pack.tokens)[None].to(device),
-            "position_ids": depths[None],
-            "attention_mask": attention_mask(model, see[None], depths[None], torch.cat([before, depths])[None]),
+            "input_ids": torch.from_numpy(pack.tokens).to(device),
+            "position_ids": depths,
+            "attention_mask": attention_mask(model, see, depths, columns),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -289,12 +320,44 @@ def run_plan(
             at = torch.tensor(list(logits_at(pack)), dtype=torch.long, device=device)
             yield pack, model.model(**inputs, logits_to_keep=at).logits[0], cache
             continue
-        with _recorded(model, layers) as recorded:
+        at = torch.tensor([path[-1] for path in pack.paths])
+        with _recorded(model, layers) as recorded, _last_feed_forward_at(model, at.unique()):  # rows may be equal
             last = model.body(**inputs).last_hidden_state
-        yield pack, torch.stack([last[0] if i == -1 else recorded[i][0] for i in layers], dim=1), cache
+        states = [(last if i == -1 else recorded[i]).flatten(0, 1) for i in layers]
+        yield pack, torch.stack([state[at.to(state.device)] for state in states], dim=1), cache
     if backward_by_pack:
         reached = [(end, leaf.grad) for end, leaf in zip(ends, leaves) if leaf.grad is not None]
         torch.autograd.backward([end for end, _ in reached], [grad for _, grad in reached])
+
+
+@contextmanager
+def _last_feed_forward_at(model: ChatModel, at: torch.Tensor) -> Iterator[None]:
+    """Within this context the last block's feed-forward part runs at the distinct flat positions `at` alone, and gives 0 elsewhere.
+
+    No later block reads its other outputs. A block without a part named `mlp` runs whole.
+    """
+    part = getattr(model.blocks[-1], "mlp", None)
+    if part is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def gather(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        shape.append(args[0].shape)
+        return args[0].flatten(0, -2)[at.to(args[0].device)][None], *args[1:]
+
+    def scatter(module: Any, args: Any, output: Any) -> Any:
+        out = output[0] if isinstance(output, tuple) else output
+        whole = out.new_zeros(shape[-1][:-1].numel(), out.shape[-1]).index_copy(0, at.to(out.device), out.flatten(0, -2))
+        whole = whole.view(*shape[-1][:-1], out.shape[-1])
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handles = [part.register_forward_pre_hook(gather), part.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attention_mask(model: ChatModel, see: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Any:
@@ -363,8 +426,8 @@ def shares_prefixes(model: ChatModel) -> bool:
             plain = _plain_states(model, rows, (-1,)).float()
             try:
                 tree = torch.empty_like(plain)
-                for pack, hidden, _ in run_plan(model, plan_rows(rows, 64), (-1,)):
-                    tree[torch.tensor(pack.rows)] = hidden[torch.tensor([p[-1] for p in pack.paths])].float()
+                for pack, states, _ in run_plan(model, plan_rows(rows, 64, line_tokens=8)):
+                    tree[torch.tensor(pack.rows)] = states.float()
                 known = _relative(tree, plain) <= TOLERANCE.get(model.dtype_name, 1e-3)
             except Exception:  # an architecture without such a cache or mask fails in its own way
                 known = False
@@ -424,9 +487,14 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _pack_tokens(model: ChatModel) -> int:
-    """Tokens of a pack: enough to fill the device's matrix units, few enough that the mask costs little."""
+    """Tokens of a pack: enough to fill the device's matrix units, few enough that its activations stay near them."""
     most = PACK_TOKENS.get(model.device.type, PACK_TOKENS["cuda"])
-    return max(1, (most // 3 if model.hidden_size <= 256 else most) // model.__dict__.get("_pack_divisor", 1))
+    return max(1, most // model.__dict__.get("_pack_divisor", 1))
+
+
+def _line_tokens(model: ChatModel) -> int:
+    """Tokens of a line: attention costs a line's square, a new line another copy of the prefix."""
+    return LINE_TOKENS.get(model.device.type, LINE_TOKENS["cuda"])
 
 
 def _with_smaller_packs(model: ChatModel, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from .capture import Pack, _check_queries, _pack_tokens, last_states, plan_rows, run_plan, shares_prefixes
+from .capture import Pack, _check_queries, _line_tokens, _pack_tokens, last_states, plan_rows, run_plan, shares_prefixes
 from .chat import ChatModel, ChatModelError
 from .space import AnchorSpace, Direction
 from .store import Store, row_key
@@ -239,9 +239,9 @@ def _parts(model: ChatModel, rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[
     if not shares_prefixes(model):
         yield list(range(len(rows))), last_states(model, rows)[0][:, 0]
         return
-    plan = plan_rows(rows, _pack_tokens(model))
-    for pack, hidden, _ in run_plan(model, plan, backward_by_pack=True):
-        yield pack.rows, hidden[[path[-1] for path in pack.paths], 0]
+    plan = plan_rows(rows, _pack_tokens(model) // 2, line_tokens=_line_tokens(model))  # activations are kept for backward
+    for pack, states, _ in run_plan(model, plan, backward_by_pack=True):
+        yield pack.rows, states[:, 0]
 
 
 def train_prompt_tuning(

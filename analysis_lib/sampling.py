@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from .capture import (
     _check_prompts,
@@ -31,6 +32,9 @@ from .capture import (
 )
 from .chat import ChatModel, Prompt, Rendered
 from .store import Store, row_key
+
+
+ROOM = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -219,69 +223,75 @@ class _Tree:
 
 
 class _CachedStep:
-    """Next-token logits with one cache row per node for its own tokens; the common prefix is kept once for all of them.
+    """Next-token logits with one row of keys and values per node for its own tokens; the common prefix is kept once for all.
 
-    A row holds the tokens after the prefix, padded on the left, and the sampled ones.
+    A row holds the tokens after the prefix, padded on the left, the sampled ones, and room for up to ROOM more.
     """
 
     def __init__(self, model: ChatModel, ids: Sequence[tuple[int, ...]]):
         self.model, self.ids = model, ids
 
     def first(self) -> torch.Tensor:
-        from transformers import DynamicCache
-
         plan = plan_rows(self.ids, _pack_tokens(self.model))
         length = len(plan.prefix)
         width = max(len(path) for pack in plan.packs for path in pack.paths)
         n, device = len(self.ids), self.model.device
         logits: list[torch.Tensor | None] = [None] * n
-        own: list[list[torch.Tensor | None]] = []  # layer -> row -> keys and values (2, heads, width, d)
-        self.prefix: list[torch.Tensor] = []  # layer -> keys and values (2, heads, length, d)
+        own: list[list[torch.Tensor | None]] = []  # keys, then values, layer by layer -> row -> (heads, width, d)
+        self.prefix: list[torch.Tensor] = []  # keys, then values, layer by layer: (heads, length, d)
         self.see = torch.zeros(n, width, dtype=torch.bool, device=device)
         self.positions = torch.zeros(n, width, dtype=torch.long, device=device)
         for pack, ends, cache in run_plan(self.model, plan, logits_at=lambda pack: [p[-1] for p in pack.paths]):
-            both = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
-            self.prefix = self.prefix or [kv[:, :, :length] for kv in both]
+            both = [kv[0] for layer in cache.layers for kv in (layer.keys, layer.values)]
+            self.prefix = self.prefix or [kv[:, :length] for kv in both]
             own = own or [[None] * n for _ in both]
             for member, (i, path) in enumerate(zip(pack.rows, pack.paths)):
                 logits[i] = ends[member]
                 at = torch.tensor([0] * (width - len(path)) + [length + p for p in path], device=device)
                 for j, kv in enumerate(both):
-                    own[j][i] = kv[:, :, at]
+                    own[j][i] = kv[:, at.to(kv.device)]
                 self.see[i, width - len(path) :] = True
                 self.positions[i, width - len(path) :] = torch.arange(length, length + len(path), device=device)
-        self.cache = DynamicCache()
-        for j, rows in enumerate(own):
-            keys, values = torch.stack(rows, dim=1)  # type: ignore[arg-type]
-            self.cache.update(keys, values, j)
+        self.own = [torch.stack(rows) for rows in own]  # type: ignore[arg-type]
+        self.length = width
         return torch.stack(logits)  # type: ignore[arg-type]
 
     def next(self, parents: NDArray, tokens: NDArray) -> torch.Tensor:
+        from transformers import DynamicCache
+
         device = self.model.device
         chosen = torch.from_numpy(parents).to(device)
         if len(chosen) != len(self.see) or (parents != np.arange(len(parents))).any():
-            self.cache.batch_select_indices(chosen)
             self.see, self.positions = self.see[chosen], self.positions[chosen]
-        here = self.positions[:, -1:] + 1
-        self.see = torch.cat([self.see, torch.ones_like(here, dtype=torch.bool)], dim=1)
-        self.positions = torch.cat([self.positions, here], dim=1)
-        with _shared_prefix(self.model, self.prefix, here):
+            for j, kv in enumerate(self.own):
+                self.own[j] = kv.index_select(0, chosen.to(kv.device))
+        if self.length == self.see.shape[1]:
+            self.see, self.positions = pad(self.see, (0, ROOM)), pad(self.positions, (0, ROOM))
+            for j, kv in enumerate(self.own):
+                self.own[j] = pad(kv, (0, 0, 0, ROOM))
+        here = self.positions[:, self.length - 1, None] + 1
+        self.see[:, self.length], self.positions[:, self.length] = True, here[:, 0]
+        with _attending(self.model, self.prefix, self.own, self.length, here):
             out = self.model.model(
                 input_ids=torch.from_numpy(tokens).to(device)[:, None],
                 position_ids=here,
                 attention_mask=attention_mask(self.model, self.see[:, None], here, self.positions),
-                past_key_values=self.cache,
+                past_key_values=DynamicCache(),
                 use_cache=True,
                 logits_to_keep=1,
             )
+        self.length += 1
         return out.logits[:, -1]
 
 
 @contextmanager
-def _shared_prefix(model: ChatModel, prefix: list[torch.Tensor], here: torch.Tensor) -> Iterator[None]:
-    """Within this context, attention of one token per row also sees the prefix, which is not in the cache.
+def _attending(
+    model: ChatModel, prefix: list[torch.Tensor], own: list[torch.Tensor], length: int, here: torch.Tensor
+) -> Iterator[None]:
+    """Within this context, one new token per row is put behind the row's `length` own tokens, and sees these and the prefix.
 
-    prefix: keys and values (2, heads, length, d) of each layer; here: positions (rows, 1).
+    prefix, own: keys, then values, layer by layer: (heads, tokens, d) and (rows, heads, tokens and room, d); here: the new
+    tokens' positions (rows, 1).
     """
     from transformers import AttentionInterface
 
@@ -294,23 +304,26 @@ def _shared_prefix(model: ChatModel, prefix: list[torch.Tensor], here: torch.Ten
         scaling: float,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """query (rows, heads, 1, d); key, value (rows, kv heads, own, d); mask (rows, 1, 1, own). Exact softmax over both parts."""
+        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own). Exact softmax over both parts."""
         rows, heads, _, d = query.shape
-        shared_key, shared_value = prefix[module.layer_idx]
-        kv_heads, length = shared_key.shape[:2]
+        layer = slice(2 * module.layer_idx, 2 * module.layer_idx + 2)
+        shared_key, shared_value = prefix[layer]
+        own_key, own_value = own[layer]
+        own_key[:, :, length], own_value[:, :, length] = key[:, :, 0], value[:, :, 0]
+        kv_heads, n_shared = shared_key.shape[:2]
         query = query.reshape(rows, kv_heads, heads // kv_heads, d)
         stacked = query.transpose(0, 1).reshape(kv_heads, -1, d)  # all rows against the prefix in one product a head
-        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, length).transpose(0, 1)
-        scores = torch.cat([shared, query @ key.transpose(2, 3)], dim=-1) * scaling
+        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, n_shared).transpose(0, 1)
+        scores = torch.cat([shared, query @ own_key.transpose(2, 3)], dim=-1) * scaling
         if options.get("softcap"):
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-        scores[..., length:] += mask
+        scores[..., n_shared:] += mask
         if options.get("sliding_window"):
-            far = here - torch.arange(length, device=here.device) >= options["sliding_window"]
-            scores[..., :length].masked_fill_(far[:, None, None], torch.finfo(scores.dtype).min)
+            far = here - torch.arange(n_shared, device=here.device) >= options["sliding_window"]
+            scores[..., :n_shared].masked_fill_(far[:, None, None], torch.finfo(scores.dtype).min)
         weight = torch.softmax(scores, dim=-1, dtype=model.work_dtype).to(value.dtype)
-        stacked = weight[..., :length].transpose(0, 1).reshape(kv_heads, -1, length)
-        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[..., length:] @ value
+        stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, -1, n_shared)
+        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[..., n_shared:] @ own_value
         return out.reshape(rows, 1, heads, d), None
 
     AttentionInterface.register("analysis_lib_shared_prefix", attend)

@@ -306,28 +306,34 @@ token_rows = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=9), min_s
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(token_rows, st.integers(1, 30))
-def test_plan_lays_out_every_row_once_over(rows, pack_tokens):
-    plan = plan_rows(rows, pack_tokens)
+@given(token_rows, st.integers(1, 30), st.none() | st.integers(1, 12))
+def test_plan_lays_out_every_row_once_over(rows, pack_tokens, line_tokens):
+    plan = plan_rows(rows, pack_tokens, line_tokens=line_tokens)
     assert sorted(i for pack in plan.packs for i in pack.rows) == list(range(len(rows)))
     distinct = 0
     for pack in plan.packs:
-        t = len(pack.tokens)
-        assert len(pack.depths) == t and pack.sees.shape == (t, t)
-        assert t <= pack_tokens or len(pack.rows) == 1
+        b, t = pack.tokens.shape
+        assert pack.depths.shape == (b, t) and pack.sees.shape == (b, t, t)
+        assert b == 1 or (line_tokens is not None and b * t <= pack_tokens)
+        lines = {j: [] for j in range(b)}
         seen = {}
         for i, path in zip(pack.rows, pack.paths, strict=True):
             assert path, "the last token of a row is never in the shared prefix"
-            assert [*plan.prefix, *pack.tokens[path]] == rows[i]
-            assert pack.depths[path].tolist() == list(range(len(plan.prefix), len(rows[i])))
+            line = path[0] // t
+            lines[line].append(i)
+            assert {place // t for place in path} == {line}
+            assert [*plan.prefix, *pack.tokens.ravel()[path]] == rows[i]
+            assert pack.depths.ravel()[path].tolist() == list(range(len(plan.prefix), len(rows[i])))
             for j, node in enumerate(path):
-                seen[node] = set(path[: j + 1])
-        assert seen.keys() == set(range(t))
-        for node, ancestors in seen.items():
-            assert set(np.flatnonzero(pack.sees[node])) == ancestors
-        heads = {tuple(rows[i][: j + 1]) for i in pack.rows for j in range(len(plan.prefix), len(rows[i]))}
-        assert t == len(heads)
-        distinct += t
+                seen[node] = {place - line * t for place in path[: j + 1]}
+        for node, sees in enumerate(pack.sees.reshape(b * t, t)):
+            assert set(np.flatnonzero(sees)) == seen.get(node, set()), "padding sees nothing"
+        for line, members in lines.items():
+            used = {node % t for node in seen if node // t == line}
+            heads = {tuple(rows[i][: j + 1]) for i in members for j in range(len(plan.prefix), len(rows[i]))}
+            assert used == set(range(len(heads)))
+            assert len(used) <= min(pack_tokens, line_tokens or pack_tokens) or len(members) == 1
+        distinct += len(seen)
     assert plan.n_tokens == len(plan.prefix) + distinct
     assert plan.n_row_tokens == sum(map(len, rows))
 
@@ -358,8 +364,22 @@ def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
 
     monkeypatch.setattr(capture, "run_plan", narrow)
     again = hidden_states(model, QUERIES, PROMPTS)
-    assert failures[0] == 2 and again.certificate["way"] == "tree" and again.certificate["peak_bytes"] > 0
+    assert failures[0] == 4 and again.certificate["way"] == "tree" and again.certificate["peak_bytes"] > 0
     np.testing.assert_allclose(again.states, whole.states, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "mixtral"])
+def test_the_last_feed_forward_runs_on_last_tokens_alone(family):
+    model = build(family)
+    widths: list[list[int]] = [[], []]
+    for seen, block in zip(widths, (model.blocks[0], model.blocks[-1])):
+        block.mlp.forward = lambda x, seen=seen, run=block.mlp.forward: seen.append(x.shape[:-1].numel()) or run(x)
+    rows = [(5, 6, 7, *tail) for tail in ((8,), (8, 9), (4, 9, 3), (4, 9, 3))]
+    states = last_states(model, rows)[0]
+    assert shares_prefixes(model) and widths[0][-2:] == [3, 5] and widths[1][-2:] == [1, 3]  # prefix, then pack: 3 distinct ends
+    assert not model.blocks[0].mlp._forward_hooks and not model.blocks[-1].mlp._forward_hooks
+    plain = torch.cat([model.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:] for row in rows])
+    assert relative(states, plain) <= 1e-4
 
 
 def test_rows_are_kept_chunk_by_chunk(monkeypatch, tmp_path):
