@@ -33,7 +33,6 @@ from .capture import (
 from .chat import ChatModel, Prompt, Rendered
 from .store import Store, row_key
 
-
 ROOM = 16  # tokens
 
 
