@@ -100,6 +100,7 @@ def hidden_states(
         "found": 0,
         "computed": 0,
         "dtype": model.dtype_name,
+        "template": model.template,
         "way": "",
         "checked": 0,
         "max_abs": 0.0,
@@ -324,7 +325,7 @@ def run_plan(
         with _recorded(model, layers) as recorded, _last_feed_forward_at(model, at.unique()):  # rows may be equal
             last = model.body(**inputs).last_hidden_state
         states = [(last if i == -1 else recorded[i]).flatten(0, 1) for i in layers]
-        yield pack, torch.stack([state[at.to(state.device)] for state in states], dim=1), cache
+        yield pack, torch.stack([state[at.to(state.device)].to(device) for state in states], dim=1), cache
     if backward_by_pack:
         reached = [(end, leaf.grad) for end, leaf in zip(ends, leaves) if leaf.grad is not None]
         torch.autograd.backward([end for end, _ in reached], [grad for _, grad in reached])
@@ -412,9 +413,12 @@ class _recorded:
 def shares_prefixes(model: ChatModel) -> bool:
     """Whether this architecture's states come out right in a prefix tree: asked of the model itself, once.
 
-    Recurrent and hybrid models, and those without explicit positions or masks, answer no and run plainly.
+    Recurrent and hybrid models, and those without explicit positions or masks, answer no and run plainly; so do models with
+    chunked attention, whose chunks are longer than the question.
     """
     known = model.__dict__.get("_shares_prefixes")
+    if "chunked_attention" in (getattr(model.text_config, "layer_types", None) or []):
+        known = False
     if known is None:
         n = model.n_embeddings
         rows = [
@@ -448,7 +452,8 @@ def _plain_states(model: ChatModel, rows: Sequence[Sequence[int]], layers: Seque
                 last = model.body(
                     input_ids=torch.tensor([list(rows[i]) for i in part], device=model.device), use_cache=False
                 ).last_hidden_state
-            states = torch.stack([last[:, -1] if i == -1 else recorded[i][:, -1] for i in layers], dim=1)
+            ends = [(last if i == -1 else recorded[i])[:, -1].to(model.device) for i in layers]
+            states = torch.stack(ends, dim=1)
             for i, state in zip(part, states):
                 out[i] = state
     return torch.stack(out)  # type: ignore[arg-type]

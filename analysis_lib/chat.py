@@ -9,13 +9,15 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -24,8 +26,17 @@ from .data import ROOT
 _SYSTEM, _USER = "Xq7 system slot 7qX", "Xq7 user slot 7qX"
 
 
+TEMPLATES = tuple(sorted(path.stem for path in (ROOT / "templates").glob("*.jinja")))
+"""Names of the study's chat templates."""
+
+
 class ChatModelError(ValueError):
     """The model cannot be used as a chat model; the message says why and what to do."""
+
+
+def study_models() -> pd.DataFrame:
+    """The eight models of the study: model (its name there), hub_id, revision ("" where none is known), template, note."""
+    return pd.read_csv(ROOT / "models.csv", keep_default_na=False)
 
 
 @runtime_checkable
@@ -63,12 +74,26 @@ class ChatModel:
     """A causal language model with a chat template. Weights are loaded at the first use of `.model`."""
 
     def __init__(
-        self, name: str, source: str, revision: str | None, device: str, dtype: torch.dtype, tokenizer: Any, config: Any
+        self,
+        name: str,
+        source: str,
+        revision: str | None,
+        device: str,
+        dtype: torch.dtype,
+        tokenizer: Any,
+        config: Any,
+        *,
+        template: str = "tokenizer",
+        quantization: str | None = None,
     ):
         self.name, self.source, self.revision = name, source, revision
-        self.device, self.dtype = torch.device(device), dtype
+        self.dtype, self.template, self.quantization = dtype, template, quantization
         self.tokenizer, self.config = tokenizer, config
+        self._device = device
         self._frames: dict[str, tuple[str, str]] = {}
+        self._said: set[str] = set()
+        self._loaded: tuple | None = None  # the state of the weights when they were read from `source`
+        self._hashed: tuple[tuple | None, str] | None = None  # that state and its fingerprint
         self.system_role = self._finds_system_role()
 
     @classmethod
@@ -79,20 +104,32 @@ class ChatModel:
         revision: str | None = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
+        template: str | Path | None = None,
+        quantization: str | None = None,
     ) -> ChatModel:
-        """Opens "organism" (the embedded model), a local folder or a hub id.
+        """Opens "organism" (the embedded model), a local folder, a hub id, or one of the study's models by its name there.
 
-        device: "cuda" where there is one, else "cpu". dtype: float32 on a CPU, else bfloat16; the embedded model takes
-        float64 on a CPU, so that whole trainings repeat on other processors and numbers of threads to the printed digit.
+        A name of `study_models()` ("vicuna-7b-v1.5") stands for its hub id, revision and the study's chat template.
+        device: "cuda" where there is one, else "cpu"; "auto" spreads the weights over all GPUs (needs accelerate).
+        dtype: float32 on a CPU, else bfloat16; the embedded model takes float64 on a CPU, so that whole trainings repeat
+        on other processors and numbers of threads to the printed digit.
+        template: a file with a Jinja chat template, or the name of one of the study's (`TEMPLATES`); default: the tokenizer's.
+        quantization: "8bit" or "4bit" (needs bitsandbytes), for capture and sampling only.
+        The attention implementation is the one transformers picks, SDPA where the architecture has it.
         Never runs a repository's own code and reads weights from safetensors only.
-        Raises ChatModelError: unknown id or folder, no network, gated, pickled weights only, no chat template,
-        no tokenizer or one without offsets, a device or dtype that torch does not have.
+        Raises ChatModelError: unknown id or folder, no network, gated, pickled weights only, no chat template or one that
+        cannot be rendered, no tokenizer or one without offsets, a device or dtype that torch does not have, a package that lacks.
         """
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import cached_file, extract_commit_hash
 
         source = str(ROOT / "organism") if name == "organism" else name
         folder = Path(source).expanduser()
         local = folder.is_dir()
+        study = {} if local else study_models().set_index("model").to_dict("index")
+        if name in study:
+            source = str(study[name]["hub_id"])
+            revision, template = revision or study[name]["revision"] or None, template or study[name]["template"]
         if local:
             source = str(folder)
             if not (folder / "config.json").is_file():
@@ -104,11 +141,14 @@ class ChatModel:
                     f"the folder {name} holds no *.safetensors; pickled weights can run code on load and are not read: "
                     "save the model again with save_pretrained(..., safe_serialization=True)"
                 )
-        elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        elif source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise ChatModelError(
                 f"there is no folder {name}; give 'organism', an existing model folder or a hub id such as 'org/model'"
             )
         try:
+            if not local:  # one commit for all files; it stands for the weights in the fingerprint
+                found = cached_file(source, "config.json", revision=revision)
+                revision = extract_commit_hash(found, None) or revision
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         except Exception as error:
@@ -117,61 +157,98 @@ class ChatModel:
             raise ChatModelError(
                 f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
             )
+        if template is not None:
+            tokenizer.chat_template = _read_template(template)
         if not tokenizer.chat_template:
             raise ChatModelError(
-                f"no chat template in {name!r}; choose an instruction-tuned model or set one with tokenizer.chat_template"
+                f"no chat template in {name!r}; choose an instruction-tuned model, or pass template=FILE or one of {', '.join(TEMPLATES)}"
             )
         if not tokenizer.is_fast:
             raise ChatModelError(
                 f"{name!r} has no fast tokenizer, which is needed to locate the system message; install the package `tokenizers` builds for it"
             )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = torch.cuda.is_available()
+        device = device or ("cuda" if gpu else "cpu")
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, device="cpu" if device == "auto" else device)
         except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
-            raise ChatModelError(f"torch has no device {device!r} here; give 'cpu', or 'cuda' on a machine with a GPU") from error
+            raise ChatModelError(
+                f"torch has no device {device!r} here; give 'cpu', 'cuda' on a machine with a GPU, or 'auto' for several"
+            ) from error
+        if quantization not in (None, "8bit", "4bit"):
+            raise ChatModelError(f"unknown quantization {quantization!r}; give '8bit' or '4bit', or leave it out")
+        for package, wanted in (("accelerate", device == "auto" or quantization), ("bitsandbytes", quantization)):
+            if wanted and find_spec(package) is None:
+                asked = "device='auto'" if device == "auto" else f"quantization={quantization!r}"
+                raise ChatModelError(f"{asked} needs the package {package}, which is not installed; pip install {package}")
         if dtype is None:
             on_cpu = torch.float64 if name == "organism" else torch.float32
-            dtype = on_cpu if torch.device(device).type == "cpu" else torch.bfloat16
+            dtype = (
+                torch.bfloat16 if quantization or (gpu if device == "auto" else torch.device(device).type != "cpu") else on_cpu
+            )
         else:
             found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
             if not isinstance(found, torch.dtype) or not found.is_floating_point:
                 raise ChatModelError(f"unknown dtype {dtype!r}; give 'float64', 'float32', 'bfloat16' or 'float16'")
             dtype = found
-        if not local:
-            revision = getattr(config, "_commit_hash", None) or revision
-        return cls(name, source, revision, device, dtype, tokenizer, config)
+        form = "tokenizer" if template is None else Path(template).name
+        chat = cls(name, source, revision, device, dtype, tokenizer, config, template=form, quantization=quantization)
+        chat._frame("")  # a template that cannot be rendered is told now
+        return chat
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "in-memory") -> ChatModel:
         """A chat model around transformers objects already in memory."""
-        chat = cls(name, "", None, str(model.device), model.dtype, tokenizer, model.config)
+        spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+        chat = cls(name, "", None, "auto" if spread else str(model.device), model.dtype, tokenizer, model.config)
         chat.__dict__["model"] = model.eval().requires_grad_(False)
         return chat
 
     @cached_property
     def model(self) -> Any:
         """The transformers model, in eval mode, frozen; loaded here."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
         from transformers.utils import logging
 
+        options: dict[str, Any] = {}
+        if self.quantization:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=self.quantization == "8bit",
+                load_in_4bit=self.quantization == "4bit",
+                bnb_4bit_compute_dtype=self.dtype,
+                bnb_4bit_quant_type="nf4",
+            )
+        if self.quantization or self._device == "auto":
+            options["device_map"] = "auto" if self._device == "auto" else {"": self._device}
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                self.source, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False
+                self.source, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, **options
             )
         except Exception as error:
             raise ChatModelError(_load_advice(self.name, error)) from error
         finally:
             if bars:
                 logging.enable_progress_bar()
-        return model.to(self.device).eval().requires_grad_(False)
+        model = (model if options else model.to(self._device)).eval().requires_grad_(False)
+        self._loaded = _state_of(model)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and soft embeddings go: the device of the input embedding. With "auto", weights are loaded to know."""
+        if self._device != "auto":
+            return torch.device(self._device)
+        embedding = self.model.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)  # accelerate's: with offloaded weights, where they are worked with
+        return torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
 
     @property
     def body(self) -> Any:
-        """The decoder without its vocabulary head."""
-        return self.model.base_model
+        """The decoder without its vocabulary head; of a model that also takes images, the language part."""
+        decoder = self.model.get_decoder()
+        return decoder if decoder is not self.model else self.model.model
 
     @property
     def blocks(self) -> Any:
@@ -194,18 +271,46 @@ class ChatModel:
     def hidden_size(self) -> int:
         return int(self.text_config.hidden_size)
 
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Memory of the weights in this dtype and quantization, known without loading them."""
+        from transformers import AutoModelForCausalLM
+
+        if "model" in self.__dict__:
+            return int(self.model.get_memory_footprint())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        bits = {None: torch.finfo(self.dtype).bits, "8bit": 8, "4bit": 4}[self.quantization]
+        head = model.get_output_embeddings()
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]  # what is quantized
+        packed = sum(m.weight.numel() for m in linear)
+        return int(sum(p.nbytes for p in model.parameters()) - packed * (torch.finfo(self.dtype).bits - bits) / 8)
+
     @property
     def n_embeddings(self) -> int:
         """Rows of the input embedding matrix; soft tokens take the ids from here on."""
         return int(self.text_config.vocab_size)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 of configuration and weights: of their content for a folder, of id and commit for a hub model."""
-        digest = hashlib.sha256()
-        if not self.source:
+        """SHA-256 of configuration and weights: of their content for a folder, of id and commit for a hub model.
+
+        Weights changed in memory (assigned, or in place outside `.data`) are hashed anew.
+        """
+        state = _state_of(self.model) if "model" in self.__dict__ and not self.quantization else self._loaded
+        if self._hashed is None or self._hashed[0] != state:
+            self._hashed = state, self._fingerprint(in_memory=state != self._loaded or not self.source)
+        return self._hashed[1]
+
+    def _fingerprint(self, in_memory: bool) -> str:
+        digest = hashlib.sha256((self.quantization or "").encode())
+        if in_memory:
             digest.update(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
             for key, tensor in sorted(self.model.state_dict().items()):
+                if tensor.is_meta:
+                    raise ChatModelError(
+                        f"weights of {self.name!r} are offloaded, so that its fingerprint cannot be taken; open it with ChatModel.load"
+                    )
                 digest.update(key.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         elif Path(self.source).is_dir():
             for file in sorted(Path(self.source).glob("*.safetensors")) + [Path(self.source) / "config.json"]:
@@ -252,23 +357,28 @@ class ChatModel:
     # Rendering
 
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
-        """Renders each query under the prompt, with the generation prompt, through the tokenizer's own chat template.
+        """Renders each query under the prompt, with the generation prompt, through the chat template.
 
-        Text "" means no system message. A model without a system role gets the prompt in front of the query.
+        Text "" means no system message. A model without a system role gets the prompt in front of the query, and says so once.
         Soft tokens take exactly the positions of their start text's tokens. Special tokens and role markers
-        inside a query are broken by a space, so that no query opens a new role.
+        inside a query are broken by a space, so that no query opens a new role. Raises ChatModelError where a text is no
+        valid Unicode, or is longer with its prompt than the model's context.
         """
         if not queries:
             return []
         text = prompt if isinstance(prompt, str) else prompt.start_text
         system = self._escape(text.strip(), "a prompt")
-        head, tail = self._frame(system)
-        escaped = [self._escape(q.strip(), "a query") for q in queries]
-        texts = [head + q + tail for q in escaped]
-        if texts[0] != self._apply(system, escaped[0]):  # the template changes the query
-            texts = [self._apply(system, q) for q in escaped]
+        head, _ = self._frame(system)
+        texts = [self._apply(system, self._escape(q.strip(), "a query")) for q in queries]
+        if system and not self.system_role:
+            self._say(f"the chat template of {self.name!r} takes no system message; prompts stand in front of the query")
+        if not system and self.default_system:
+            self._say(
+                f"without a system message the chat template of {self.name!r} puts in its own, so that no prompt is not none: "
+                f"{self.default_system[:60]!r}; pass a template without it"
+            )
         if not system:
-            return [Rendered(ids, (0, 0)) for ids, _ in self._encode(texts, 0, len(head))]
+            return self._check_length([Rendered(ids, (0, 0)) for ids, _ in self._encode(texts, 0, len(head))], queries)
         begin = self._system_start()
         end = begin + len(system)
         soft, digest = None, ""
@@ -284,7 +394,7 @@ class ChatModel:
                 out.append(Rendered(ids, (start, stop)))
             else:
                 out.append(Rendered((*ids[:start], *soft, *ids[stop:]), (start, start + len(soft)), digest))
-        return out
+        return self._check_length(out, queries)
 
     def _encode(self, texts: list[str], slot_end: int, head: int) -> list[tuple[tuple[int, ...], list[tuple[int, int]]]]:
         """Token ids of each text and, at least up to character `slot_end`, their offsets.
@@ -309,6 +419,16 @@ class ChatModel:
             return whole(texts)
         return out
 
+    def _check_length(self, rows: list[Rendered], queries: Sequence[str]) -> list[Rendered]:
+        longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
+        context = getattr(self.text_config, "max_position_embeddings", None)
+        if context and len(rows[longest].ids) > context:
+            raise ChatModelError(
+                f"the query {queries[longest][:60]!r} has {len(rows[longest].ids)} tokens with its prompt, and the context of "
+                f"{self.name!r} {context}; shorten or drop it"
+            )
+        return rows
+
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
@@ -318,7 +438,48 @@ class ChatModel:
             messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": query}]
         else:
             messages = [{"role": "user", "content": f"{system}\n\n{query}" if system else query}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template raises what it likes
+            raise ChatModelError(
+                f"the chat template of {self.name!r} ({self.template}) cannot be rendered: {type(error).__name__}: {error}; "
+                f"mend it, or pass template=FILE or one of {', '.join(TEMPLATES)}"
+            ) from error
+
+    @cached_property
+    def default_system(self) -> str:
+        """The system message that the template puts in where none is given; "" for most models."""
+        if not self.system_role:
+            return ""
+        before, _, after = self._frame(_SYSTEM)[0].partition(_SYSTEM)
+        head = self._frame("")[0]
+        if len(head) < len(before) + len(after) or not (head.startswith(before) and head.endswith(after)):
+            return ""
+        return head[len(before) : len(head) - len(after)].strip()
+
+    @property
+    def template_digest(self) -> str:
+        """SHA-256 of the chat template."""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """What a record of a run says of the model; loads no weights."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype_name,
+            "quantization": self.quantization,
+            "template": self.template,
+            "template_sha256": self.template_digest,
+            "prompt_goes": "into the system message" if self.system_role else "in front of the query",
+            "default_system": self.default_system,
+        }
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=3)
 
     def _frame(self, system: str) -> tuple[str, str]:
         """The rendered text before and after the query."""
@@ -351,6 +512,9 @@ class ChatModel:
         return re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True) if len(s) > 1) or r"(?!)")
 
     def _escape(self, text: str, what: str) -> str:
+        if re.search("[\ud800-\udfff]", text):
+            raise ChatModelError(f"{what} holds half of a Unicode pair, which is no character: {text[:60]!r}; mend the text")
+
         def broken(text: str) -> str:
             return self._markers.sub(lambda m: m[0][0] + " " + m[0][1:], text)
 
@@ -386,6 +550,10 @@ class ChatModel:
             return
         base = self.model.get_input_embeddings()
         rows = torch.as_tensor(embeddings, device=self.device)
+        if rows.requires_grad and self.quantization:
+            raise ChatModelError(
+                f"{self.name!r} is loaded in {self.quantization}, for capture and sampling only; load it without quantization to train"
+            )
         if rows.dim() != 2 or rows.shape[1] != self.hidden_size:
             raise ChatModelError(
                 f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose embeddings have {self.hidden_size} dimensions"
@@ -428,6 +596,37 @@ class _SoftEmbedding(torch.nn.Module):
         return torch.where(soft.unsqueeze(-1), rows[(ids - self.n).clamp(min=0)], plain)
 
 
+def load_classifier(name: str, *, revision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a text-classification model: a local folder or a hub id, frozen; safetensors only, no remote code.
+
+    Raises ChatModelError as `ChatModel.load` does.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **safe)
+    except Exception as error:
+        raise ChatModelError(_load_advice(name, error)) from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False), tokenizer
+
+
+def _read_template(name_or_file: str | Path) -> str:
+    path = ROOT / "templates" / f"{name_or_file}.jinja" if str(name_or_file) in TEMPLATES else Path(name_or_file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatModelError(
+            f"no chat template can be read from {str(path)!r} ({error}); give a Jinja file, or one of {', '.join(TEMPLATES)}"
+        ) from error
+
+
+def _state_of(model: Any) -> tuple:
+    """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in model.parameters() if not w.is_meta)
+
+
 def soft_digest(embeddings: NDArray) -> str:
     """SHA-256 of soft embeddings: what a cached row of theirs is keyed by."""
     return hashlib.sha256(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes()).hexdigest()
@@ -440,10 +639,9 @@ def _file_digest(path: Path) -> str:
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
     memo = user_cache_path("analysis_lib") / "digests" / key
-    try:
-        return memo.read_text()
-    except OSError:
-        pass
+    with suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()):
+            return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -464,6 +662,8 @@ def _load_advice(name: str, error: Exception) -> str:
         return f"the weights of {name!r} are damaged or incomplete ({error}); copy or download the model again"
     if "trust_remote_code" in said:
         return f"{name!r} needs its own Python code, which is never run; choose a model that transformers supports itself"
+    if re.search(r"sentencepiece|protobuf|tiktoken", said):
+        return f"the tokenizer of {name!r} is a SentencePiece file, which has to be converted; pip install sentencepiece protobuf"
     if "safetensors" in said:
         return f"{name!r} offers no safetensors weights; pickled weights can run code on load and are not read: choose another revision or convert it"
     if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):

@@ -106,7 +106,7 @@ def sample_responses(
         todo = {i: samples for i, samples in todo.items() if samples}
         found_total += len(rows) * n_samples - sum(map(len, todo.values()))
         bar.update(len(rows) * n_samples - sum(map(len, todo.values())))
-        bar.set_postfix(found=found_total)
+        bar.set_postfix(found=found_total, computed=bar.n - found_total)
         if todo:
             embeddings = None if isinstance(prompt, str) else prompt.embeddings
             with torch.no_grad(), model.soft_tokens(embeddings):
@@ -119,6 +119,7 @@ def sample_responses(
                         new = {keys[i][s]: response for (i, s), response in done.items()}  # queries may render alike
                         store.write_responses(list(new), list(new.values()), about=about)
                     bar.update(len(done))
+                    bar.set_postfix(found=found_total, computed=bar.n - found_total)
         for query_id, responses in zip(ids, got):
             for s, r in enumerate(responses):
                 assert r is not None
@@ -319,7 +320,7 @@ def _attending(
         scores[..., n_shared:] += mask
         if options.get("sliding_window"):
             far = here - torch.arange(n_shared, device=here.device) >= options["sliding_window"]
-            scores[..., :n_shared].masked_fill_(far[:, None, None], torch.finfo(scores.dtype).min)
+            scores[..., :n_shared].masked_fill_(far[:, None, None].to(scores.device), torch.finfo(scores.dtype).min)
         weight = torch.softmax(scores, dim=-1, dtype=model.work_dtype).to(value.dtype)
         stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, -1, n_shared)
         out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[..., n_shared:] @ own_value

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, PROMPTS, QUERIES, RECURRENT, SAFETY, WINDOWED, build, chat, plain_states, relative
+from tiny_models import FAMILIES, PLAIN, PROMPTS, QUERIES, SAFETY, WINDOWED, build, chat, plain_states, relative
 
 from analysis_lib import capture
 from analysis_lib.capture import HiddenStates, ParityError, hidden_states, last_states, plan_rows, shares_prefixes
@@ -54,7 +54,7 @@ def test_states_equal_a_plain_forward_pass_of_each_row(family):
     got = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS)
     assert_plain(model, QUERIES, PROMPTS, got)
     certificate = got.certificate
-    assert certificate["way"] == ("plain" if family in RECURRENT else "tree")
+    assert certificate["way"] == ("plain" if family in PLAIN else "tree")
     assert (certificate["computed"], certificate["found"], certificate["checked"]) == (18, 0, 3)
     assert certificate["dtype"] == "float32" and certificate["seconds"] > 0
     assert 0 <= certificate["max_rel"] <= CLOSE and 0 <= certificate["max_abs"] < 1e-3

@@ -7,13 +7,33 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, GEMMA, NO_SYSTEM_ROLE, SAFETY, VICUNA, build, chat, plain_states, relative
+from tiny_models import (
+    CHATML,
+    FAMILIES,
+    GEMMA,
+    NO_SYSTEM_ROLE,
+    PROMPTS,
+    QUERIES,
+    SAFETY,
+    VICUNA,
+    build,
+    chat,
+    plain_states,
+    relative,
+    tokenizer,
+)  # fmt: skip
 
-from analysis_lib.chat import ChatModel, ChatModelError, soft_digest
+import analysis_lib.chat as room
+from analysis_lib.capture import hidden_states
+from analysis_lib.chat import TEMPLATES, ChatModel, ChatModelError, soft_digest, study_models
+from analysis_lib.data import load_published
 from analysis_lib.dro import SoftPrompt
+from analysis_lib.sampling import sample_responses
 
+pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 families = pytest.mark.parametrize("family", FAMILIES)
 one_per_template = pytest.mark.parametrize(
     "family", ["llama", "mistral", "qwen2", "gemma2", "gemma3", "phi3", "gpt_neox", "mixtral"]
@@ -167,15 +187,105 @@ def test_any_query_keeps_head_and_tail_of_the_chat(query, family):
     assert row.ids[: row.slot[1]] == benign.ids[: row.slot[1]]
 
 
+def with_template(family, template):
+    """The family's shared model under another chat template."""
+    model = chat(family)
+    own = model.tokenizer.__class__(
+        tokenizer_object=model.tokenizer.backend_tokenizer,
+        bos_token=model.tokenizer.bos_token,
+        eos_token=model.tokenizer.eos_token,
+    )
+    own.chat_template = template
+    return ChatModel.wrap(model.model, own)
+
+
 def test_template_that_changes_the_query_is_followed_and_one_that_drops_it_refused():
-    model = build("qwen2")
-    tokenizer = model.tokenizer.__class__(tokenizer_object=model.tokenizer.backend_tokenizer, eos_token="<|im_end|>")
-    tokenizer.chat_template = model.tokenizer.chat_template.replace("m['content']", "m['content'] | replace('bread', 'cake')")
-    changed = ChatModel.wrap(model.model, tokenizer)
-    assert changed.render([QUERY], SAFETY) == model.render([QUERY.replace("bread", "cake")], SAFETY)
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    model = chat("qwen2")
+    changed = with_template("qwen2", CHATML.replace("m['content']", "m['content'] | replace('bread', 'cake')"))
+    for queries in ([QUERY], ["x", QUERY], ["x", QUERY, "y"]):  # it shows on some queries only
+        assert changed.render(queries, SAFETY) == model.render([q.replace("bread", "cake") for q in queries], SAFETY)
+    drops = "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
     with pytest.raises(ChatModelError, match="drops the user message"):
-        ChatModel.wrap(model.model, tokenizer).render([QUERY], "")
+        with_template("qwen2", drops).render([QUERY], "")
+    with pytest.raises(ChatModelError, match="cannot be rendered: .*wanted.*template=FILE"):
+        with_template("qwen2", "{{ raise_exception('wanted') }}").render([QUERY], "")
+
+
+@pytest.mark.parametrize("family", sorted(NO_SYSTEM_ROLE))
+def test_a_template_without_system_messages_is_told_once_and_recorded(family):
+    model = ChatModel.wrap(chat(family).model, chat(family).tokenizer, name="mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.render([QUERY], "")
+    with pytest.warns(UserWarning, match="'mine' takes no system message; prompts stand in front of the query") as caught:
+        model.render([QUERY], SAFETY), model.render(["x"], "Be safe")
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert model.about()["prompt_goes"] == "in front of the query"
+    assert chat("qwen2").about()["prompt_goes"] == "into the system message"
+
+
+def test_a_template_with_a_system_message_of_its_own_is_told_once_and_recorded():
+    default = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Tiny.<|im_end|>\n{% endif %}" + CHATML
+    model = with_template("qwen2", default)
+    assert model.default_system == model.about()["default_system"] == "You are Tiny."
+    with pytest.warns(UserWarning, match="'You are Tiny.'") as caught:
+        assert "You are Tiny." in text_of(model, model.render([QUERY], "")[0].ids)
+        model.render(["x"], "")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "You are Tiny." not in text_of(model, model.render([QUERY], SAFETY)[0].ids)
+    assert [chat(family).default_system for family in FAMILIES] == [""] * len(FAMILIES)
+
+
+# As the study rendered a system message and a query: the README of github.com/chujiezheng/chat_templates (llama-2, mistral,
+# vicuna), the model card of Orca 2 with the tokenizer's BOS, and the collection's openchat.
+STUDY_FORMATS = {
+    "llama-2": ("<s>[INST] <<SYS>>\nS!\n<</SYS>>\n\nQ? [/INST]", "<s>[INST] Q? [/INST]"),
+    "mistral": ("<s>[INST] S!\n\nQ? [/INST]", "<s>[INST] Q? [/INST]"),
+    "vicuna": ("<s>S!\n\nUSER: Q?\nASSISTANT:", "<s>USER: Q?\nASSISTANT:"),
+    "orca-2": (
+        "<s><|im_start|>system\nS!<|im_end|>\n<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n",
+        "<s><|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "openchat": (
+        "<s>S!<|end_of_turn|>GPT4 Correct User: Q?<|end_of_turn|>GPT4 Correct Assistant:",
+        "<s>GPT4 Correct User: Q?<|end_of_turn|>GPT4 Correct Assistant:",
+    ),
+}
+MORE_TURNS = {
+    "llama-2": "<s>[INST] <<SYS>>\nS!\n<</SYS>>\n\nQ? [/INST] A. </s><s>[INST] R? [/INST]",
+    "mistral": "<s>[INST] S!\n\nQ? [/INST] A. </s>[INST] R? [/INST]",
+    "vicuna": "<s>S!\n\nUSER: Q?\nASSISTANT: A.</s>\nUSER: R?\nASSISTANT:",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_the_study_render_as_documented(name):
+    made = tokenizer("sentencepiece", VICUNA)
+    model = ChatModel("x", "", None, "cpu", torch.float32, made, chat("mixtral").config, template=name)
+    made.chat_template, own = room._read_template(name), made.chat_template
+    try:
+        for system, expected in zip(["S!", ""], STUDY_FORMATS[name], strict=True):
+            assert model._apply(system, "Q?") == expected
+        turns = [("system", "S!"), ("user", "Q?"), ("assistant", "A."), ("user", "R?")]
+        chat_of = [{"role": role, "content": text} for role, text in turns]
+        rendered = made.apply_chat_template(chat_of, tokenize=False, add_generation_prompt=True)
+        assert name not in MORE_TURNS or rendered == MORE_TURNS[name]
+        again = ChatModel.wrap(chat("mixtral").model, made)  # the slot is found in each
+        assert again.system_role and again.default_system == ""
+        row = again.render(["x"], SAFETY)[0]
+        assert text_of(again, row.ids[slice(*row.slot)]).strip() == SAFETY
+    finally:
+        made.chat_template = own
+
+
+def test_models_of_the_study():
+    table = study_models()
+    assert set(table["model"]) == set(load_published()[0]["model"]) and len(table) == 8
+    assert set(table["template"]) == set(TEMPLATES) == set(STUDY_FORMATS)
+    assert table["revision"].str.fullmatch(r"[0-9a-f]{40}|refs/pr/\d+|").all() and table["hub_id"].is_unique
+    assert table["note"].str.len().gt(10).all()
 
 
 # --------------------------------------------------------------------------------------------------------- soft tokens
@@ -306,6 +416,23 @@ def test_fingerprint_changes_with_weights_and_configuration_only():
     assert changed.fingerprint != first
 
 
+def test_fingerprint_follows_weights_changed_after_it_was_taken(saved):
+    for model in (build("qwen2"), ChatModel.load(str(saved), device="cpu")):
+        first, weight = model.fingerprint, model.model.get_input_embeddings().weight
+        model.render([QUERY], SAFETY), model.model(input_ids=torch.tensor([[5, 6]]))
+        assert model.fingerprint == first
+        with torch.no_grad():
+            weight[7, 3] += 1
+        changed = model.fingerprint
+        up = model.model.model.layers[0].mlp.up_proj
+        up.weight = torch.nn.Parameter(up.weight.detach() * 2, requires_grad=False)
+        assert len({first, changed, model.fingerprint}) == 3
+        with model.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
+            inside = model._hashed
+            assert model.fingerprint == inside[1] and model._hashed is inside  # nothing is hashed again
+    assert ChatModel.load(str(saved), device="cpu").fingerprint not in (changed, model.fingerprint)
+
+
 def test_stop_ids_are_those_of_tokenizer_and_generation_configuration():
     model = build("qwen2")
     assert model.stop_ids == {model.tokenizer.eos_token_id}
@@ -411,6 +538,14 @@ def test_folder_that_wants_to_run_its_own_code(folder):
     assert not (folder / "ran").exists()
 
 
+def test_a_tokenizer_that_has_to_be_converted(monkeypatch, saved):
+    def lacks(*args, **options):
+        raise ImportError("SpmConverter requires the protobuf library but it was not found in your environment.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lacks)
+    fails(saved, "pip install sentencepiece protobuf")
+
+
 def test_hub_id_without_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fails("nobody/no-such-model", "hub cannot be reached", "local folder")
@@ -428,3 +563,154 @@ def test_bad_device(saved):
 def test_template_set_to_gemma_style_in_a_folder(folder):
     (folder / "chat_template.jinja").write_text(GEMMA)
     assert not ChatModel.load(str(folder)).system_role
+
+
+def test_template_from_a_file_or_by_name_overrides_the_tokenizers(folder, tmp_path):
+    own = ChatModel.load(str(folder))
+    file = tmp_path / "mine.jinja"
+    file.write_text(VICUNA)
+    mine = ChatModel.load(str(folder), template=file)
+    assert mine.render([QUERY], SAFETY) == with_template("qwen2", VICUNA).render([QUERY], SAFETY) != own.render([QUERY], SAFETY)
+    assert mine.fingerprint == own.fingerprint and mine.template_digest != own.template_digest
+    assert (own.about()["template"], mine.about()["template"]) == ("tokenizer", "mine.jinja")
+    (folder / "chat_template.jinja").unlink()
+    named = ChatModel.load(str(folder), template="openchat")
+    assert named._apply("S!", "Q?") == STUDY_FORMATS["openchat"][0].replace("<s>", named.tokenizer.bos_token)
+    fails(folder, "no chat template", "template=FILE", "vicuna")
+    fails(folder, "no chat template can be read", "nowhere.jinja", "vicuna", template=tmp_path / "nowhere.jinja")
+    for text, said in (("{% for m in messages %}", "TemplateSyntaxError"), ("{{ raise_exception('no!') }}", "no!")):
+        file.write_text(text)
+        fails(folder, "(mine.jinja) cannot be rendered", said, "template=FILE", template=file)
+    file.write_text("{{ bos_token }}")
+    fails(folder, "drops the user message", template=file)
+
+
+def test_a_model_of_the_study_is_opened_by_its_name_there(saved, monkeypatch):
+    asked = []
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda *a, **o: str(saved / "config.json"))  # a hub that is reached
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
+        read = kind.from_pretrained
+        monkeypatch.setattr(
+            kind,
+            "from_pretrained",
+            lambda name, read=read, **options: asked.append((name, options.get("revision"))) or read(saved),
+        )
+
+    def opened(name, **options):
+        asked.clear()
+        model = ChatModel.load(name, **options)
+        assert model.name == name
+        return model.template, set(asked) - {(saved, None)}
+
+    known = study_models().set_index("model").loc["vicuna-7b-v1.5"]
+    assert opened("vicuna-7b-v1.5") == ("vicuna", {("lmsys/vicuna-7b-v1.5", known["revision"])})
+    assert opened("vicuna-7b-v1.5", revision="r", template="orca-2") == ("orca-2", {("lmsys/vicuna-7b-v1.5", "r")})
+    assert opened("lmsys/vicuna-7b-v1.5") == ("tokenizer", {("lmsys/vicuna-7b-v1.5", None)})
+
+
+@pytest.mark.parametrize("prompt", ["", SAFETY])
+def test_a_query_longer_than_the_context_is_named(prompt):
+    model = chat("llama")
+    context = model.text_config.max_position_embeddings
+    with pytest.raises(ChatModelError, match=f"'why why .* tokens with its prompt, and the context of .* {context}; shorten"):
+        model.render(["How to bake bread?", "why " * (context + 1)], prompt)
+
+
+def test_half_of_a_unicode_pair_is_told():
+    with pytest.raises(ChatModelError, match="a query holds half of a Unicode pair"):
+        chat("qwen2").render(["How to bake bread \ud83d?"])
+
+
+def test_a_damaged_note_of_a_digest_is_not_believed(tmp_path, monkeypatch):
+    from analysis_lib.chat import _file_digest
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    digest = _file_digest(file)
+    (note,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    for damage in ("", digest[:40], digest + "0"):
+        note.write_text(damage)
+        assert _file_digest(file) == digest == note.read_text()
+
+
+# --------------------------------------------------------------------------------------- several devices, fewer bits
+
+
+def test_device_auto_gives_the_states_of_one_device(saved):
+    spread, one = ChatModel.load(str(saved), device="auto", dtype="float32"), ChatModel.load(str(saved), device="cpu")
+    assert spread.device == one.device == torch.device("cpu")
+    a, b = (hidden_states(model, QUERIES, PROMPTS, layers=(0, 2, -1)) for model in (spread, one))
+    assert np.array_equal(a.states, b.states) and spread.fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_offloaded_blocks_give_the_states_of_one_device(family, tmp_path):
+    from accelerate import dispatch_model
+
+    whole, parts = chat(family), build(family)
+    places = {name: "cpu" for name, _ in parts.body.named_children()}
+    del places["layers"]
+    places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+    parts = ChatModel.wrap(
+        dispatch_model(parts.model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True), parts.tokenizer
+    )
+    assert parts.blocks[1].mlp is not None and next(parts.blocks[1].parameters()).is_meta
+    assert parts.device == torch.device("cpu")
+    a, b = (hidden_states(model, QUERIES, PROMPTS, layers=(0, 2, -1)) for model in (parts, whole))
+    assert a.certificate["way"] == "tree" and relative(a.states, b.states) <= 1e-5
+    with pytest.raises(ChatModelError, match="offloaded.*ChatModel.load"):
+        _ = parts.fingerprint
+
+
+def test_a_model_that_also_takes_images_is_read_through_its_language_part():
+    text, own = chat("gemma3").config.to_dict(), chat("gemma3").tokenizer
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    tokens = {"boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    whole = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(whole).__name__ == "Gemma3ForConditionalGeneration"
+    whole.get_decoder().load_state_dict(chat("gemma3").body.state_dict())
+    model = ChatModel.wrap(whole, own)
+    assert (model.n_layers, model.hidden_size, model.n_embeddings) == (3, 32, chat("gemma3").n_embeddings)
+    prompts = {"s": SoftPrompt.from_text(model, SAFETY, name="s"), "default": SAFETY}
+    a, b = (hidden_states(m, QUERIES, prompts, layers=(0, 2, -1)) for m in (model, chat("gemma3")))
+    assert a.certificate["way"] == "tree" and relative(a.states, b.states) <= 1e-5
+    asked = {"n_samples": 2, "max_new_tokens": 6}
+    assert sample_responses(model, QUERIES, prompts, **asked).equals(sample_responses(chat("gemma3"), QUERIES, prompts, **asked))
+
+
+def test_packages_that_lack_are_named(saved, monkeypatch):
+    monkeypatch.setattr(room, "find_spec", lambda package: None)
+    fails(saved, "device='auto'", "pip install accelerate", device="auto")
+    monkeypatch.setattr(room, "find_spec", lambda package: None if package == "bitsandbytes" else object())
+    fails(saved, "quantization='4bit'", "pip install bitsandbytes", quantization="4bit")
+    fails(saved, "'3bit'", "'8bit' or '4bit'", quantization="3bit")
+
+
+def test_quantized_loading_asks_transformers_for_it_and_is_another_model(saved, monkeypatch):
+    """What is asked of transformers; bitsandbytes itself does not run here."""
+    asked = {}
+    read = transformers.AutoModelForCausalLM.from_pretrained
+
+    def stand_in(name, *, quantization_config, device_map, **options):
+        asked.update(config=quantization_config, device_map=device_map)
+        return read(name, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stand_in)
+    monkeypatch.setattr(room, "find_spec", lambda package: object())
+    prints = {ChatModel.load(str(saved), device="cpu").fingerprint}
+    for bits in ("8bit", "4bit"):
+        model = ChatModel.load(str(saved), device="cpu", quantization=bits)
+        assert model.model.dtype == model.dtype == torch.bfloat16 and model.about()["quantization"] == bits
+        assert (asked["config"].load_in_8bit, asked["config"].load_in_4bit) == (bits == "8bit", bits == "4bit")
+        assert asked["device_map"] == {"": "cpu"}
+        prints.add(model.fingerprint)
+        soft = torch.zeros(2, model.hidden_size, requires_grad=True)
+        with pytest.raises(ChatModelError, match="load it without quantization to train"), model.soft_tokens(soft):
+            pass
+        with model.soft_tokens(soft.detach()):
+            pass
+    assert len(prints) == 3

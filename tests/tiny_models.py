@@ -72,6 +72,19 @@ FAMILIES = {
     "phi3": ("Phi3Config", _GQA | _WINDOW, "sentencepiece", PHI3),
     "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 48}, "bytes", VICUNA),
     "mixtral": ("MixtralConfig", _GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}, "sentencepiece", VICUNA),
+    "llama4": (
+        "Llama4TextConfig",
+        _GQA
+        | {
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "attention_chunk_size": 12,
+            "no_rope_layers": [1, 0, 1],
+        },
+        "bytes",
+        CHATML,
+    ),
     "mamba": ("MambaConfig", {"state_size": 8}, "bytes", CHATML),
     "jamba": (
         "JambaConfig",
@@ -80,7 +93,7 @@ FAMILIES = {
         CHATML,
     ),
 }
-RECURRENT = {"mamba", "jamba"}
+PLAIN = {"mamba", "jamba", "llama4"}  # recurrent, or attention in chunks: computed row by row
 WINDOWED = {"mistral", "gemma2", "gemma3", "phi3"}
 NO_SYSTEM_ROLE = {"mistral", "gemma2", "gemma3"}
 
