@@ -14,6 +14,7 @@ import http.client
 import io
 import json
 import os
+import stat
 import tempfile
 import unicodedata
 import urllib.request
@@ -30,6 +31,10 @@ ROOT = Path(__file__).resolve().parents[1] / "data"
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
 PROMPTS = ("default", "short", "mistral")
 OPTIONAL = ("pair_id", "form", "answer")
+MAX_BYTES = 64_000_000
+"""The largest file of a user that is read."""
+MAX_CHARACTERS = 20_000
+"""The longest text of a user: some thousand tokens, whose attention still fits a small machine's memory."""
 LABELS = {"true": True, "1": True, "harmful": True, "false": False, "0": False, "harmless": False, "": None}
 
 
@@ -77,7 +82,7 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
     `text` is needed and stripped of surrounding space. `harmful` (true/false, 1/0 or harmful/harmless
     in any case, or empty) is <NA> where it is missing; for a file without that column the keyword
     `harmful` labels every query. `query_id` becomes stem-0001, ... and `query_set` the stem where
-    missing; pair_id, form and answer are kept; other columns are left out with a warning.
+    missing; pair_id, form and answer are kept; other columns are left out with a warning. A file has at most MAX_BYTES, a text MAX_CHARACTERS.
 
     Raises DataError naming file, line and remedy.
     """
@@ -91,7 +96,7 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
                 f"no query set {name_or_path!r}; sets: {', '.join(QUERY_SETS)}; after `python -m analysis_lib download` also "
                 f"{', '.join(OFFICIAL_SETS)}; or give the path of a .csv, .jsonl or .txt file"
             )
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".txt": _txt_rows}
     if (suffix := path.suffix.lower()) not in readers:
         raise DataError(f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these")
@@ -105,15 +110,20 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
     """Safety prompts by name: "none" (no system message), "default", "short", "mistral", then the user's.
 
     path: a .txt file (its stem is the name), a folder of them, or a .json file {name: text}. Texts are
-    stripped of surrounding space. Raises DataError for a blank text, a built-in name with another text, or a name of
-    RESERVED_PROMPTS.
+    stripped of surrounding space. Raises DataError for a blank text, a built-in name with another text, a name of
+    RESERVED_PROMPTS or one that cannot be part of a file's name, and a link in the folder that leads out of it.
     """
     prompts = {"none": ""} | {name: _read(ROOT / "prompts" / f"{name}.txt").strip() for name in PROMPTS}
     if path is None:
         return prompts
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     for name, text, where in _user_prompts(path):
-        _check_characters(text, where)
+        _check_text(text, where)
+        if not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100:  # files are saved under it
+            raise DataError(
+                f"{where}: the name {_shown(name)} cannot be part of a file's name; write letters, digits, space, - and _, "
+                "at most 100 of them"
+            )
         if not text.strip():
             raise DataError(
                 f"{where}: the prompt {name!r} has no text; write one, or use the built-in 'none' for no system message"
@@ -204,10 +214,11 @@ def _csv_rows(path: Path, content: str) -> list[_Row]:
             elif not header:
                 header = [name.strip() for name in values]
                 if repeated := [name for name, count in Counter(header).items() if count > 1]:
-                    raise DataError(f"{path}, line {line}: the column {repeated[0]!r} occurs twice; rename or delete one")
+                    raise DataError(f"{path}, line {line}: the column {_shown(repeated[0])} occurs twice; rename or delete one")
                 if "text" not in header:
                     raise DataError(
-                        f"{path}, line {line}: no column 'text', only {header}; name the queries' column text (comma-separated)"
+                        f"{path}, line {line}: no column 'text', only {_shown(header)}; name the queries' column text "
+                        "(comma-separated)"
                     )
             elif len(values) != len(header):
                 raise DataError(
@@ -217,9 +228,12 @@ def _csv_rows(path: Path, content: str) -> list[_Row]:
                 rows.append((line, dict(zip(header, values, strict=True))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(
-            f"{path}, line {line}: not valid csv ({error}); put a text with a quote in double quotes and double each"
-        ) from error
+        remedy = (
+            "shorten it, or close an open quote"
+            if "field larger" in str(error)
+            else "put a text with a quote in double quotes and double each"
+        )
+        raise DataError(f"{path}, line {line}: not valid csv ({error}); {remedy}") from error
     return rows
 
 
@@ -229,13 +243,19 @@ def _jsonl_rows(path: Path, content: str) -> list[_Row]:
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {line}: not valid JSON ({error}); write one object a line") from error
-        if not isinstance(row, dict) or "text" not in row:
+        if not isinstance(row, _Pairs) or "text" not in (fields := dict(row)):
             raise DataError(f'{path}, line {line}: no object with a field \'text\'; write {{"text": "..."}}')
-        rows.append((line, row))
+        if repeated := [name for name, count in Counter(name for name, _ in row).items() if count > 1]:
+            raise DataError(f"{path}, line {line}: the field {_shown(repeated[0])} occurs twice; rename or delete one")
+        rows.append((line, fields))
     return rows
+
+
+class _Pairs(list):
+    """The (name, value) pairs of a JSON object, of which a dict would keep the last of equal names."""
 
 
 def _txt_rows(path: Path, content: str) -> list[_Row]:
@@ -251,7 +271,7 @@ def _query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataF
     kept = ["query_id", "text", "harmful", "query_set", *(c for c in OPTIONAL if c in columns)]
     if ignored := sorted(columns - set(kept)):
         warnings.warn(
-            f"{path}: columns left out: {', '.join(map(repr, ignored))}; known are {', '.join((*kept[:4], *OPTIONAL))}",
+            f"{path}: columns left out: {_shown(ignored)[1:-1]}; known are {', '.join((*kept[:4], *OPTIONAL))}",
             stacklevel=3,
         )
     lines: dict[str, int] = {}
@@ -263,11 +283,13 @@ def _query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataF
             raise DataError(f"{where}, column 'text': blank; write the query or delete the line")
         if (label := fields["harmful"].lower()) not in LABELS:
             raise DataError(
-                f"{where}, column 'harmful': {fields['harmful']!r}; write true, false, 1, 0, harmful, harmless or nothing"
+                f"{where}, column 'harmful': {_shown(fields['harmful'])}; write true, false, 1, 0, harmful, harmless or nothing"
             )
         query_id = fields["query_id"] or f"{path.stem}-{number:04d}"
         if (first := lines.setdefault(query_id, line)) != line:
-            raise DataError(f"{where}, column 'query_id': {query_id!r} is the id of line {first} too; give each query its own")
+            raise DataError(
+                f"{where}, column 'query_id': {_shown(query_id)} is the id of line {first} too; give each query its own"
+            )
         labelled = LABELS[label] if harmful is None else harmful
         table.append({**fields, "query_id": query_id, "harmful": labelled, "query_set": fields["query_set"] or path.stem})
     return pd.DataFrame(table, columns=kept).astype({"harmful": "boolean"})
@@ -277,13 +299,21 @@ def _field(value: object, column: str, where: str) -> str:
     """A cell as text, without surrounding space; "" where it is missing."""
     number = isinstance(value, int) and column != "text"  # an id or a label; JSON's true and false are ints too
     if not (value is None or isinstance(value, str) or number):
-        raise DataError(f"{where}, column {column!r}: {value!r} is no text; put it in quotes")
+        raise DataError(f"{where}, column {column!r}: {_shown(value)} is no text; put it in quotes")
     text = "" if value is None else str(value)
-    _check_characters(text, f"{where}, column {column!r}")
+    _check_text(text, f"{where}, column {column!r}")
     return text.strip()
 
 
-def _check_characters(text: str, where: str) -> None:
+def _shown(value: object) -> str:
+    """A user's value in an error message: on one line, and not the whole of a long one."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:196]}...{shown[-1]}"
+
+
+def _check_text(text: str, where: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"{where}: {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it")
     for character in text:
         if character not in "\t\n" and unicodedata.category(character) in ("Cc", "Cs"):
             raise DataError(f"{where}: control character U+{ord(character):04X}; delete it (tab and newline may stay)")
@@ -292,9 +322,14 @@ def _check_characters(text: str, where: str) -> None:
 def _read(path: Path) -> str:
     """The text of a UTF-8 file (with or without byte order mark) with \\n as its line end."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        status = path.stat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES else None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
+    if content is None:  # a pipe or a device may never end
+        what = f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}" if stat.S_ISREG(status.st_mode) else "not a regular file"
+        raise DataError(f"{path}: cannot be read ({what}); give a file, and split one that is too large")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -310,23 +345,24 @@ def _user_prompts(path: Path) -> Iterable[tuple[str, str, str]]:
         files = sorted(path.glob("*.txt"))
         if not files:
             raise DataError(f"{path}: no .txt file in this folder; put one file per safety prompt there")
+        for file in files:
+            if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path)):
+                raise DataError(f"{file}: a link that leads out of the folder; put the file itself there")
         return [(file.stem, _read(file), str(file)) for file in files]
     if suffix == ".txt":
         return [(path.stem, _read(path), str(path))]
     if suffix != ".json":
-        raise DataError(f"{path}: safety prompts come as a .txt file, a folder of .txt files, or a .json file {{name: text}}")
+        raise DataError(
+            f"{path}: unknown kind of file; safety prompts come as a .txt file, a folder of .txt files, or a .json file {{name: text}}"
+        )
     content = _read(path)
     try:
-        pairs = json.loads(content, object_pairs_hook=lambda pairs: pairs)
+        pairs = json.loads(content, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise DataError(f'{path}: not valid JSON ({error}); write {{"name": "text"}}') from error
-    if (
-        not isinstance(pairs, list)
-        or not pairs
-        or not all(isinstance(p, tuple) and p[0].strip() and isinstance(p[1], str) for p in pairs)
-    ):
+    if not isinstance(pairs, _Pairs) or not pairs or not all(name.strip() and isinstance(text, str) for name, text in pairs):
         raise DataError(f'{path}: not an object of names and texts; write {{"name": "text"}}')
-    return [(name.strip(), text, f"{path}, {name!r}") for name, text in pairs]
+    return [(name.strip(), text, f"{path}, {_shown(name)}") for name, text in pairs]
 
 
 def _sha256(content: bytes) -> str:

@@ -91,7 +91,7 @@ def write_report(
     ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(page), encoding="utf-8")
+    path.write_text("\n".join(page), encoding="utf-8", errors="replace")  # a lone surrogate is no UTF-8
     return path
 
 

@@ -307,6 +307,11 @@ def _fit_data(Z: ArrayLike, y: ArrayLike, groups: object, name: str, estimator: 
         raise FitError(f"targets of {name!r} must lie in [0, 1]; {_name_rows(bad, groups)} do not: drop unscored rows first")
     if n <= k:
         raise FitError(f"{n} rows cannot fix a direction in {k} components; give more queries or fewer components")
+    if len(flat := np.flatnonzero(np.ptp(Z, axis=0) == 0)):
+        raise FitError(
+            f"coordinate {flat[0] + 1} of {k} is {Z[0, flat[0]]:g} in all {n} rows, so {name!r} has no slope along it; give rows that "
+            "vary in it, or fewer components"
+        )
     if np.ptp(y) == 0:
         raise FitError(f"all targets of {name!r} equal {y[0]:g}, so no direction exists; use more varied queries or prompts")
     if estimator not in _ESTIMATORS:

@@ -7,6 +7,7 @@ import email.message
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -174,6 +175,10 @@ def test_unknown_columns_are_left_out_with_a_warning(tmp_path):
         ("a.jsonl", r'{"text": "a\u0000"}', r"line 1, column 'text': control character U\+0000"),
         ("a.jsonl", r'{"text": "a\ud800"}', r"line 1, column 'text': control character U\+D800"),
         ("a.tsv", "text\na\n", "ends in .csv, .jsonl or .txt"),
+        ("a.jsonl", '{"text": "a", "text": "b"}', "line 1: the field 'text' occurs twice; rename or delete one"),
+        ("a.csv", "text\n" + "x" * 200_000, "line 2: not valid csv .field larger.*; shorten it, or close an open quote"),
+        ("a.txt", "a\n" + "x" * 20_001, "line 2, column 'text': 20,001 characters, the limit is 20,000; shorten it"),
+        ("a.csv", "text,harmful\na," + "x" * 9000, r"column 'harmful': 'x{195}\.\.\.'; write true"),
     ],
 )
 def test_errors_name_file_line_and_remedy(tmp_path, name, content, message):
@@ -270,7 +275,11 @@ def test_own_prompts_come_after_the_built_in_ones(tmp_path):
         ("a.json", '["a"]', "not an object of names and texts"),
         ("a.json", '{"x": 1}', "not an object of names and texts"),
         ("a.json", "{}", "not an object of names and texts"),
-        ("a.csv", "a", "safety prompts come as"),
+        ("a.csv", "a", "unknown kind of file; safety prompts come as"),
+        *(
+            ("a.json", json.dumps({name: "x"}), "the name .* cannot be part of a file's name; write letters, digits, space")
+            for name in ("../../x", "/x", "a\\b", ".x", "..", "a\nb", "a\u202eb", "x" * 101)
+        ),
         ("gone.txt", None, "cannot be read"),
         ("", None, "no .txt file in this folder"),
     ],
@@ -380,3 +389,31 @@ def test_a_prompt_may_not_take_the_name_of_a_trained_one(tmp_path, name):
     path.write_text("Be careful.", encoding="utf-8")
     with pytest.raises(DataError, match=f"{name}' is the name of a trained prompt"):
         load_safety_prompts(path)
+
+
+def test_only_files_of_bounded_size_are_read(tmp_path, monkeypatch):
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name in ("folder", "pipe", "zero"):
+        with pytest.raises(DataError, match=f"{name}.csv: cannot be read .not a regular file.; give a file"):
+            load_queries(tmp_path / f"{name}.csv")
+    monkeypatch.setattr(data, "MAX_BYTES", 5)
+    with pytest.raises(DataError, match=r"mine.txt: cannot be read .6 bytes, the limit is 5.; .* split one that is too large"):
+        load_queries(save(tmp_path / "mine.txt", "123456"))
+    for path in ("~nobody-of-this-name/a.csv", "a\x00.csv"):
+        with pytest.raises(DataError, match="cannot be read"):
+            load_queries(path)
+
+
+def test_links_in_a_folder_of_prompts_stay_inside_it(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    save(tmp_path / "secret.txt", "Not yours.")
+    (own / "inside.txt").symlink_to(save(own / "calm.txt", "Be calm."))
+    assert load_safety_prompts(own)["inside"] == "Be calm."
+    (tmp_path / "again").symlink_to(own)  # the folder itself may be named by a link
+    assert load_safety_prompts(tmp_path / "again")["calm"] == "Be calm."
+    (own / "out.txt").symlink_to(own / ".." / "secret.txt")
+    with pytest.raises(DataError, match=r"out\.txt: a link that leads out of the folder; put the file itself there"):
+        load_safety_prompts(own)

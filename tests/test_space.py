@@ -365,7 +365,11 @@ ERRORS = [
     ({"n_splits": 11}, "10 groups cannot be split into 11 folds"),
     ({"n_splits": 1}, "10 groups cannot be split into 1 folds; give n_splits from 2"),
     ({"y": (GROUPS_ == "q000").astype(float)}, "a fold of 'refusal' holds a single target value"),
-    ({"Z": np.ones((30, 4)), "estimator": "mean_difference"}, "both means coincide"),
+    (
+        {"Z": np.where(np.arange(4) == 2, 5.0, Z_)},
+        "coordinate 3 of 4 is 5 in all 30 rows, so 'refusal' has no slope along it; give",
+    ),
+    ({"Z": np.arange(30)[:, None] // 2 % 3, "y": np.arange(30) % 2, "estimator": "mean_difference"}, "both means coincide"),
 ]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -500,47 +499,3 @@ def test_ages_and_sizes_are_read_from_the_command_line():
     for parse, text in ((parse_days, "soon"), (parse_bytes, "-1"), (parse_bytes, "2 potatoes")):
         with pytest.raises(ValueError, match=text):
             parse(text)
-
-
-# -------------------------------------------------------------------------------------------------------------- faults
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(
-    "inject",
-    [
-        lambda folder, rng: faults.kills_while_writing(folder, 8, rng),
-        lambda folder, rng: faults.kills_while_compacting(folder, 4, rng),
-        lambda folder, rng: faults.rival_writers(folder, 4, 50),
-        lambda folder, rng: faults.byte_flips(folder, 60, rng),
-        lambda folder, rng: faults.file_size_limit(folder),
-    ],
-    ids=["kill while writing", "kill while compacting", "rival writers", "flipped bytes", "file size limit"],
-)
-def test_faults_lose_nothing(tmp_path, inject):
-    outcome = inject(tmp_path, random.Random(1))
-    assert outcome["survived"] == outcome["tried"] > 0, outcome
-    assert outcome["lost"] == outcome["wrong"] == outcome["undetected"] == 0, outcome
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_disk_that_fills_loses_nothing(tmp_path):
-    for outcome in faults.disk_that_fills(tmp_path):
-        if not outcome["tried"]:
-            pytest.skip(outcome["note"])
-        assert outcome["survived"] == outcome["tried"] and outcome["lost"] == outcome["wrong"] == 0, outcome
-
-
-def test_the_harness_sees_a_store_without_checksums(tmp_path, monkeypatch):
-    checked = room._read_rows
-
-    def unchecked(batch, rows):
-        if batch.kind == "responses":
-            yield from checked(batch, rows)
-        else:
-            content = batch.path.read_bytes()
-            yield from ((row, content[batch.offsets[row] : batch.offsets[row + 1]]) for row in rows)
-
-    monkeypatch.setattr(room, "_read_rows", unchecked)
-    outcome = faults.byte_flips(tmp_path, 20, random.Random(0))
-    assert outcome["wrong"] > 0 and outcome["undetected"] > 0
