@@ -1,11 +1,13 @@
 """The command line: one thin layer over the library.
 
-Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says what to do).
+Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says what to do), 130 interrupted,
+141 the reader of the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from .store import parse_bytes, parse_days
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
   python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 --prompt my_prompt.txt --out my_report
+  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 --prompt my_prompt.txt --dry-run
+  python -m analysis_lib export my_report/soft_prompts/dro_my_prompt.safetensors --model mistralai/Mistral-7B-Instruct-v0.2 --out served --form vllm
   python -m analysis_lib cache ls
   python -m analysis_lib cache prune --older-than 30d --dry-run
   python -m analysis_lib organism card
@@ -24,7 +28,6 @@ EXAMPLES = """examples:
 
 def _reproduce(args: argparse.Namespace) -> int:
     from .data import DataError, load_queries, load_safety_prompts
-    from .notebooks import run_notebooks
 
     if args.prompt is not None:
         load_safety_prompts(args.prompt)
@@ -35,13 +38,39 @@ def _reproduce(args: argparse.Namespace) -> int:
                 f"{args.queries}: {labels.isna().sum()} of {len(labels)} queries have no label, and both classes are needed; "
                 "fill the column harmful with true and false"
             )
-    if args.model is not None:
-        from .chat import ChatModel
+    model = _model(args)
+    from .reproduce import plan, reproduce
 
-        ChatModel.load(args.model)
-    jobs = args.jobs or (2 if args.model in (None, "organism") else 1)  # each notebook loads the model
-    runs = run_notebooks(args.out, model=args.model, prompt=args.prompt, queries=args.queries, jobs=jobs)
-    return int(any(run.error for run in runs))
+    if args.dry_run:
+        table = plan(model, args.out, prompt=args.prompt, queries=args.queries)
+        print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
+        print(f"In all about {table['seconds'].sum() / 60:.1f} minutes, besides the notebooks' own")
+        return 0
+    jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
+    given = {"prompt": args.prompt, "queries": args.queries, "template": args.template, "forms": args.form, "jobs": jobs}
+    return 0 if reproduce(model, args.out, **given) else 1
+
+
+def _model(args: argparse.Namespace) -> Any:
+    from .chat import ChatModel
+
+    return ChatModel.load(args.model, template=args.template)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .dro import SoftPrompt
+    from .export import export
+
+    model = _model(args)
+    soft = SoftPrompt.load(args.soft_prompt, model)
+    if args.form and "plain" in args.form:
+        print(f"plain: {model.weight_bytes / 1e9:.2f} GB of weights")
+    written = export(soft, model, args.out, args.form)
+    for form, folder in written.items():
+        print(f"{form:<6} {folder / 'README.md'}")
+    if args.form is None and "plain" not in written:
+        print(f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain writes it")
+    return 0
 
 
 def _cache(args: argparse.Namespace) -> int:
@@ -130,14 +159,36 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def model_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", default="organism", help="a hub id or a model folder; default: the embedded organism")
+        sub.add_argument(
+            "--template", metavar="FILE", help="a chat template in place of the tokenizer's own: a .jinja file or a name"
+        )
+        sub.add_argument(
+            "--form",
+            "--to",
+            action="append",
+            type=lambda form: {"safetensors": "plain"}.get(form, form),
+            choices=["peft", "vllm", "plain"],
+            help="may be repeated; default: peft, vllm, and plain where it copies less than 1 GB of weights",
+        )
+
     sub = command("reproduce", _reproduce, "run every notebook and write executed copies, tables and one HTML report")
-    sub.add_argument("--model", help="a hub id or a model folder; default: the embedded organism")
+    model_options(sub)
     sub.add_argument("--prompt", type=Path, help="a text file with your own safety prompt")
     sub.add_argument("--queries", help="a .csv or .jsonl file with your own labelled queries")
     sub.add_argument("--out", type=Path, default=Path("reports"), help="default: reports")
+    sub.add_argument("--dry-run", action="store_true", help="say what would be done and what it costs, run nothing")
     sub.add_argument(
         "--jobs", type=_argument(_jobs), help="notebooks run at a time (default 2 on the organism, 1 on any other model)"
     )
+
+    sub = command("export", _export, "write a soft prompt as a PEFT adapter, vLLM prompt embeddings or a plain model folder")
+    sub.add_argument(
+        "soft_prompt", type=Path, metavar="SOFT_PROMPT", help="a .safetensors file of SoftPrompt.save, or of the study"
+    )
+    model_options(sub)
+    sub.add_argument("--out", type=Path, required=True, help="the folder that gets one folder a form")
 
     cache = command("cache", _cache, "look at, check and clean the store of hidden states and responses")
     actions = cache.add_subparsers(dest="action", required=True)
@@ -180,7 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.older_than is None and args.model is None and args.max_bytes is None and not args.older_formats:
             parser.error("say what to prune: --older-than 30d, --max-bytes 2GB, --model NAME or --older-formats")
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted; what was computed is kept in the store, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered must not raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror or error}; check the path, its permissions and the space left", file=sys.stderr)

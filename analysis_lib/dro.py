@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,11 +23,19 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from .capture import Pack, _check_queries, _line_tokens, _pack_tokens, last_states, plan_rows, run_plan, shares_prefixes
-from .chat import ChatModel, ChatModelError
+from .chat import ChatModel, ChatModelError, _read_template, study_models
+from .data import load_safety_prompts
 from .space import AnchorSpace, Direction
 from .store import Store, row_key
 
+# Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.
+_PUBLISHED = re.compile(r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors")
+
 OnStep = Callable[[dict[str, float], NDArray[np.float32]], bool | None]
+
+
+class SoftPromptError(ValueError):
+    """A file holds no soft prompt; the message says what to give."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class SoftPrompt:
     start_text  the text prompt whose tokens' place it takes, and where its training began
     model       fingerprint of the model it belongs to;  model_name for people
     config      the training's configuration;  history one row a step: step, epoch, losses, gradient norm
+    template    SHA-256 of the chat template it was trained in; "" where it was not recorded
     """
 
     name: str
@@ -46,6 +56,7 @@ class SoftPrompt:
     model_name: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    template: str = ""
 
     def __post_init__(self) -> None:
         shape = np.shape(self.embeddings)
@@ -57,13 +68,26 @@ class SoftPrompt:
     @classmethod
     def from_text(cls, model: ChatModel, text: str, *, name: str) -> SoftPrompt:
         """The soft prompt equal to a text prompt: the embeddings of its tokens exactly as rendered in context."""
-        return cls(name, model.embed_text(text), text, model.fingerprint, model.name)
+        return cls(name, model.embed_text(text), text, model.fingerprint, model.name, template=model.template_digest)
+
+    def check(self, model: ChatModel) -> None:
+        """Raises ChatModelError where it was trained on another model, or in another chat template."""
+        if self.model != model.fingerprint:
+            raise ChatModelError(
+                f"the soft prompt {self.name!r} was trained on {self.model_name!r} ({self.model[:12]}) and cannot be used on "
+                f"{model.name!r} ({model.fingerprint[:12]}); load the model it was trained on"
+            )
+        if self.template and self.template != (found := model.template_digest):
+            raise ChatModelError(
+                f"the soft prompt {self.name!r} was trained in the chat template {self.template[:12]} and cannot be used in {found[:12]}, "
+                f"which {model.name!r} has now; load the model with the chat template it was trained with"
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON in the metadata."""
         from safetensors.numpy import save
 
-        meta = {k: getattr(self, k) for k in ("name", "start_text", "model", "model_name")}
+        meta = {k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")}
         meta |= {"config": json.dumps(dict(self.config)), "history": json.dumps(self.history.to_dict("split", index=False))}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,25 +97,57 @@ class SoftPrompt:
 
     @classmethod
     def load(cls, path: str | Path, model: ChatModel | None = None) -> SoftPrompt:
-        """Reads what `save` wrote; with a model given, raises ChatModelError when it was trained on another one."""
+        """Reads what `save` wrote, or a soft prompt published with the study (give its model: see `_published`).
+
+        With a model given, raises ChatModelError when it was trained on another one or in another chat template.
+        """
         from safetensors import safe_open
 
         try:
-            with safe_open(path, framework="numpy") as file:
-                meta, embeddings = file.metadata() or {}, file.get_tensor("soft_prompt")
+            with safe_open(path, framework="pt") as file:  # the published ones are bfloat16, which numpy has not
+                meta, embeddings = file.metadata() or {}, file.get_tensor("soft_prompt").float().numpy()
+            if "start_text" not in meta and (named := _PUBLISHED.fullmatch(Path(path).name)):
+                return cls._published(Path(path), embeddings, named, model)
             config, history = json.loads(meta["config"]), pd.DataFrame(**json.loads(meta["history"]))
-            soft = cls(meta["name"], embeddings, meta["start_text"], meta["model"], meta["model_name"], config, history)
-        except FileNotFoundError:
+            names = {k: meta[k] for k in ("name", "start_text", "model", "model_name")}
+            soft = cls(embeddings=embeddings, config=config, history=history, template=meta.get("template", ""), **names)
+        except (FileNotFoundError, ChatModelError):
             raise
         except Exception as error:
-            raise ValueError(
+            raise SoftPromptError(
                 f"{path} is no soft prompt of this library ({error}); give a file that SoftPrompt.save wrote"
             ) from error
-        if model is not None and soft.model != model.fingerprint:
-            raise ChatModelError(
-                f"{path} was trained on {soft.model_name!r} ({soft.model[:12]}) and cannot be used on {model.name!r} ({model.fingerprint[:12]})"
-            )
+        if model is not None:
+            soft.check(model)
         return soft
+
+    @classmethod
+    def _published(cls, path: Path, embeddings: NDArray[np.float32], named: re.Match[str], model: ChatModel | None) -> SoftPrompt:
+        """One of the study's 48 (github.com/chujiezheng/LLM-Safeguard_data): the folder names the model, the file the start prompt."""
+        if model is None:
+            raise ChatModelError(f"{path.name} does not say which model it belongs to; load it with SoftPrompt.load(path, model)")
+        if embeddings.shape[1:] != (model.hidden_size,):
+            raise ChatModelError(
+                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have {model.hidden_size} dimensions; "
+                f"load the model it was trained on"
+            )
+        folder, study = path.parent.name, study_models().set_index("model")
+        if folder in study.index:
+            hub_id, template = str(study.loc[folder, "hub_id"]), str(study.loc[folder, "template"])
+            chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+            theirs = model.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, chat_template=_read_template(template)
+            )
+            if model.source in set(study["hub_id"]) - {hub_id} or model._apply("s", "q") != theirs:
+                raise ChatModelError(
+                    f"{path} was trained on {folder!r} in the chat template {template!r} and cannot be used on {model.name!r} in "
+                    f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its folder with template={template!r}"
+                )
+        method = "prompt tuning" if named["type"] is None else "DRO"
+        config = {"method": method, "published": f"{folder}/{path.name}"}
+        name = f"{'tuned' if named['type'] is None else 'dro'}_{named['length']}{named['ablation'] or ''}"
+        start = load_safety_prompts()[named["length"]]
+        return cls(name, embeddings, start, model.fingerprint, model.name, config, template=model.template_digest)
 
 
 @dataclass(frozen=True)
@@ -382,30 +438,43 @@ def _train(
 
 
 class _Kept:
-    """A trained soft prompt in the store's folder, under the key of all that its training depends on."""
+    """A trained soft prompt in the store, under the key of all that its training depends on: its embeddings, then all else."""
 
     def __init__(self, store: Store | None, method: str, model: ChatModel, prompt: str, config: Any, *inputs: Any):
-        self.path: Path | None = None
+        self.store, self.model = store, model
         if store is not None:
             parts = {"kind": "soft_prompt", "method": method, "model": model.fingerprint, "dtype": model.dtype_name}
             ids = model.render(["x"], prompt)[0].ids
-            key = row_key(
+            self.key = row_key(
                 ids=ids, prompt=prompt, config=json.dumps(asdict(config), sort_keys=True), inputs=json.dumps(inputs), **parts
             )
-            self.path = store.folder / "soft_prompts" / f"{key}.safetensors"
+
+    def _tokens(self, length: int) -> list[str]:
+        return [row_key(training=self.key, token=i) for i in range(length)]
 
     def read(self, name: str) -> SoftPrompt | None:
-        if self.path is None or not self.path.is_file():
+        row = None if self.store is None else self.store.read_responses([self.key]).get(self.key)
+        if self.store is None or row is None:
             return None
-        try:
-            return replace(SoftPrompt.load(self.path), name=name)
-        except ValueError as error:
-            warnings.warn(f"{error}; it is trained again", stacklevel=3)
+        keys = self._tokens(row.pop("length"))
+        found = self.store.read_states(keys)
+        if len(found) < len(keys):
             return None
+        row["history"] = pd.DataFrame(**row["history"])
+        return SoftPrompt(name, np.stack([found[key] for key in keys]), model=self.model.fingerprint, **row)
 
     def write(self, soft: SoftPrompt) -> None:
-        if self.path is not None:
-            soft.save(self.path)
+        if self.store is None:
+            return
+        about = {"model": soft.model, "model_name": soft.model_name, "prompts": [soft.name], "layer": "soft tokens"}
+        self.store.write_states(self._tokens(len(soft.embeddings)), soft.embeddings, dtype="float32", about=about)
+        row = {k: getattr(soft, k) for k in ("start_text", "model_name", "template")}
+        row |= {
+            "config": dict(soft.config),
+            "history": soft.history.to_dict("split", index=False),
+            "length": len(soft.embeddings),
+        }
+        self.store.write_responses([self.key], [row], about=about)
 
 
 def _digest(array: NDArray) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from analysis_lib import __main__ as cli
 from analysis_lib.store import Store, row_key
@@ -76,7 +82,7 @@ def refused(result, *words):
 def test_help_has_examples_that_parse():
     done = run("--help")
     assert done.returncode == 0 and not done.stderr
-    for command in ("reproduce", "cache", "organism", "download"):
+    for command in ("reproduce", "export", "cache", "organism", "download"):
         assert command in done.stdout
     _, _, examples = done.stdout.partition("examples:\n")
     lines = [line.split() for line in examples.splitlines() if line.strip()]
@@ -86,7 +92,7 @@ def test_help_has_examples_that_parse():
         assert cli._parser().parse_args(line[3:]).command == line[3]
 
 
-@pytest.mark.parametrize("command", ["reproduce", "cache", "organism", "download", "cache prune", "organism train"])
+@pytest.mark.parametrize("command", ["reproduce", "export", "cache", "organism", "download", "cache prune", "organism train"])
 def test_every_command_has_help(call, command):
     code, out, _ = call(*command.split(), "--help")
     assert code == 0 and out.startswith(f"usage: python -m analysis_lib {command}")
@@ -109,6 +115,8 @@ def test_every_command_has_help(call, command):
         ("organism card --out x", ["unrecognized arguments: --out x"]),
         ("reproduce --jobs 0", ["--jobs", "'0' is no number of notebooks; write 1 or more"]),
         ("reproduce --jobs two", ["--jobs", "write 1 or more"]),
+        ("reproduce --form onnx", ["--form", "invalid choice: 'onnx'"]),
+        ("export", ["required: SOFT_PROMPT, --out"]),
     ],
 )
 def test_wrong_arguments(call, arguments, words):
@@ -223,9 +231,9 @@ def test_cache_where_the_store_is_a_file(call, tmp_path):
 @pytest.fixture
 def no_notebooks(monkeypatch):
     """Inputs are checked before any notebook starts."""
-    from analysis_lib import notebooks
+    from analysis_lib import reproduce
 
-    monkeypatch.setattr(notebooks, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started"))
+    monkeypatch.setattr(reproduce, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started"))
 
 
 def test_reproduce_in_its_own_process_with_a_missing_prompt(tmp_path):
@@ -276,41 +284,242 @@ def test_reproduce_with_an_unknown_model(call, no_notebooks, tmp_path):
 
 
 def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
-    from analysis_lib import notebooks
+    from analysis_lib import reproduce as room
 
     (tmp_path / "p.txt").write_text("Be careful.")
     (tmp_path / "q.csv").write_text("text,harmful\nHow to bake bread?,false\nHow to rob a bank?,true\n")
     given = {}
-
-    class Done:
-        error = None
-
-    class Failed:
-        error = "cell 3: ValueError: x"
-
-    runs = [Done(), Done()]
-    monkeypatch.setattr(notebooks, "run_notebooks", lambda out, **options: given.update(options, out=out) or runs)
-    arguments = [
-        "reproduce",
-        "--prompt",
-        tmp_path / "p.txt",
-        "--queries",
-        tmp_path / "q.csv",
-        "--out",
-        tmp_path / "o",
-        "--jobs",
-        1,
-    ]
-    assert call(*arguments)[0] == 0
+    monkeypatch.setattr(room, "reproduce", lambda model, out, **options: given.update(options, model=model.name, out=out) or True)
+    files = ["--prompt", tmp_path / "p.txt", "--queries", tmp_path / "q.csv", "--out", tmp_path / "o"]
+    assert call("reproduce", *files, "--jobs", 1, "--form", "vllm", "--to", "safetensors")[0] == 0
     assert given == {
-        "model": None,
+        "model": "organism",
         "prompt": tmp_path / "p.txt",
         "queries": str(tmp_path / "q.csv"),
+        "template": None,
+        "forms": ["vllm", "plain"],
         "out": tmp_path / "o",
         "jobs": 1,
     }
-    runs[1] = Failed()
-    assert call(*arguments)[0] == 1  # a notebook failed
+    call("reproduce", "--template", "vicuna")
+    assert (given["template"], given["forms"], given["jobs"]) == ("vicuna", None, 2)
+
+
+NOTEBOOK = [
+    "MODEL = 'organism'\nPROMPT = None\nTEMPLATE = None\nOUT = '../reports'",
+    "from pathlib import Path\nfrom analysis_lib import ChatModel, SoftPrompt, Store, hidden_states, load_queries\n"
+    "model = ChatModel.load(MODEL, template=TEMPLATE)\n"
+    "SoftPrompt.from_text(model, Path(PROMPT).read_text(), name='dro').save(Path(OUT) / 'soft_prompts' / 'dro_mine.safetensors')",
+    "print(hidden_states(model, load_queries('anchor').head(4), {'none': ''}, store=Store()).certificate['computed'], 'computed')",
+    "import plotly.graph_objects as go\ngo.Figure(go.Scatter(x=[1, 2], y=[3, 4]))",
+    "tables = Path(OUT) / 'tables'\ntables.mkdir(exist_ok=True)\n(tables / 'mine.csv').write_text('a,b\\n1,2\\n')",
+]
+
+
+@pytest.fixture
+def one_notebook(tmp_path, monkeypatch):
+    """`reproduce` runs one small notebook in place of the project's; returns its folder."""
+    import nbformat
+
+    from analysis_lib import reproduce as room
+
+    cells = [nbformat.v4.new_code_cell(source) for source in NOTEBOOK]
+    cells[0].metadata["tags"] = ["parameters"]
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "00_small.ipynb")
+    monkeypatch.setattr(room, "run_notebooks", functools.partial(room.run_notebooks, folder=folder))
+    monkeypatch.setenv("ANALYSIS_LIB_STORE", str(tmp_path / "store"))
+    return folder
+
+
+def test_reproduce_leaves_a_folder(call, one_notebook, tmp_path):
+    from analysis_lib import ChatModel
+
+    (tmp_path / "mine.txt").write_text("You are a careful assistant.")
+    out = tmp_path / "out"
+    stale = out / "soft_prompts" / "dro_old.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"an earlier run's, perhaps of another model")
+    options = ["--template", "vicuna", "--form", "peft", "--form", "vllm", "--out", out]
+    command = ["reproduce", "--prompt", tmp_path / "mine.txt", *options]
+    code, shown, err = call(*command)
+    assert code == 0, shown + err
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert written >= {
+        "00_small.ipynb", "report.html", "summary.json", "tables/mine.csv", "tables/dro_mine_history.csv",
+        "figures/00_small-1.html", "figures/plotly.min.js", "soft_prompts/dro_mine.safetensors",
+        "export/dro_mine/peft/README.md", "export/dro_mine/vllm/request.json",
+    }  # fmt: skip
+    assert (
+        "plotly.min.js" in (out / "figures" / "00_small-1.html").read_text()
+        and not (out / "export" / "dro_mine" / "plain").exists()
+    )
+    if not any(line.startswith("No .svg figures") for line in shown.splitlines()):  # no browser to draw them
+        assert (out / "figures" / "00_small-1.svg").read_text().startswith("<svg")
+
+    summary = json.loads((out / "summary.json").read_text())
+    model = ChatModel.load(template="vicuna")
+    assert {**model.about(), "device": "cpu"} == summary["model"] and summary["model"]["template"] == "vicuna"
+    assert (
+        summary["versions"]["torch"] == torch.__version__.partition("+")[0] or summary["versions"]["torch"] == torch.__version__
+    )
+    assert summary["prompt"] == {"file": "mine.txt", "text": "You are a careful assistant."}
+    (certificate,) = summary["certificates"]
+    assert certificate["checked"] and certificate["max_rel"] < 1e-6
+    soft = summary["soft_prompts"]["dro_mine"]
+    assert soft["sha256"] == hashlib.sha256((out / soft["file"]).read_bytes()).hexdigest()
+    assert (
+        soft["exports"] == {form: f"export/dro_mine/{form}" for form in ("peft", "vllm")}
+        and "dro_old" not in summary["soft_prompts"]
+    )
+    assert summary["notebooks"][0]["error"] is None and summary["tables"] == ["tables/dro_mine_history.csv", "tables/mine.csv"]
+
+    assert "4 computed" in (out / "report.html").read_text()
+    assert call(*command)[0] == 0  # again: nothing is computed twice
+    assert "0 computed" in (out / "report.html").read_text()
+
+
+def test_reproduce_says_that_a_notebook_failed(call, one_notebook, tmp_path):
+    code, shown, _ = call("reproduce", "--out", tmp_path / "out")  # without a prompt file
+    assert code == 1 and "FAILED" in shown
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "TypeError" in summary["notebooks"][0]["error"] and summary["soft_prompts"] == {}
+
+
+def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
+    """Not one notebook of it: the kernel ends with it, and the next notebook does not start."""
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell("import os, time\nopen('started', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    for name in ("00_small", "01_next"):
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), one_notebook / f"{name}.ipynb")
+    code = (
+        "import functools, sys; from analysis_lib import __main__ as cli, reproduce as room;"
+        f"room.run_notebooks = functools.partial(room.run_notebooks, folder={str(one_notebook)!r});"
+        f"sys.exit(cli.main(['reproduce', '--jobs', '1', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = one_notebook / "started"
+    deadline = time.monotonic() + 120
+    while not (started.is_file() and started.read_text()) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    kernel = int(started.read_text())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+    assert not (tmp_path / "out" / "01_next.ipynb").exists()
+
+
+def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, capsys):
+    import nbformat
+    import plotly.graph_objects as go
+
+    from analysis_lib import notebooks
+
+    class NoBrowser:
+        def __enter__(self):
+            raise notebooks.NotebookError("no Chromium")
+
+        def __exit__(self, *exception): ...
+
+    monkeypatch.setattr(notebooks, "_Pictures", NoBrowser)
+    data = {notebooks.PLOTLY_MIME: json.loads(go.Figure(go.Bar(y=[7.25])).to_json())}
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
+    run = notebooks.Run(tmp_path / "03_x.ipynb", nbformat.v4.new_notebook(cells=[cell]), 0.0, None)
+    assert notebooks.write_figures([run], tmp_path / "figures") == [tmp_path / "figures" / "03_x-1.html"]
+    assert "7.25" in (tmp_path / "figures" / "03_x-1.html").read_text()
+    assert "No .svg figures: no Chromium" in capsys.readouterr().out
+
+
+def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkeypatch, tmp_path):
+    """After hours of work: the rest is there, and the summary says what lacks."""
+    from analysis_lib import export
+
+    def refuses(*arguments):
+        raise export.ExportError("the plain form would not be exact")
+
+    monkeypatch.setattr(export, "_plain", refuses)
+    (tmp_path / "mine.txt").write_text("You are a careful assistant.")
+    code, shown, _ = call("reproduce", "--prompt", tmp_path / "mine.txt", "--form", "plain", "--out", tmp_path / "out")
+    assert code == 1 and "Not exported: dro_mine: the plain form would not be exact" in shown
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["soft_prompts"]["dro_mine"]["error"] == "the plain form would not be exact"
+
+
+def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_path):
+    from analysis_lib import reproduce as room
+
+    asked = []
+
+    def cost(model, queries, prompts, *, sampling, store):
+        asked.append((len(queries), list(prompts), "harmful" in queries))
+        return pd.DataFrame(
+            {"step": ["states"], "rows": [8], "found": [0], "tokens": [80], "seconds": [90.0], "memory_bytes": [2e9]}
+        )
+
+    monkeypatch.setattr(room, "estimate", cost)
+    (tmp_path / "mine.txt").write_text("Be careful.")
+    code, out, _ = call("reproduce", "--dry-run", "--prompt", tmp_path / "mine.txt", "--out", tmp_path / "out")
+    assert (
+        code == 0 and "'organism' (float64 on cpu), prompts into the system message" in out and "In all about 3.0 minutes" in out
+    )
+    assert asked[0] == (200, ["mine", "none", "default", "short", "mistral"], True)
+    assert asked[1][1][-2:] == ["trained 1", "trained 2"] and not asked[1][2]
+    assert not (tmp_path / "out").exists()
+
+
+# export
+
+
+def test_export(call, tmp_path):
+    from analysis_lib import ChatModel, SoftPrompt
+
+    SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(tmp_path / "s.safetensors")
+    code, out, _ = call("export", tmp_path / "s.safetensors", "--out", tmp_path / "all")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["peft", "vllm", "plain"]
+    assert all((tmp_path / "all" / form / "README.md").is_file() for form in ("peft", "vllm", "plain"))
+    code, out, _ = call("export", tmp_path / "s.safetensors", "--form", "vllm", "--out", tmp_path / "one")
+    assert code == 0 and [path.name for path in (tmp_path / "one").iterdir()] == ["vllm"]
+    fails(call("export", tmp_path / "no.safetensors", "--out", tmp_path), "no.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"12345678")
+    fails(call("export", tmp_path / "bad.safetensors", "--out", tmp_path), "SoftPromptError", "SoftPrompt.save wrote")
+    other = call("export", tmp_path / "s.safetensors", "--template", "vicuna", "--out", tmp_path / "two")
+    fails(other, "ChatModelError", "chat template")
+    assert not (tmp_path / "two").exists()
+
+
+def test_export_says_what_plain_would_copy(call, monkeypatch, tmp_path):
+    from analysis_lib import ChatModel, SoftPrompt, export
+
+    SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(tmp_path / "s.safetensors")
+    monkeypatch.setattr(export, "MOST_UNASKED", 1000)
+    code, out, _ = call("export", tmp_path / "s.safetensors", "--out", tmp_path / "out")
+    assert code == 0 and out.splitlines()[-1] == "plain left out: it copies 0.01 GB of weights; --form plain writes it"
+    assert not (tmp_path / "out" / "plain").exists()
+
+
+# The process
+
+
+def test_an_interrupted_run_says_how_to_go_on(call, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "ls", interrupted)
+    fails(call("cache", "ls"), "the same command goes on from there", code=130)
+
+
+def test_a_reader_that_leaves_is_no_error(store):
+    """`| head`: the pipe is closed before anything is written to it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "analysis_lib", "cache", "ls", "--store", str(store.folder)]
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_an_output_folder_that_cannot_be(call, tmp_path):

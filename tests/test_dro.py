@@ -511,12 +511,21 @@ def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
     from analysis_lib.dro import _Kept
 
     model = chat("llama")
-    kept = _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"])
-    kept.write(SoftPrompt.from_text(model, SAFETY, name="first"))
-    assert kept.read("again").name == "again"
-    kept.path.write_bytes(kept.path.read_bytes()[:40])
-    with pytest.warns(UserWarning, match="trained again"):
-        assert kept.read("again") is None
+    first = replace(
+        SoftPrompt.from_text(model, SAFETY, name="first"), config={"epochs": 1}, history=pd.DataFrame({"loss": [0.5]})
+    )
+    _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).write(first)
+    again = _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again")
+    assert again.name == "again" and np.array_equal(again.embeddings, first.embeddings) and again.history.equals(first.history)
+    assert (again.config, again.template, again.model) == (first.config, first.template, first.model)
+    assert "soft tokens" in Store(tmp_path).ls()["layers"].tolist()
+    (states,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(states.read_bytes())
+    content[-1] ^= 1
+    states.chmod(0o644)
+    states.write_bytes(content)
+    with pytest.warns(UserWarning):
+        assert _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again") is None
 
 
 @pytest.mark.parametrize("text", [None, float("nan"), "  "])

@@ -1,0 +1,118 @@
+"""What `python -m analysis_lib reproduce` leaves in its folder: the notebooks' results, figures, exports and `summary.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .chat import ChatModel
+from .data import load_queries, load_safety_prompts
+from .dro import SoftPrompt
+from .estimate import estimate
+from .export import ExportError, export
+from .judge import verdict_is_final
+from .notebooks import run_notebooks, write_figures
+from .store import Store
+
+PACKAGES = ("analysis-lib", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "plotly")
+
+
+def reproduce(
+    model: ChatModel,
+    out: Path,
+    *,
+    prompt: Path | None = None,
+    queries: str | None = None,
+    template: str | None = None,
+    forms: Sequence[str] | None = None,
+    jobs: int = 1,
+) -> bool:
+    """Runs every notebook on the model into `out`, exports the soft prompts and writes `summary.json`.
+
+    What was computed lies in the store: after an interruption the same call goes on from there. forms: see `export`.
+    Returns whether every notebook ran and every form was written.
+    """
+    before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
+    name = None if model.name == "organism" else model.name
+    runs = run_notebooks(out, model=name, prompt=prompt, queries=queries, template=template, jobs=jobs)
+    figures = write_figures(runs, out / "figures")
+    exports: dict[str, dict[str, Any]] = {}
+    for path in _soft_prompts(out):
+        if path.stat().st_mtime_ns == before.get(path):  # an earlier run's must not be exported as this one's
+            continue
+        soft = SoftPrompt.load(path, model)
+        soft.history.to_csv(_folder(out / "tables") / f"{path.stem}_history.csv", index=False)
+        written, error = {}, None
+        try:
+            written = export(soft, model, out / "export" / path.stem, forms)
+            print(f"Exported {path.stem}: " + ", ".join(str(folder) for folder in written.values()))
+        except ExportError as failure:
+            error = str(failure)
+            print(f"Not exported: {path.stem}: {error}")
+        exports[path.stem] = {
+            "file": str(path.relative_to(out)),
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "length": len(soft.embeddings),
+            "start_text": soft.start_text,
+            "config": dict(soft.config),
+            "exports": {form: str(folder.relative_to(out)) for form, folder in written.items()},
+            "error": error,
+        }
+    summary = {
+        "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}},
+        "model": {**model.about(), "device": str(model.device)},
+        "prompt": None if prompt is None else {"file": prompt.name, "text": prompt.read_text(encoding="utf-8").strip()},
+        "queries": queries or "anchor",
+        "seeds": {"sampling": 0, **{name: soft["config"].get("seed") for name, soft in exports.items()}},
+        "certificates": [c["certificate"] for c in Store().info()["certificates"] if c["model"] == model.fingerprint],
+        "soft_prompts": exports,
+        "notebooks": [{"name": run.notebook.name, "seconds": round(run.seconds, 1), "error": run.error} for run in runs],
+        "tables": sorted(str(path.relative_to(out)) for path in (out / "tables").glob("*.csv")),
+        "figures": [str(path.relative_to(out)) for path in figures],
+        "report": "report.html",
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"Summary: {out / 'summary.json'}")
+    return not any(run.error for run in runs) and not any(soft["error"] for soft in exports.values())
+
+
+def plan(model: ChatModel, out: Path, *, prompt: Path | None = None, queries: str | None = None) -> pd.DataFrame:
+    """What `reproduce` would still compute and its cost, from a short probe; prints where it would run and write.
+
+    Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are counted on the held-out
+    queries as two more that nothing is known of.
+    """
+    prompts, store = load_safety_prompts(prompt), Store()
+    start = next((name for name in prompts if name not in load_safety_prompts()), "default")  # what DRO starts from
+    anchor = {start: prompts[start], **prompts}
+    heldout = pd.concat([load_queries(name) for name in ("heldout_forms", "heldout_harmless", "borderline")], ignore_index=True)
+    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in (1, 2)}  # as long as a trained one, and in no store
+    sampling = {"n_samples": 20, "stop_when": verdict_is_final}
+    costs = {
+        "anchor": estimate(model, load_queries(queries or "anchor"), anchor, sampling=sampling, store=store),
+        "held out": estimate(model, heldout.drop(columns="harmful"), {**prompts, **trained}, sampling=sampling, store=store),
+    }
+    table = pd.concat([cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True)
+    table["GB"] = table.pop("memory_bytes") / 1e9
+    about = model.about()
+    print(
+        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts {about['prompt_goes']}, into {out}"
+    )
+    print(f"The plain form of a soft prompt copies {model.weight_bytes / 1e9:.2f} GB of weights")
+    return table[["queries", *table.columns.drop("queries")]]
+
+
+def _soft_prompts(out: Path) -> list[Path]:
+    return sorted((out / "soft_prompts").glob("*.safetensors"))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
