@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import special
 
 COLUMNS = ["model", "method", "prompt", "query_set", "metric", "value", "low", "high", "n_queries", "n_samples", "judge"]
 
@@ -17,6 +21,7 @@ METRICS: dict[str, str] = {
     "false_refusal_mean": "mean share of a harmless query's samples that were refused",
     "refusal_mean": "mean share of refused samples, of queries without an agreed answer",
     "exact_match": "fact questions answered exactly, mean over samples",
+    "judges_equal": "mean share of a query's samples on which two judges agree",
 }
 
 
@@ -28,20 +33,23 @@ def benchmark_table(
     model: str,
     judge: str = "string",
     baseline: str | None = None,
+    by: str = "form",
     n_boot: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Rates of compliance and refusal by prompt and query set.
 
-    judged: [query_id, prompt, sample, response, refused]; queries: [query_id, harmful, query_set] and optionally
-    answer (a non-empty answer makes the row a fact question, scored by exact match) and form (a set with several
-    forms is reported form by form as "set/form").
+    judged: [query_id, prompt, sample, response, refused] and, of several judges, judge; queries: [query_id, harmful,
+    query_set] and optionally answer (a non-empty answer makes the row a fact question, scored by exact match), base_id
+    (variants of one query, as `wrap_queries` makes them, are one unit: averaged before the mean, resampled together)
+    and the column `by` (a set in which it has several values is reported value by value as "set/value").
+    refused may be a probability instead of 0 or 1, as first-token estimates are: the any-metrics are then left out.
     methods: {prompt: method}, for example {"default": "text", "dro_default": "DRO"}; a prompt not named is "text".
     Unscored samples are left out, and a query without any scored sample with them.
 
     Returns COLUMNS, values in [0, 1], 95 % intervals over queries: Wilson's score interval where a query counts as 0
-    or 1, else a percentile bootstrap over queries. With baseline (a prompt): also difference, difference_low and
-    difference_high, paired by query.
+    or 1, else a bootstrap over queries. With baseline (a prompt): also difference, difference_low and
+    difference_high, paired by query. Several judges add rows of judges_equal, pair by pair.
     """
     lacking = [c for c in ("query_id", "prompt", "sample", "response", "refused") if c not in judged] + [
         c for c in ("query_id", "harmful", "query_set") if c not in queries
@@ -50,44 +58,131 @@ def benchmark_table(
         raise ValueError(
             f"missing column {', '.join(lacking)}: give judge_responses(sample_responses(...)) and the queries' table"
         )
-    unknown = set(judged["query_id"]) - set(queries["query_id"])
+    _check(judged, queries, baseline)
+    if "judge" not in judged:
+        judged = judged.assign(judge=judge)
+    cells = []
+    for name, verdicts in judged.groupby("judge", sort=False):
+        soft = not verdicts["refused"].dropna().isin([0, 1]).all()
+        for (query_set, prompt), part in _per_query(verdicts, queries, by):
+            for metric, values in _metrics(part).items():
+                if not (soft and metric.endswith("_any")):
+                    scored_by = "exact" if metric == "exact_match" else str(name)
+                    cells.append(_Cell(prompt, query_set, metric, scored_by, int(part.loc[values.index, "n"].max()), values))
+    cells += _agreement(judged, queries, by)
+    exact = dict.fromkeys((c.prompt, c.query_set) for c in cells if c.judge == "exact")  # the same for every judge: once
+    cells = [c for c in cells if c.judge != "exact" or exact.pop((c.prompt, c.query_set), 0) is None]
+    return _table(cells, queries, methods, model, baseline, n_boot, seed)
+
+
+def metric_table(
+    values: pd.DataFrame,
+    queries: pd.DataFrame,
+    methods: Mapping[str, str] | None = None,
+    *,
+    model: str,
+    metric: str,
+    judge: str = "exact",
+    n_samples: int = 1,
+    baseline: str | None = None,
+    by: str = "form",
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Rows like those of `benchmark_table` for a metric of your own: values [query_id, prompt, value], one a query and prompt.
+
+    For example the wins of `read_alpaca_eval`, or the losses of `next_token_loss`. Rows without a value are left out.
+    """
+    if lacking := [c for c in ("query_id", "prompt", "value") if c not in values]:
+        raise ValueError(f"missing column {', '.join(lacking)}: give one value for each query_id and prompt")
+    if values.duplicated(["query_id", "prompt"]).any():
+        twice = values[values.duplicated(["query_id", "prompt"])].iloc[0]
+        raise ValueError(f"query {twice['query_id']!r} has two values under {twice['prompt']!r}; average them first")
+    _check(values, queries, baseline)
+    values = values[values["value"].notna()].assign(query_set=lambda v: v["query_id"].map(_sets(queries, by)))
+    cells = [
+        _Cell(str(prompt), str(query_set), metric, judge, n_samples, part.set_index("query_id")["value"].astype(float))
+        for (query_set, prompt), part in values.groupby(["query_set", "prompt"], sort=False)
+    ]
+    return _table(cells, queries, methods, model, baseline, n_boot, seed)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One row to be: values, one a query, indexed by query_id."""
+
+    prompt: str
+    query_set: str
+    metric: str
+    judge: str
+    n_samples: int
+    values: pd.Series
+
+
+def _check(values: pd.DataFrame, queries: pd.DataFrame, baseline: str | None) -> None:
+    unknown = set(values["query_id"]) - set(queries["query_id"])
     if unknown:
         raise ValueError(
             f"{len(unknown)} judged queries are not in the queries' table (for example {min(unknown)!r}); pass the same queries"
         )
-    if baseline is not None and baseline not in set(judged["prompt"]):
-        raise ValueError(f"baseline {baseline!r} is none of the prompts {', '.join(judged['prompt'].unique())}")
+    if baseline is not None and baseline not in set(values["prompt"]):
+        raise ValueError(f"baseline {baseline!r} is none of the prompts {', '.join(values['prompt'].unique())}")
     if queries["query_id"].duplicated().any():
         first = queries.loc[queries["query_id"].duplicated(), "query_id"].iloc[0]
         raise ValueError(f"query {first!r} occurs twice in the queries' table; give each query its own query_id")
+
+
+def _table(
+    cells: Sequence[_Cell],
+    queries: pd.DataFrame,
+    methods: Mapping[str, str] | None,
+    model: str,
+    baseline: str | None,
+    n_boot: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Means, intervals and paired differences of the cells; variants of one base query are averaged first."""
+    if "base_id" in queries:
+        base = queries.set_index("query_id")["base_id"]
+        base = base.fillna(pd.Series(base.index, index=base.index))
+        cells = [replace(c, values=c.values.groupby(base.reindex(c.values.index).to_numpy(), sort=False).mean()) for c in cells]
+    start = {(c.query_set, c.metric, c.judge): c.values for c in cells if c.prompt == baseline}
     rows = []
-    for (query_set, prompt), part in _per_query(judged, queries):
-        for metric, values in _metrics(part).items():
-            low, high = _interval(metric, values.to_numpy(), n_boot, seed)
-            rows.append(
-                {
-                    "model": model,
-                    "method": (methods or {}).get(prompt, "text"),
-                    "prompt": prompt,
-                    "query_set": query_set,
-                    "metric": metric,
-                    "value": values.mean(),
-                    "low": low,
-                    "high": high,
-                    "n_queries": len(values),
-                    "n_samples": int(part.loc[values.index, "n"].max()),
-                    "judge": "exact" if metric == "exact_match" else judge,
-                    "_values": values,
-                }
-            )
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "_values"])
-    if baseline is not None:
-        table = table.join(pd.DataFrame([_difference(row, table, baseline, n_boot, seed) for _, row in table.iterrows()]))
-    return table.drop(columns="_values")
+    for cell in cells:
+        low, high = _interval(cell.values.to_numpy(), n_boot, seed)
+        row = {
+            "model": model,
+            "method": (methods or {}).get(cell.prompt, "text"),
+            "prompt": cell.prompt,
+            "query_set": cell.query_set,
+            "metric": cell.metric,
+            "value": cell.values.mean(),
+            "low": low,
+            "high": high,
+            "n_queries": len(cell.values),
+            "n_samples": cell.n_samples,
+            "judge": cell.judge,
+        }
+        if baseline is not None:
+            row |= _difference(cell.values, start.get((cell.query_set, cell.metric, cell.judge)), n_boot, seed)
+        rows.append(row)
+    more = [] if baseline is None else ["difference", "difference_low", "difference_high"]
+    return pd.DataFrame(rows, columns=COLUMNS + more)
 
 
-def _per_query(judged: pd.DataFrame, queries: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """One row a query: n scored samples, shares refused and exactly right; grouped by (set or set/form, prompt)."""
+def _sets(queries: pd.DataFrame, by: str) -> pd.Series:
+    """The label of each query's set, by query_id: the set, or "set/value" where it has several values of the column `by`."""
+    about = queries.set_index("query_id")
+    sets = about["query_set"].astype(str)
+    if by not in about:
+        return sets
+    facts = about["answer"].fillna("").astype(bool) if "answer" in about else pd.Series(False, index=about.index)
+    split = (about.groupby("query_set")[by].transform("nunique") > 1) & ~facts.groupby(sets).transform("any")
+    return sets.mask(split, sets + "/" + about[by].astype(str))
+
+
+def _per_query(judged: pd.DataFrame, queries: pd.DataFrame, by: str) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """One row a query: n scored samples, shares refused and exactly right; grouped by (set or set/value, prompt)."""
     about = queries.set_index("query_id")
     table = judged[["query_id", "prompt", "response", "refused"]].copy()
     answer = about["answer"].fillna("") if "answer" in about else pd.Series("", index=about.index)
@@ -100,13 +195,26 @@ def _per_query(judged: pd.DataFrame, queries: pd.DataFrame) -> list[tuple[tuple[
         .reset_index("prompt")
     )
     per_query["harmful"] = about["harmful"].reindex(per_query.index)
-    forms = about.groupby("query_set")["form"].nunique() if "form" in about else pd.Series(dtype=int)
-    sets = about["query_set"].astype(str)
-    for name in forms.index[forms > 1]:
-        if not answer[sets == name].astype(bool).any():
-            sets = sets.mask(sets == name, sets + "/" + about["form"].astype(str))
-    per_query["query_set"] = sets.reindex(per_query.index)
+    per_query["query_set"] = _sets(queries, by).reindex(per_query.index)
     return [(key, part) for key, part in per_query.groupby(["query_set", "prompt"], sort=False)]  # type: ignore[misc]
+
+
+def _agreement(judged: pd.DataFrame, queries: pd.DataFrame, by: str) -> list[_Cell]:
+    """Cells of judges_equal for every pair of judges, of the responses that both scored."""
+    verdicts = judged.pivot_table("refused", ["query_id", "prompt", "sample"], "judge", sort=False)
+    sets = _sets(queries, by)
+    cells = []
+    for first, second in itertools.combinations(dict.fromkeys(judged["judge"]), 2):
+        if not {first, second} <= set(verdicts):  # one of them scored nothing
+            continue
+        both = verdicts[[first, second]].dropna()
+        equal = (both[first] == both[second]).astype(float).rename("equal").reset_index()
+        equal["query_set"] = equal["query_id"].map(sets)
+        for (query_set, prompt), part in equal.groupby(["query_set", "prompt"], sort=False):
+            shares = part.groupby("query_id", sort=False)["equal"].agg(["mean", "size"])
+            label = f"{first} = {second}"
+            cells.append(_Cell(prompt, query_set, "judges_equal", label, int(shares["size"].max()), shares["mean"]))
+    return cells
 
 
 def _metrics(part: pd.DataFrame) -> dict[str, pd.Series]:
@@ -125,47 +233,119 @@ def _metrics(part: pd.DataFrame) -> dict[str, pd.Series]:
     return {metric: values for metric, values in found.items() if len(values)}
 
 
-def _difference(row: pd.Series, table: pd.DataFrame, baseline: str, n_boot: int, seed: int) -> dict[str, float]:
-    same = table[(table["query_set"] == row["query_set"]) & (table["metric"] == row["metric"]) & (table["prompt"] == baseline)]
-    paired = np.empty(0) if same.empty else (row["_values"] - same.iloc[0]["_values"]).dropna().to_numpy()
+def _difference(values: pd.Series, start: pd.Series | None, n_boot: int, seed: int) -> dict[str, float]:
+    paired = np.empty(0) if start is None else (values - start).dropna().to_numpy()
     if not len(paired):
         return {"difference": np.nan, "difference_low": np.nan, "difference_high": np.nan}
-    low, high = bootstrap_interval(paired, n_boot=n_boot, seed=seed)
+    if values is start:  # the baseline itself
+        return {"difference": 0.0, "difference_low": 0.0, "difference_high": 0.0}
+    low, high = difference_interval(paired, n_boot=n_boot, seed=seed)
     return {"difference": paired.mean(), "difference_low": low, "difference_high": high}
 
 
-def _interval(metric: str, values: NDArray, n_boot: int, seed: int) -> tuple[float, float]:
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        return wilson_interval(int(values.sum()), len(values))
-    return bootstrap_interval(values, n_boot=n_boot, seed=seed)
+def _interval(values: NDArray, n_boot: int, seed: int) -> tuple[float, float]:
+    rates = values.min() >= 0 and values.max() <= 1
+    return (rate_interval if rates else bootstrap_interval)(values, n_boot=n_boot, seed=seed)
 
 
-def wilson_interval(k: int, n: int, *, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(k: float, n: float, *, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's score interval of a share k / n; 95 % by default. It stays open at 0 of n, where a bootstrap closes."""
     if not 0 <= k <= n or n < 1:
         raise ValueError(f"{k} of {n} is no share")
     p, z2 = k / n, z * z
     center = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return float(max(0.0, center - half)), float(min(1.0, center + half))
+    return (float(max(0.0, center - half)) if k else 0.0), (float(min(1.0, center + half)) if k < n else 1.0)
 
 
-def bootstrap_interval(
-    values: NDArray,
-    *,
-    statistic: Callable[[NDArray], NDArray] | None = None,
-    n_boot: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap of a statistic (the mean) over queries; values (n,), one number a query.
+FEW = 4  # queries that differ; a bootstrap of fewer often draws none of them
 
-    statistic maps resampled values (n_boot, n) to (n_boot,).
+
+def rate_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Interval of the mean of values (n,) in [0, 1], one rate a query.
+
+    Wilson's where every query counts as 0 or 1, else a studentized bootstrap of arcsin sqrt: percentile and bias-corrected
+    bootstraps are too short for rates near 0. Where fewer than FEW queries differ from 0 (or from 1) it is Wilson's on the
+    effective number of queries, that at which a share would vary as these rates do. Coverage of the 95 % interval, by
+    simulation with 100 queries: 93 to 97 % where six queries or more differ, about 91 % where four do at widely varying rates.
     """
+    values = _checked(values)
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError("a rate lies in [0, 1]; take bootstrap_interval for other values, difference_interval for differences")
+    n, mean, variance = len(values), values.mean(), values.var()
+    if min(np.count_nonzero(values), np.count_nonzero(values < 1)) >= FEW and not np.isin(values, (0, 1)).all():
+        slope = lambda p: 0.5 / np.sqrt(p * (1 - p))  # noqa: E731
+        ends = _studentized(values, lambda p: np.arcsin(np.sqrt(p)), slope, n_boot, level, seed)
+        low, high = np.sin(np.clip(ends, 0, np.pi / 2)) ** 2
+        return float(low), float(high)
+    effective = n * mean * (1 - mean) / variance if variance else n
+    return wilson_interval(mean * effective, effective, z=_z(level))
+
+
+def difference_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Interval of the mean of paired differences (n,), one a query.
+
+    That of `bootstrap_interval`. Where queries count as 0 or 1, or fewer than FEW differ at all, it is the interval of Agresti
+    and Min (2005): a half is added to each cell of the two-by-two table, so that it stays open where no query differs.
+    """
+    values = _checked(values)
+    few = np.count_nonzero(values) < FEW and np.abs(values).max() <= 1
+    if not few and not np.isin(values, (-1, 0, 1)).all():
+        return bootstrap_interval(values, n_boot=n_boot, level=level, seed=seed)
+    n = len(values) + 2
+    mean = values.sum() / n
+    half = _z(level) * np.sqrt((((values**2).sum() + 1) / n - mean**2) / n)
+    return float(max(-1.0, mean - half)), float(min(1.0, mean + half))
+
+
+def bootstrap_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Interval of the mean over queries; values (n,), one number a query, in any unit.
+
+    On each side the farther end of Student's and of the studentized bootstrap's interval: the first fails where values are
+    skewed, the second where they have heavy tails on both sides.
+    """
+    values = _checked(values)
+    low, high = _studentized(values, lambda mean: mean, np.ones_like, n_boot, level, seed)
+    df = max(len(values) - 1, 1)
+    half = special.stdtrit(df, (1 + level) / 2) * values.std() / np.sqrt(df)
+    return float(min(low, values.mean() - half)), float(max(high, values.mean() + half))
+
+
+def _checked(values: NDArray) -> NDArray:
     values = np.asarray(values, dtype=float)
     if not len(values) or not np.isfinite(values).all():
         raise ValueError("an interval needs at least one value and no NaN; leave unscored queries out")
-    draws = values[np.random.default_rng(seed).integers(len(values), size=(n_boot, len(values)))]
-    means = draws.mean(axis=1) if statistic is None else statistic(draws)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return values
+
+
+def _z(level: float) -> float:
+    return float(special.ndtri((1 + level) / 2))
+
+
+def _studentized(
+    values: NDArray,
+    scale: Callable[[NDArray], NDArray],
+    slope: Callable[[NDArray], NDArray],
+    n_boot: int,
+    level: float,
+    seed: int,
+) -> tuple[float, float]:
+    """Ends on the scale: the estimate minus quantiles of (resampled - estimate) / its error, times the error."""
+    times, center = _times_drawn(len(values), n_boot, seed), values.mean()
+    first, second = (times @ np.stack([values - center, (values - center) ** 2], axis=1)).T / len(values)
+    means, deviations = center + first, np.sqrt(np.maximum(second - first**2, 0))
+    has_spread = deviations > 1e-6 * values.std()  # without it a resample says nothing about the error
+    estimate, error = scale(center), values.std() * slope(center)
+    if not has_spread.any():
+        return float(estimate), float(estimate)
+    means, deviations = means[has_spread], deviations[has_spread]
+    t = (scale(means) - estimate) / (deviations * slope(means))
+    below, above = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    return float(estimate - above * error), float(estimate - below * error)
+
+
+@lru_cache(maxsize=4)
+def _times_drawn(n: int, n_boot: int, seed: int) -> NDArray:
+    """(n_boot, n): how often each of n queries is drawn; the same for every cell of a table."""
+    drawn = np.random.default_rng(seed).integers(n, size=(n_boot, n)) + n * np.arange(n_boot)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n_boot * n).reshape(n_boot, n).astype(float)

@@ -7,8 +7,19 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import special
+from scipy.stats import binom
 
-from analysis_lib.benchmark import COLUMNS, METRICS, benchmark_table, bootstrap_interval, wilson_interval
+from analysis_lib.benchmark import (
+    COLUMNS,
+    METRICS,
+    benchmark_table,
+    bootstrap_interval,
+    difference_interval,
+    metric_table,
+    rate_interval,
+    wilson_interval,
+)
 
 N = float("nan")
 
@@ -80,7 +91,7 @@ def test_values_by_hand(table):
     for key, (value, n) in expected.items():
         assert table.loc[key, "value"] == pytest.approx(value), key
         assert table.loc[key, "n_queries"] == n, key
-    assert set(table.index.get_level_values("metric")) == set(METRICS)
+    assert set(table.index.get_level_values("metric")) == set(METRICS) - {"judges_equal"}  # there is one judge
 
 
 def test_labels_of_the_rows(table):
@@ -95,18 +106,18 @@ def test_labels_of_the_rows(table):
 
 
 def test_intervals_are_the_ones_named(table):
-    """Wilson where queries count as 0 or 1, else the bootstrap over queries; both hold the value."""
+    """Wilson where queries count as 0 or 1, else the interval of rates; both hold the value."""
     row = table.loc["anchor", "none", "compliance_any"]
     assert (row["low"], row["high"]) == wilson_interval(2, 3)
     row = table.loc["anchor", "none", "compliance_mean"]
-    assert (row["low"], row["high"]) == bootstrap_interval(np.array([0, 0.5, 1]))
+    assert (row["low"], row["high"]) == rate_interval(np.array([0, 0.5, 1]))
     assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
 
 
 def test_differences_are_paired_by_query(table):
     row = table.loc["anchor", "soft", "compliance_mean"]  # h1 0, h2 -1/2, h3 -1/4
     assert row["difference"] == pytest.approx(-1 / 4)
-    low, high = bootstrap_interval(np.array([0, -0.5, -0.25]))
+    low, high = difference_interval(np.array([0, -0.5, -0.25]))
     assert (row["difference_low"], row["difference_high"]) == (low, high)
     own = table.xs("none", level="prompt")
     assert (own[["difference", "difference_low", "difference_high"]] == 0).all().all()
@@ -177,6 +188,95 @@ def test_errors_name_the_cause(table, queries, baseline, message):
         benchmark_table(table, queries, model="m", baseline=baseline)
 
 
+# Several judges, variants of a query, other metrics
+
+
+def test_several_judges_side_by_side():
+    """Judge b differs from a on one of h2's and one of h3's two commonly scored samples."""
+    b = {**BEFORE, "h2": [1, 0, 1, 1], "h3": [1, 1, 0, N]}
+    both = pd.concat([judged(BEFORE, "none", ANSWERS).assign(judge="a"), judged(b, "none", ANSWERS).assign(judge="b")])
+    table = benchmark_table(both, QUERIES, model="m", baseline="none").set_index(["query_set", "metric", "judge"])["value"]
+    assert table["anchor", "compliance_mean", "a"] == pytest.approx((0 + 1 / 2 + 1) / 3)
+    assert table["anchor", "compliance_mean", "b"] == pytest.approx((0 + 1 / 4 + 1 / 3) / 3)
+    # h1 4 of 4, h2 3 of 4, h3 (samples 0 and 2) 1 of 2, g1 and g2 all
+    assert table["anchor", "judges_equal", "a = b"] == pytest.approx((1 + 3 / 4 + 1 / 2 + 1 + 1) / 5)
+    assert table["borderline", "judges_equal", "a = b"] == 1
+    assert table.xs("exact_match", level="metric").index.tolist() == [("facts", "exact")]  # once, not once a judge
+    silent = both.assign(refused=both["refused"].where(both["judge"] == "a"))
+    assert "judges_equal" not in set(benchmark_table(silent, QUERIES, model="m")["metric"])
+
+
+def test_probabilities_have_no_any_metric():
+    soft = judged({"h1": [0.9], "h2": [0.2], "g1": [0.25]})
+    table = benchmark_table(soft, QUERIES, model="m").set_index("metric")["value"]
+    assert table.to_dict() == pytest.approx({"compliance_mean": 0.45, "false_refusal_mean": 0.25})
+
+
+WRAPPED = pd.DataFrame(
+    [
+        (f"{q}+{w}", harmful, "anchor+wrapped", w, q)
+        for w in ("a", "b")
+        for q, harmful in [("h1", True), ("h2", True), ("g1", False), ("g2", False)]
+    ],
+    columns=["query_id", "harmful", "query_set", "wrapper", "base_id"],
+).astype({"harmful": "boolean"})
+WRAPPED_VERDICTS = {
+    "h1+a": [1, 1],
+    "h1+b": [0, 0],
+    "h2+a": [1, 0],
+    "h2+b": [1, 1],
+    "g1+a": [0, 0],
+    "g1+b": [0, 1],
+    "g2+a": [0, 0],
+}
+
+
+def test_variants_of_a_query_are_one_unit():
+    table = benchmark_table(judged(WRAPPED_VERDICTS), WRAPPED, model="m").set_index("metric")
+    row = table.loc["compliance_mean"]  # h1 (0 + 1) / 2, h2 (1/2 + 0) / 2
+    assert row["value"] == pytest.approx(3 / 8) and row["n_queries"] == 2 and row["query_set"] == "anchor+wrapped"
+    assert table.loc["compliance_any", "value"] == pytest.approx(1 / 2)
+    assert table.loc["false_refusal_mean", "value"] == pytest.approx((1 / 4 + 0) / 2)
+    by = benchmark_table(judged(WRAPPED_VERDICTS), WRAPPED, model="m", by="wrapper").set_index(["query_set", "metric"])["value"]
+    assert by["anchor+wrapped/a", "compliance_mean"] == pytest.approx(1 / 4)
+    assert by["anchor+wrapped/b", "compliance_mean"] == pytest.approx(1 / 2)
+
+
+def test_ten_copies_of_a_query_are_no_more_evidence():
+    rng = np.random.default_rng(0)
+    verdicts = {f"q{i}": rng.integers(0, 2, 4).tolist() for i in range(30)}
+    queries = pd.DataFrame({"query_id": list(verdicts), "harmful": True, "query_set": "s"}).astype({"harmful": "boolean"})
+    alone = benchmark_table(judged(verdicts), queries, model="m")
+    copies = pd.concat([queries.assign(query_id=queries["query_id"] + f"+{i}", base_id=queries["query_id"]) for i in range(10)])
+    many = {f"{q}+{i}": v for i in range(10) for q, v in verdicts.items()}
+    ten = benchmark_table(judged(many), copies, model="m")
+    pd.testing.assert_frame_equal(ten.drop(columns="query_set"), alone.drop(columns="query_set"), rtol=0.01)
+    mixed = pd.concat([queries, copies.assign(query_set="s+wrapped")], ignore_index=True)  # a plain query is its own base
+    both = benchmark_table(pd.concat([judged(verdicts), judged(many)]), mixed, model="m")
+    pd.testing.assert_frame_equal(both[both["query_set"] == "s"].reset_index(drop=True), alone, rtol=0.01)
+
+
+def test_a_metric_of_ones_own():
+    values = pd.DataFrame(
+        {
+            "query_id": ["f1", "f2", "f1", "f2", "g1"],
+            "prompt": ["none", "none", "soft", "soft", "none"],
+            "value": [1.0, 3.0, 2.0, 3.5, N],
+        }
+    )
+    table = metric_table(values, QUERIES, {"soft": "DRO"}, model="m", metric="next_token_loss", baseline="none").set_index(
+        "prompt"
+    )
+    assert list(table.columns) == [*(c for c in COLUMNS if c != "prompt"), "difference", "difference_low", "difference_high"]
+    assert table["value"].to_dict() == {"none": 2.0, "soft": 2.75} and set(table["query_set"]) == {"facts"}
+    assert table.loc["soft", "difference"] == 0.75 and table.loc["soft", "method"] == "DRO"
+    assert (table["low"] < table["value"]).all() and (table["high"] > table["value"]).all()
+    with pytest.raises(ValueError, match="missing column value"):
+        metric_table(values.drop(columns="value"), QUERIES, model="m", metric="x")
+    with pytest.raises(ValueError, match="query 'f1' has two values under 'none'"):
+        metric_table(pd.concat([values, values[:1]]), QUERIES, model="m", metric="x")
+
+
 # Intervals
 
 
@@ -222,22 +322,131 @@ def test_wilson_refuses_what_is_no_share(k, n):
         wilson_interval(k, n)
 
 
-@pytest.mark.parametrize("p", [0.05, 0.3, 0.5])
+def coverage(ends, truth):
+    return np.mean([low <= truth <= high for low, high in ends])
+
+
+@pytest.mark.parametrize("p", [0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
 def test_wilson_covers(p):
-    """1,000 binomial draws of 100 with known p: 93 to 97 % of the intervals hold it."""
-    counts = np.random.default_rng(1).binomial(100, p, size=1000)
-    ends = {k: wilson_interval(int(k), 100) for k in np.unique(counts)}
-    held = np.mean([ends[k][0] <= p <= ends[k][1] for k in counts])
+    """Of all the binomial draws of 100, weighted by their probability: 93 to 97 % of the intervals hold p."""
+    held = sum(binom.pmf(k, 100, p) for k in range(101) if wilson_interval(k, 100)[0] <= p <= wilson_interval(k, 100)[1])
     assert 0.93 <= held <= 0.97
+    draws = np.random.default_rng(1).random((1000, 100)) < p
+    assert abs(coverage(map(rate_interval, draws.astype(float)), p) - held) < 0.025  # three standard errors
 
 
-def test_bootstrap_covers():
-    """1,000 draws of 100 refusal rates of known mean: 93 to 97 % of the intervals hold it."""
+def few_often(share, rate):
+    """Rates that are 0 except of a share of the queries."""
+    return lambda rng, size: rate * (rng.random(size) < share), share * rate
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        (lambda rng, size: rng.beta(1, 2, size), 1 / 3),
+        (lambda rng, size: rng.beta(0.1, 0.9, size), 0.1),
+        (lambda rng, size: rng.beta(0.3, 12.2, size), 0.024),  # about 26 of 100 queries differ from 0
+        (lambda rng, size: rng.beta(0.1, 4.07, size), 0.024),  # 17
+        (lambda rng, size: rng.beta(0.05, 2.03, size), 0.024),  # 12
+        (lambda rng, size: rng.beta(0.03, 1.22, size), 0.024),  # 9
+        (lambda rng, size: 1 - rng.beta(0.1, 4.07, size), 0.976),
+        few_often(0.1, 0.3),
+        few_often(0.05, 0.5),
+    ],
+)
+def test_intervals_of_rates_cover(draw, truth):
+    """1,000 draws of 100 queries, 20 samples each, of known mean: 93 to 97 % of the intervals hold it."""
     rng = np.random.default_rng(2)
-    rates = rng.binomial(20, rng.beta(1, 2, size=(1000, 100))) / 20  # mean 1/3, skewed, many at 0
-    ends = np.array([bootstrap_interval(values, n_boot=400, seed=i) for i, values in enumerate(rates)])
-    held = np.mean((ends[:, 0] <= 1 / 3) & (1 / 3 <= ends[:, 1]))
+    rates = rng.binomial(20, draw(rng, (1000, 100))) / 20
+    held = coverage([rate_interval(values) for values in rates], truth)
     assert 0.93 <= held <= 0.97
+
+
+@pytest.mark.parametrize(("spread", "differ", "least", "most"), [(0.02, 7.6, 0.93, 0.97), (0.007, 4.5, 0.89, 0.93)])
+def test_where_intervals_of_rates_stop_covering(spread, differ, least, most):
+    """The boundary which `rate_interval` states, by how many of 100 queries differ from 0 on average."""
+    rng = np.random.default_rng(30)
+    rates = rng.binomial(20, rng.beta(spread, spread * 0.976 / 0.024, size=(1000, 100))) / 20
+    assert np.count_nonzero(rates, axis=1).mean() == pytest.approx(differ, abs=0.2)
+    held = coverage([rate_interval(values) for values in rates], 0.024)
+    assert least <= held <= most
+
+
+def test_the_simulation_tells_a_short_interval():
+    """The percentile bootstrap, tried on the same kind of rates, does not pass."""
+    rng = np.random.default_rng(2)
+    rates = rng.binomial(20, rng.beta(0.05, 2.03, (1000, 100))) / 20
+    ends = [np.quantile(values[rng.integers(100, size=(500, 100))].mean(axis=1), [0.025, 0.975]) for values in rates]
+    assert coverage(ends, 0.024) < 0.92
+
+
+def difficulties(first, second, spread):
+    """Paired differences of 20-sample rates, (1000, 100), of queries whose logits share a difficulty; and their true mean."""
+
+    def draw(rng, size, n=20):
+        query = rng.normal(size=size) * spread
+        p = [special.expit(logit + query + rng.normal(size=size)) for logit in (first, second)]
+        return (p[0] - p[1]) if n is None else (rng.binomial(n, p[0]) - rng.binomial(n, p[1])) / n
+
+    return draw, draw(np.random.default_rng(0), 2_000_000, None).mean()
+
+
+def shares(first, second, common):
+    """Paired differences of 0 and 1; `common` of the queries have the same threshold under both."""
+
+    def draw(rng, size):
+        one, other = rng.random((2, *size))
+        return (one < first) * 1.0 - (np.where(rng.random(size) < common, one, other) < second)
+
+    return draw, first - second
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        difficulties(0, -2, 2),  # means .50 and .24
+        difficulties(-3, -4, 2),  # .15 and .08
+        difficulties(-5, -5, 3),  # .08 and .08: heavy tails
+        difficulties(-6, -7, 3),  # .05 and .03
+        difficulties(-8, -6, 3),  # .01 and .05
+        difficulties(-9, -7, 3),  # .01 and .03: skewed
+        shares(0.5, 0.02, 0.0),
+        shares(0.5, 0.3, 0.7),
+        shares(0.1, 0.2, 0.5),
+        shares(0.02, 0.1, 0.5),
+        shares(0.01, 0.07, 0.8),  # 6 of 100 queries differ
+    ],
+)
+def test_intervals_of_differences_cover(draw, truth):
+    values = draw(np.random.default_rng(4), (1000, 100))
+    held = coverage([difference_interval(row) for row in values], truth)
+    assert 0.93 <= held <= 0.97
+
+
+def test_intervals_of_differences_are_wide_where_few_queries_differ():
+    """2 of 100 differ: 95 % and more. None differs: still open, by about 2 in 100 on each side."""
+    draw, truth = shares(0.02, 0.02, 0.5)
+    values = draw(np.random.default_rng(5), (1000, 100))
+    assert coverage([difference_interval(row) for row in values], truth) >= 0.95
+    low, high = difference_interval(np.zeros(100))
+    assert low == -high and 0.015 < high < 0.025
+
+
+def test_the_adjusted_interval_by_hand():
+    """30 queries, 1 better and 6 worse: (1 - 6) / 32 and its error from 1.5, 6.5 discordant in 32."""
+    mean = -5 / 32
+    half = 1.959964 * math.sqrt((8 / 32 - mean**2) / 32)
+    assert difference_interval(np.array([1.0] + [-1.0] * 6 + [0.0] * 23)) == pytest.approx((mean - half, mean + half), abs=1e-6)
+
+
+def test_rates_with_few_away_from_zero():
+    """3 of 100 at 0.8: no bootstrap, an open interval between those of 2 and of 4 whole queries."""
+    rates = np.array([0.8] * 3 + [0.0] * 97)
+    low, high = rate_interval(rates)
+    assert wilson_interval(1, 100)[0] < low < 0.024 < high < wilson_interval(4, 100)[1]
+    mirrored = rate_interval(1 - rates)
+    assert mirrored == pytest.approx((1 - high, 1 - low))
+    assert rate_interval(np.zeros(100)) == wilson_interval(0, 100)
 
 
 def test_bootstrap_width_and_level():
@@ -248,17 +457,24 @@ def test_bootstrap_width_and_level():
     narrow = bootstrap_interval(values, n_boot=4000, level=0.5)
     assert low < narrow[0] < narrow[1] < high
     assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * error, rel=0.1)
-    assert bootstrap_interval(values) == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+    skewed = values**4
+    assert bootstrap_interval(skewed) == bootstrap_interval(skewed) != bootstrap_interval(skewed, seed=1)
+    assert bootstrap_interval(5 + 3 * values) == pytest.approx([5 + 3 * end for end in bootstrap_interval(values)])
 
 
-def test_bootstrap_of_another_statistic():
-    values = np.arange(101.0)
-    low, high = bootstrap_interval(values, statistic=lambda draws: np.median(draws, axis=1))
-    assert 25 < low < 50 < high < 75
-    assert bootstrap_interval(values, statistic=lambda draws: draws.mean(axis=1)) == bootstrap_interval(values)
+def test_the_longer_tail_gets_the_farther_end():
+    low, high = bootstrap_interval(np.random.default_rng(1).exponential(size=50) ** 2)
+    mean = np.mean(np.random.default_rng(1).exponential(size=50) ** 2)
+    assert high - mean > 1.3 * (mean - low)
 
 
+@pytest.mark.parametrize("interval", [rate_interval, difference_interval, bootstrap_interval])
 @pytest.mark.parametrize("values", [[], [0.5, N]])
-def test_bootstrap_refuses(values):
+def test_intervals_refuse(interval, values):
     with pytest.raises(ValueError, match="at least one value and no NaN"):
-        bootstrap_interval(np.array(values))
+        interval(np.array(values))
+
+
+def test_rates_outside_the_unit_interval_are_refused():
+    with pytest.raises(ValueError, match=r"a rate lies in \[0, 1\]; take bootstrap_interval"):
+        rate_interval(np.array([0.5, 1.5]))
