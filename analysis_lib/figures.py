@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -51,7 +51,7 @@ TEMPLATE = go.layout.Template(
         colorway=PROMPT_COLORS,
         xaxis=_AXIS,
         yaxis=_AXIS,
-        legend=dict(bgcolor="rgba(0,0,0,0)", itemsizing="constant"),
+        legend=dict(bgcolor="rgba(0,0,0,0)", itemsizing="constant", tracegroupgap=0),
         hoverlabel=dict(bgcolor="#333333", font=dict(color="#FFFFFF"), align="left"),
     )
 )
@@ -165,7 +165,7 @@ def plot_dro(
     points = points[points["prompt"].isin(names)]
     xy = _plane(points, components, where)
     fig = go.Figure()
-    _add_points(fig, points, xy, names, set(names), "prompt", opacity=0.5)
+    _add_points(fig, points, xy, names, set(names), "prompt")
     means = _group_means(points, xy)
     for step, (tail, head) in enumerate(zip(names, names[1:], strict=False)):
         for cls in CLASSES:
@@ -188,22 +188,35 @@ def plot_dro(
 
 
 def plot_calibration(
-    table: pd.DataFrame, *, bins: int = 10, title: str = "Predicted and observed refusal", note: str | None = None
+    table: pd.DataFrame,
+    *,
+    x: str = "predicted",
+    bins: int = 10,
+    title: str = "Predicted and observed refusal",
+    note: str | None = None,
 ) -> go.Figure:
-    """Predicted probability against observed rate: every row as a point, and the mean of each of `bins` equal bins.
+    """Observed refusal rate against the predicted probability, or against what predicts it, with the curve of the prediction.
 
-    table: predicted, observed (both in [0, 1]) and perhaps query_id, prompt, text.
+    Every row is a point; the line joins the means of `bins` equal bins of the predicted probability.
+    table: predicted, observed (both in [0, 1]), perhaps query_id, prompt, text. x: "predicted", or a column that the
+    prediction is a function of, such as "projection" (on the refusal direction, in units of the hidden space).
     """
-    _need(table, ["predicted", "observed"], "plot_calibration")
-    table = table.dropna(subset=["predicted", "observed"])
+    _need(table, ["predicted", "observed", x], "plot_calibration")
+    table = table.dropna(subset=["predicted", "observed", x]).sort_values(x, kind="stable")
     which = np.clip((table["predicted"].to_numpy(float) * bins).astype(int), 0, bins - 1)
-    binned = table[["predicted", "observed"]].groupby(which).agg(["mean", "size"])
+    binned = table[list(dict.fromkeys([x, "observed"]))].groupby(which).agg(["mean", "size"])
     n = binned["observed", "size"].to_numpy()
     fig = go.Figure()
-    fig.add_trace(_diagonal(0, 1, "perfectly calibrated"))
+    if x == "predicted":
+        fig.add_trace(_diagonal(0, 1, "perfectly calibrated"))
+    else:
+        some = table.iloc[np.unique(np.linspace(0, len(table) - 1, 200).astype(int))] if len(table) else table
+        line = dict(color=GREY, dash="dash")
+        curve = go.Scatter(x=_round(some[x]), y=_round(some["predicted"]), mode="lines", line=line, hoverinfo="skip")
+        fig.add_trace(curve.update(name="predicted probability"))
     fig.add_trace(
         go.Scatter(
-            x=_round(table["predicted"]),
+            x=_round(table[x]),
             y=_round(table["observed"]),
             mode="markers",
             marker=dict(color=PROMPT_COLORS[1], size=6, opacity=0.4),
@@ -214,7 +227,7 @@ def plot_calibration(
     )
     fig.add_trace(
         go.Scatter(
-            x=_round(binned["predicted", "mean"]),
+            x=_round(binned[x, "mean"]),
             y=_round(binned["observed", "mean"]),
             mode="lines+markers",
             marker=dict(color=PROMPT_COLORS[3], size=10),
@@ -224,7 +237,11 @@ def plot_calibration(
             name=f"mean of a bin (of {bins})",
         )
     )
-    fig.update_xaxes(title_text="predicted probability of refusal", range=[-0.03, 1.03])
+    titles = {
+        "predicted": "predicted probability of refusal",
+        "projection": "projection on the refusal direction (units of the hidden space)",
+    }
+    fig.update_xaxes(title_text=titles.get(x, text(x).replace("_", " ")), range=[-0.03, 1.03] if x == "predicted" else None)
     fig.update_yaxes(title_text="observed refusal rate", range=[-0.03, 1.03])
     return _finish(fig, title, note, width=720)
 
@@ -310,12 +327,14 @@ def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str |
     facets = list(dict.fromkeys(zip(table["metric"], table["query_set"], strict=True)))
     ncols = min(3, len(facets))
     nrows = -(-len(facets) // ncols)
+    panel = 60 + 26 * len(lines) * max(1, len(models) / 2)
+    plots = nrows * panel + (nrows - 1) * BETWEEN
     fig = make_subplots(
         rows=nrows,
         cols=ncols,
         shared_yaxes=True,
         horizontal_spacing=0.03,
-        vertical_spacing=0.3 / nrows,
+        vertical_spacing=BETWEEN / plots,
         subplot_titles=[text(query_set) for _, query_set in facets],
     )
     for at, (metric, query_set) in enumerate(facets):
@@ -327,14 +346,7 @@ def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str |
             trace = go.Scatter(
                 x=_round(part["value"]),
                 y=[lines.index(line) + offset for line in labels[keep]],
-                error_x=dict(
-                    type="data",
-                    symmetric=False,
-                    array=_round(part["high"] - part["value"]),
-                    arrayminus=_round(part["value"] - part["low"]),
-                    thickness=1.5,
-                    width=3,
-                ),
+                error_x=_interval(part, "value", ""),
                 mode="markers",
                 marker=dict(color=PROMPT_COLORS[m % 4], size=8, symbol=("circle", "square", "diamond")[m // 4 % 3]),
                 hovertext=_benchmark_hover(part, labels[keep]),
@@ -349,10 +361,83 @@ def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str |
     fig.update_yaxes(range=[len(lines) - 0.5, -0.5], **ticks)
     # Set by hand: a margin that plotly grows by itself would push the note out of the picture.
     left = 30 + int(6.5 * min(40, max(map(len, lines))))
-    panel = 60 + 26 * len(lines) * max(1, len(models) / 2)
-    legend = dict(orientation="h", x=1, xanchor="right", y=1 + 30 / (panel * nrows), yanchor="bottom")
+    legend = dict(orientation="h", x=1, xanchor="right", y=1 + 30 / plots, yanchor="bottom")
     fig.update_layout(legend=legend)
-    return _finish(fig, title, note, height=int(130 + nrows * (panel + 50)), left=left, right=30, top=95)
+    return _finish(fig, title, note, height=int(95 + plots + BOTTOM), left=left, right=30, top=95)
+
+
+def plot_by_model(
+    table: pd.DataFrame, *, start: str | None = None, title: str = "Models and their average", note: str | None = None
+) -> go.Figure:
+    """Dots with intervals: one panel per query set, one line per model, one hue per method and prompt; a slider over metrics.
+
+    table: model, method, prompt, query_set, metric, value, low, high, one row of each. The slider is there where metrics are
+    several, begins at `start` (the first) and needs no kernel. Raises ValueError on a repeated or missing row, an unknown
+    metric, and more conditions than hues.
+    """
+    where = "plot_by_model"
+    keys = ["query_set", "method", "prompt", "model", "metric"]
+    _need(table, [*keys, "value", "low", "high"], where)
+    metrics, models = list(dict.fromkeys(table["metric"])), list(dict.fromkeys(table["model"]))
+    panels = list(dict.fromkeys(table["query_set"]))
+    conditions = list(dict.fromkeys(zip(table["method"], table["prompt"], strict=True)))
+    start = metrics[0] if start is None else start
+    if start not in metrics or len(conditions) > len(PROMPT_COLORS):
+        raise ValueError(
+            f"{where}: start {start!r} must be one of {metrics}, and conditions at most {len(PROMPT_COLORS)}: {conditions}"
+        )
+    cells = [(p, c) for p in panels for c in conditions]
+    lines = pd.MultiIndex.from_tuples([(p, *c, m, metric) for p, c in cells for m in models for metric in metrics], names=keys)
+    if table.duplicated(keys).any() or len(table) != len(lines):
+        raise ValueError(
+            f"{where}: {len(table)} rows for {len(lines)} dots; give one row for each model, condition, set and metric"
+        )
+    rows = table.set_index(keys)[["value", "low", "high"]].reindex(lines).to_numpy()
+    value, low, high = _round(rows).reshape(len(cells), len(models), len(metrics), 3).transpose(3, 2, 0, 1)
+    more, less = np.round(high - value, 4), np.round(value - low, 4)  # (metrics, traces, models)
+    at = metrics.index(start)
+    fig = make_subplots(cols=len(panels), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[text(p) for p in panels])
+    for i, (panel, condition) in enumerate(cells):
+        place = conditions.index(condition)
+        name = " / ".join(dict.fromkeys(map(str, condition)))
+        trace = go.Scatter(
+            x=value[at, i],
+            y=np.round(np.arange(len(models)) + (place - (len(conditions) - 1) / 2) * 0.7 / len(conditions), 4),
+            error_x=dict(type="data", symmetric=False, array=more[at, i], arrayminus=less[at, i], thickness=1.5, width=2),
+            mode="markers",
+            marker=dict(color=PROMPT_COLORS[place], size=7, symbol=("circle", "square", "diamond", "cross")[place]),
+            text=[text(f"{model}, {name}") for model in models],
+            hovertemplate="%{text}: %{x:.3f}<extra></extra>",
+            name=label(name, 40),
+            legendgroup=str(place),
+            showlegend=panel == panels[0],
+        )
+        fig.add_trace(trace, row=1, col=panels.index(panel) + 1)
+    for col in range(len(panels)):
+        part = slice(col * len(conditions), (col + 1) * len(conditions))
+        ends = _round([min(0, low[:, part].min()), max(0, high[:, part].max())])
+        fig.update_xaxes(range=[1.04 * ends[0] - 0.02 * ends[1], 1.04 * ends[1] - 0.02 * ends[0]], row=1, col=col + 1)
+    fig.update_yaxes(range=[len(models) - 0.5, -0.5], tickvals=list(range(len(models))), ticktext=[label(m, 40) for m in models])
+    fig.update_layout(legend=dict(orientation="h", x=1, xanchor="right", y=1.07, yanchor="bottom"))
+    fig = _finish(fig, title, note, height=170 + 52 * len(models), left=30 + int(6.5 * max(map(len, models))), right=30, top=110)
+    if len(metrics) > 1:
+        steps = [
+            dict(
+                method="restyle",
+                label=label(metric),
+                args=[{"x": value[m].tolist(), "error_x.array": more[m].tolist(), "error_x.arrayminus": less[m].tolist()}],
+            )
+            for m, metric in enumerate(metrics)
+        ]
+        room = 85  # pixels below the axes
+        fig.update_layout(
+            height=fig.layout.height + room,
+            margin_b=fig.layout.margin.b + room,
+            sliders=[dict(active=at, steps=steps, pad=dict(t=35), currentvalue=dict(prefix="metric: "), len=0.95, x=0)],
+        )
+        for note_line in fig.select_annotations(dict(name="note")):
+            note_line.yshift -= room
+    return fig
 
 
 def plot_rates(rates: pd.DataFrame, queries: pd.DataFrame, *, title: str = "Refusal rates", note: str | None = None) -> go.Figure:
@@ -369,47 +454,30 @@ def plot_rates(rates: pd.DataFrame, queries: pd.DataFrame, *, title: str = "Refu
     known = [c for c in about.columns if c != "query_id"]
     table = rates.drop(columns=known, errors="ignore").merge(about, on="query_id", how="left", validate="m:1")
     table = table.dropna(subset=["refusal_rate"])
-    names = list(dict.fromkeys(rates["prompt"]))
-    classes = class_names(table)
-    present = [c for c in CLASSES if (classes == c).any()]
     fig = go.Figure()
-    for name in names:
-        hue, symbols = _style(names, name)
-        for cls in present:
-            part = table[(table["prompt"] == name) & (classes == cls)]
-            if part.empty:
-                continue
-            centre = names.index(name) + (present.index(cls) - (len(present) - 1) / 2) * 0.8 / len(present)
-            half = 0.3 / len(present)
-            spread = (np.arange(len(part)) * 0.618034) % 1 * 2 - 1  # golden ratio: even, and the same each time
-            fig.add_trace(
-                go.Scatter(
-                    x=np.round(centre + half * spread, 4),
-                    y=_round(part["refusal_rate"]),
-                    mode="markers",
-                    marker=dict(color=hue, symbol=symbols[cls], size=6, opacity=0.7),
-                    hovertext=_hover(part),
-                    hoverinfo="text",
-                    name=label(f"{cls}, {name}"),
-                )
-            )
-            mean = round(float(part["refusal_rate"].mean()), 4)
-            fig.add_trace(
-                go.Scatter(
-                    x=[round(centre - half * 1.2, 4), round(centre + half * 1.2, 4)],
-                    y=[mean, mean],
-                    mode="lines",
-                    line=dict(color=GREY, width=4),
-                    hovertext=text(f"mean of {len(part)} {cls} queries, prompt {name}: {mean:.3f}"),
-                    hoverinfo="text",
-                    name="mean",
-                    legendgroup="mean",
-                    legendrank=2000,  # last
-                    showlegend=not any(t.name == "mean" for t in fig.data),
-                )
-            )
-    fig.update_xaxes(tickvals=list(range(len(names))), ticktext=[label(n) for n in names], title_text="safety prompt")
+    _add_strips(fig, table, "refusal_rate", list(dict.fromkeys(rates["prompt"])))
     fig.update_yaxes(title_text="refusal rate", range=[-0.04, 1.04])
+    return _finish(fig, title, note)
+
+
+def plot_shifts(
+    shifts: pd.DataFrame,
+    *,
+    axis: str = "shift of the refusal logit",
+    prompts: Sequence[str] | None = None,
+    title: str = "How far each query moves",
+    note: str | None = None,
+) -> go.Figure:
+    """The distribution of per-query shifts by prompt and class: every query as a point, the mean as a bar, and no shift as a line.
+
+    shifts: query_id, prompt, harmful, shift (in the unit that `axis` names), perhaps text. prompts: names in the order of
+    their colours, where other figures show prompts that this one does not; by default those of `shifts`.
+    """
+    _need(shifts, ["query_id", "prompt", "harmful", "shift"], "plot_shifts")
+    fig = go.Figure()
+    _add_strips(fig, shifts.dropna(subset=["shift"]), "shift", list(dict.fromkeys(shifts["prompt"])), prompts)
+    fig.add_hline(y=0, line=dict(color=GREY, width=1, dash="dash"))
+    fig.update_yaxes(title_text=text(axis))
     return _finish(fig, title, note)
 
 
@@ -433,15 +501,11 @@ def plot_separation(
         x = pd.Series([keys.index(k) for k in part["layer" if by_layer else "prompt"]], index=part.index).sort_values()
         part = part.loc[x.index]
         hue = PROMPT_COLORS[at % len(PROMPT_COLORS)]
-        error = None
-        if {"low", "high"} <= set(part.columns):
-            up, down = _round(part["high"] - part["accuracy"]), _round(part["accuracy"] - part["low"])
-            error = dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1.5, width=3)
         fig.add_trace(
             go.Scatter(
                 x=x.to_numpy(),
                 y=_round(part["accuracy"]),
-                error_y=error,
+                error_y=_interval(part, "accuracy", ""),
                 mode="lines+markers" if by_layer else "markers",
                 line=dict(color=hue, width=2),
                 marker=dict(color=hue, size=8, symbol=("circle", "square", "diamond")[at // 4 % 3]),
@@ -455,25 +519,151 @@ def plot_separation(
     return _finish(fig, title, note)
 
 
+def plot_nearest_tokens(
+    table: pd.DataFrame, *, title: str = "The vocabulary tokens nearest to the soft prompt", note: str | None = None
+) -> go.Figure:
+    """The cosine of each soft embedding with its nearest vocabulary token, by position; the token is written where it changed.
+
+    table: one row per position in order: start (the text prompt's token), nearest, cosine.
+    """
+    _need(table, ["start", "nearest", "cosine"], "plot_nearest_tokens")
+    fig = go.Figure()
+    position = np.arange(1, len(table) + 1)
+    changed = (table["start"] != table["nearest"]).to_numpy()
+    for name, keep, hue, symbol in (
+        ("its own token", ~changed, PROMPT_COLORS[1], "circle-open"),
+        ("another token", changed, PROMPT_COLORS[3], "x"),
+    ):
+        part = table[keep]
+        fig.add_trace(
+            go.Scatter(
+                x=position[keep],
+                y=_round(part["cosine"]),
+                mode="markers+text" if name == "another token" else "markers",
+                marker=dict(color=hue, symbol=symbol, size=9),
+                text=[label(repr(t)) for t in part["nearest"]],
+                textposition="bottom center",
+                hovertext=[
+                    f"position {at}<br>start: {text(repr(start))}<br>nearest: {text(repr(near))}<br>cosine: {cosine:.3f}"
+                    for at, start, near, cosine in zip(
+                        position[keep], part["start"], part["nearest"], part["cosine"], strict=True
+                    )
+                ],
+                hoverinfo="text",
+                name=f"{name} ({len(part)})",
+            )
+        )
+    fig.update_layout(showlegend=True)  # with one kind alone, too: it says which
+    fig.update_xaxes(title_text="position in the safety prompt")
+    fig.update_yaxes(title_text="cosine with the nearest token's embedding")
+    return _finish(fig, title, note, height=420)
+
+
+def plot_tradeoff(
+    table: pd.DataFrame,
+    *,
+    x: str = "harmless refused",
+    y: str = "harmful answered",
+    color: str = "facts right",
+    unit: str = "%",
+    title: str = "Safety, over-refusal and ability",
+    note: str | None = None,
+) -> go.Figure:
+    """Every prompt by what it stops (`y`, lower is safer), what it costs in false refusals (`x`) and in ability (`color`).
+
+    table: prompt, perhaps method, and the three columns, all in `unit`; where it has columns such as "`x` low" and
+    "`x` high", they are drawn as intervals.
+    """
+    where = "plot_tradeoff"
+    _need(table, ["prompt", x, y, color], where)
+    if table.empty:
+        raise ValueError(f"{where}: the table is empty")
+    parts = [c for c in ("method", "prompt") if c in table]
+    names = table[parts].astype(str).agg(" / ".join, axis=1)
+    ability = _round(table[color], 2)
+    marker: dict[str, Any] = dict(size=14, symbol="diamond", color=[UNKNOWN if np.isnan(v) else v for v in ability])
+    bar = dict(title=f"{text(color)} ({text(unit)})", thickness=14, outlinewidth=0, len=0.8)
+    if np.isfinite(ability).any():
+        marker |= dict(colorscale=SCALE, colorbar=bar, cmin=np.nanmin(ability), cmax=np.nanmax(ability))
+    fig = go.Figure(
+        go.Scatter(
+            x=_round(table[x], 2),
+            y=_round(table[y], 2),
+            error_x=_interval(table, x),
+            error_y=_interval(table, y),
+            mode="markers+text",
+            marker=marker,
+            text=[label(name) for name in names],
+            textposition="top center",
+            hovertext=[
+                "<br>".join([text(name), *(f"{text(c)}: {row[c]:.1f} {text(unit)}" for c in (x, y, color))])
+                for name, (_, row) in zip(names, table.iterrows(), strict=True)
+            ],
+            hoverinfo="text",
+            cliponaxis=False,
+            showlegend=False,
+        )
+    )
+    fig.update_xaxes(title_text=f"{text(x)} ({text(unit)})", rangemode="tozero")
+    fig.update_yaxes(title_text=f"{text(y)} ({text(unit)})", rangemode="tozero")
+    return _finish(fig, title, note, right=130)
+
+
+def plot_grid(figures: Mapping[str, go.Figure], *, columns: int = 2, title: str = "", note: str | None = None) -> go.Figure:
+    """Several figures of `plot_groups` or `plot_dro`, one per model (or layer), as the panels of one; the first's legend is shared.
+
+    figures: panel title -> figure. Each panel keeps its own axes, view and equal aspect.
+    """
+    if not figures:
+        raise ValueError("plot_grid: no figures; pass {panel title: figure}")
+    first = next(iter(figures.values())).layout
+    width, right = 900, 30 if first.coloraxis.colorscale is None else 110
+    columns = min(columns, len(figures))
+    rows = -(-len(figures) // columns)
+    across = width - LEFT - right
+    panel = (across - (columns - 1) * 75) / columns / ASPECT  # height of one, in pixels
+    between = BETWEEN + 15
+    plots = rows * panel + (rows - 1) * between
+    titles = [label(name, 40) for name in figures]
+    spacing = dict(horizontal_spacing=75 / across, vertical_spacing=between / plots)
+    fig = make_subplots(rows=rows, cols=columns, subplot_titles=titles, **spacing)
+    for at, drawn in enumerate(figures.values()):
+        place = dict(row=at // columns + 1, col=at % columns + 1)
+        for trace in drawn.data:
+            new = go.Scatter(trace).update(legendgroup=trace.legendgroup or trace.name)
+            fig.add_trace(new.update(showlegend=False) if at else new, **place)
+        (x_axis,) = fig.select_xaxes(**place)
+        x_axis.update(title=drawn.layout.xaxis.title, range=drawn.layout.xaxis.range)
+        (y_axis,) = fig.select_yaxes(**place)
+        y_axis.update(title=drawn.layout.yaxis.title, range=drawn.layout.yaxis.range)
+        y_axis.update(scaleanchor=x_axis.plotly_name.replace("axis", ""), scaleratio=1)
+    fig.update_annotations(yshift=12)  # the panels' titles, above the arrows' labels
+    legend = dict(orientation="h", x=0, y=1 + 45 / plots, yanchor="bottom")
+    fig.update_layout(coloraxis=first.coloraxis.update(colorbar=dict(len=1)), legend=legend)
+    return _finish(fig, title, note, width=width, height=int(170 + plots + BOTTOM), right=right, top=170)
+
+
 def save(fig: go.Figure, path: str | Path) -> Path:
     """Write `fig` as .svg, .png (both by Chromium) or .html (works offline, plotly.js embedded); the suffix decides.
 
-    Raises ValueError on another suffix and RuntimeError where no picture can be made.
+    A path without a suffix stands for both pictures, PATH.svg and PATH.png. Raises ValueError on another suffix and
+    RuntimeError where no picture can be made.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in (".svg", ".png", ".html"):
-        raise ValueError(f"{path}: cannot save a figure as {suffix or 'a file without suffix'!r}; use .svg, .png or .html")
+    if suffix not in ("", ".svg", ".png", ".html"):
+        raise ValueError(f"{path}: cannot save a figure as {suffix!r}; use .svg, .png, .html, or no suffix for .svg and .png")
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".html":
         fig.write_html(path, include_plotlyjs=True, div_id="figure")
         return path
     from kaleido.errors import ChromeNotFoundError  # late: kaleido is slow to import and only pictures need it
 
-    try:
-        path.write_bytes(fig.to_image(format=suffix[1:]))
-    except (ChromeNotFoundError, RuntimeError, ValueError) as error:
-        raise RuntimeError(f"{path}: no picture was made ({error}); install Chromium, or save as .html") from error
+    for target in [path] if suffix else [path.with_suffix(".svg"), path.with_suffix(".png")]:
+        try:
+            target.write_bytes(fig.to_image(format=target.suffix[1:].lower()))
+        except (ChromeNotFoundError, RuntimeError, ValueError) as error:
+            raise RuntimeError(f"{target}: no picture was made ({error}); install Chromium, or save as .html") from error
     return path
 
 
@@ -491,6 +681,15 @@ def _need(table: pd.DataFrame, columns: Sequence[str], where: str) -> None:
 
 def _round(values: Any, decimals: int = 4) -> np.ndarray:
     return np.round(np.asarray(values, dtype=float), decimals)
+
+
+def _interval(table: pd.DataFrame, column: str, name: str | None = None) -> dict[str, Any] | None:
+    """Plotly's error bars of `column`, from the columns "`name` low" and "`name` high"; None where the table lacks them."""
+    low, high = (f"{column if name is None else name} {end}".strip() for end in ("low", "high"))
+    if not {low, high} <= set(table.columns):
+        return None
+    up, down = _round(table[high] - table[column]), _round(table[column] - table[low])
+    return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1.5, width=3)
 
 
 def _plane(points: pd.DataFrame, components: tuple[int, int], where: str) -> pd.DataFrame:
@@ -549,7 +748,6 @@ def _add_points(
     names: Sequence[str],
     shown: set[str],
     color: str,
-    opacity: float = 0.7,
 ) -> None:
     """One trace per prompt and class, in the order of `names`; hidden where the prompt is not `shown`.
 
@@ -575,7 +773,7 @@ def _add_points(
                     y=xy.loc[keep, "y"].to_numpy(),
                     mode="markers",
                     marker=marker,
-                    opacity=opacity,
+                    opacity=0.7,
                     hovertext=hover[keep].tolist(),
                     hoverinfo="text",
                     name=label(f"{cls}, {name}" if color == "prompt" else cls),
@@ -592,8 +790,53 @@ def _add_points(
     if color != "prompt":
         values = points[color].astype("Float64").to_numpy(float, na_value=np.nan)
         top = 1.0 if color in UNIT_COLUMNS or not np.isfinite(values).any() else float(np.nanmax(values)) or 1.0
-        bar = dict(title=text(color).replace("_", " "), len=0.55, y=0, yanchor="bottom", thickness=14, outlinewidth=0)
+        bar = dict(title=text(color).replace("_", " "), len=0.5, y=0, yanchor="bottom", thickness=14, outlinewidth=0)
         fig.update_layout(coloraxis=dict(colorscale=SCALE, cmin=0, cmax=round(top, 4), colorbar=bar))
+        fig.update_layout(legend_maxheight=0.48)  # a longer one scrolls above the colour bar
+
+
+def _add_strips(
+    fig: go.Figure, table: pd.DataFrame, column: str, names: Sequence[str], hues: Sequence[str] | None = None
+) -> None:
+    """`column` of every row over its prompt and class, spread sideways to be seen, with a bar at the mean."""
+    classes = class_names(table)
+    present = [c for c in CLASSES if (classes == c).any()]
+    for name in names:
+        hue, symbols = _style(list(dict.fromkeys([*(hues or ()), *names])), name)
+        for cls in present:
+            part = table[(table["prompt"] == name) & (classes == cls)]
+            if part.empty:
+                continue
+            centre = names.index(name) + (present.index(cls) - (len(present) - 1) / 2) * 0.8 / len(present)
+            half = 0.3 / len(present)
+            spread = (np.arange(len(part)) * 0.618034) % 1 * 2 - 1  # golden ratio: even, and the same each time
+            fig.add_trace(
+                go.Scatter(
+                    x=np.round(centre + half * spread, 4),
+                    y=_round(part[column]),
+                    mode="markers",
+                    marker=dict(color=hue, symbol=symbols[cls], size=6, opacity=0.7),
+                    hovertext=_hover(part),
+                    hoverinfo="text" if column == "refusal_rate" else "text+y",
+                    name=label(f"{cls}, {name}"),
+                )
+            )
+            mean = round(float(part[column].mean()), 4)
+            fig.add_trace(
+                go.Scatter(
+                    x=[round(centre - half * 1.2, 4), round(centre + half * 1.2, 4)],
+                    y=[mean, mean],
+                    mode="lines",
+                    line=dict(color=GREY, width=4),
+                    hovertext=text(f"mean of {len(part)} {cls} queries, prompt {name}: {mean:.3f}"),
+                    hoverinfo="text",
+                    name="mean",
+                    legendgroup="mean",
+                    legendrank=2000,  # last
+                    showlegend=not any(t.name == "mean" for t in fig.data),
+                )
+            )
+    fig.update_xaxes(tickvals=list(range(len(names))), ticktext=[label(n) for n in names], title_text="safety prompt")
 
 
 def _arrow(
@@ -611,8 +854,11 @@ def _arrow(
         x=_round([tail[0], head[0]]),
         y=_round([tail[1], head[1]]),
         mode="lines+markers+text",
-        line=dict(color=color, dash=dash, width=3),
-        marker=dict(symbol="arrow", angleref="previous", size=[0, 14], color=color, opacity=1, line=dict(width=0)),
+        line=dict(color=color, dash=dash, width=4),
+        # The head's white edge parts it, in both themes, from points of its own colour.
+        marker=dict(
+            symbol="arrow", angleref="previous", size=[0, 17], color=color, opacity=1, line=dict(width=[0, 1.5], color="#FFFFFF")
+        ),
         text=["", label(tip)],
         textposition="top center" if head[1] >= tail[1] else "bottom center",
         hovertext=text(hover),
@@ -627,9 +873,8 @@ def _view(xy: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper corner (2,) of the view: the points and a margin, in the proportions of the plotting area."""
     low, high = xy.min().to_numpy(), xy.max().to_numpy()
     size = (high - low) * 1.16
-    aspect = (WIDTH - LEFT - RIGHT) / (HEIGHT - TOP - BOTTOM)
-    height = max(size[1], size[0] / aspect) or 1.0
-    half = np.array([height * aspect, height]) / 2
+    height = max(size[1], size[0] / ASPECT) or 1.0
+    half = np.array([height * ASPECT, height]) / 2
     return (low + high) / 2 - half, (low + high) / 2 + half
 
 
@@ -694,6 +939,8 @@ def _clip(w: np.ndarray, offset: float, low: np.ndarray, high: np.ndarray) -> np
 # Layout --------------------------------------------------------------------------------------------------------------------
 
 LEFT, RIGHT, TOP, BOTTOM = 65, 218, 55, 60  # margins in pixels
+ASPECT = (WIDTH - LEFT - RIGHT) / (HEIGHT - TOP - BOTTOM)  # of a plane's plotting area
+BETWEEN = 85  # pixels between two rows of panels: ticks, the upper one's axis title and the lower one's title
 
 
 def _finish_plane(

@@ -10,6 +10,7 @@ import ast
 import asyncio
 import base64
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -68,13 +69,15 @@ def run_notebooks(
     model: str | None = None,
     prompt: str | Path | None = None,
     queries: str | Path | None = None,
+    template: str | Path | None = None,
     folder: str | Path = FOLDER,
     jobs: int = 2,
 ) -> tuple[Run, ...]:
     """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html`, and the tables that the notebooks write.
 
-    `model`, `prompt` (a file), `queries` (a name or a file) and `out` replace MODEL, PROMPT, QUERIES and OUT in the cell
-    tagged `parameters` of each notebook that assigns them. `jobs` notebooks run at a time; lines are printed in order.
+    `model`, `prompt` (a file), `queries` (a name or a file), `template` (a name or a file) and `out` replace MODEL, PROMPT,
+    QUERIES, TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `jobs` notebooks run at a
+    time; lines are printed in order.
     A failing notebook does not stop the others: look at `Run.error`. Raises NotebookError where nothing can be run.
     """
     out = Path(out).resolve()
@@ -85,7 +88,7 @@ def run_notebooks(
         )
     if prompt is not None and not Path(prompt).is_file():
         raise NotebookError(f"the prompt file {prompt} does not exist; give the path of a text file")
-    values = {"MODEL": model, "PROMPT": prompt, "QUERIES": queries}
+    values = {"MODEL": model, "PROMPT": prompt, "QUERIES": queries, "TEMPLATE": template}
     given = {parameter: _absolute(value) for parameter, value in values.items() if value is not None}
     notebooks = [_read(path) for path in paths]
     for parameter in given:
@@ -122,6 +125,36 @@ def run_notebooks(
         print(f"\nNo benchmark table: no notebook wrote {table}")
     print(f"\nReport: {report}")
     return runs
+
+
+def write_figures(runs: Sequence[Run], folder: str | Path) -> list[Path]:
+    """Writes each plotly figure of executed notebooks as NOTEBOOK-N.html, and as .svg where Chromium is found.
+
+    The .html files share one plotly.js, beside them, and open offline.
+    """
+    import plotly.io as pio
+
+    folder = Path(folder)
+    figures: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        outputs = [output.get("data", {}) for cell in run.nb.cells for output in cell.get("outputs", [])]
+        found = [data[PLOTLY_MIME] for data in outputs if PLOTLY_MIME in data]
+        figures |= {f"{run.notebook.stem}-{n}": {k: data[k] for k in ("data", "layout")} for n, data in enumerate(found, 1)}
+    if not figures:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        pio.write_html(figure, folder / f"{name}.html", include_plotlyjs="directory", validate=False, div_id="figure")
+    written = [folder / f"{name}.html" for name in figures]
+    try:
+        with _Pictures() as pictures:
+            for name, figure in figures.items():
+                path = folder / f"{name}.svg"
+                path.write_bytes(pictures.draw(figure, "svg"))
+                written.append(path)
+    except NotebookError as error:
+        print(f"No .svg figures: {error}")
+    return written
 
 
 def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
@@ -271,14 +304,16 @@ class _Pictures:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
+    def draw(self, figure: Mapping[str, Any], format: str) -> bytes:
+        size = {"width": figure["layout"].get("width", 700), "height": figure["layout"].get("height", 450)}
+        return self._draw(figure, opts={"format": format, **size})
+
     def add(self, nb: NotebookNode) -> None:
         for cell in nb.cells:
             for output in cell.get("outputs", []):
                 if PLOTLY_MIME in output.get("data", {}):
                     figure = {key: output.data[PLOTLY_MIME][key] for key in ("data", "layout")}
-                    size = {"width": figure["layout"].get("width", 700), "height": figure["layout"].get("height", 450)}
-                    png = self._draw(figure, opts={"format": "png", **size})
-                    output.data["image/png"] = base64.b64encode(png).decode()
+                    output.data["image/png"] = base64.b64encode(self.draw(figure, "png")).decode()
 
 
 async def _execute(notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env: Mapping[str, str]) -> AsyncIterator[Run]:
@@ -294,6 +329,7 @@ async def _execute(notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, en
         **env,
     }
     slots = asyncio.Semaphore(jobs)
+    loop = asyncio.get_running_loop()
 
     async def one(path: Path, nb: NotebookNode) -> Run:
         async with slots:
@@ -305,6 +341,8 @@ async def _execute(notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, en
                 resources={"metadata": {"path": str(path.parent)}},
                 coalesce_streams=True,
                 record_timing=False,
+                # nbclient's own handler ends this kernel alone; without it Ctrl-C is a KeyboardInterrupt that ends all
+                on_notebook_start=lambda notebook: loop.remove_signal_handler(signal.SIGINT),
             )
             error = None
             try:

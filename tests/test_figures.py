@@ -250,6 +250,22 @@ def test_calibration_bins_are_means_of_their_points():
     assert tuple(named(fig, "perfectly calibrated").x) == tuple(named(fig, "perfectly calibrated").y) == (0, 1)
 
 
+def test_calibration_against_the_projection_has_the_curve_of_the_prediction():
+    projection = np.linspace(4, -4, 81)
+    table = pd.DataFrame({"projection": projection, "predicted": 1 / (1 + np.exp(-projection)), "observed": projection > 0})
+    fig = figures.plot_calibration(table, x="projection", bins=2)
+    curve = named(fig, "predicted probability")
+    assert list(curve.x) == sorted(curve.x) and len(curve.x) == 81
+    np.testing.assert_allclose(curve.y, 1 / (1 + np.exp(-np.array(curve.x))), atol=1e-4)
+    binned = named(fig, "mean of a bin (of 2)")
+    np.testing.assert_allclose(binned.x, [-2.05, 2.0], atol=1e-4)  # the point at 0 is predicted 0.5: the upper bin
+    np.testing.assert_allclose(binned.y, [0, 40 / 41], atol=1e-4)
+    assert "projection on the refusal direction" in fig.layout.xaxis.title.text
+    assert fig.layout.xaxis.range is None
+    with pytest.raises(ValueError, match="lacks column 'logit'"):
+        figures.plot_calibration(table, x="logit")
+
+
 def test_truth_has_the_diagonal_and_every_group():
     points = make_points(("none", "default"))
     table = points.assign(true_logit=points["pc1"], predicted_logit=points["pc1"] * 0.5)
@@ -322,6 +338,71 @@ def test_rates_stand_over_their_prompt_with_their_mean():
         figures.plot_rates(rates, queries[~queries["harmful"]])
 
 
+def test_shifts_stand_over_their_prompt_with_their_mean_and_a_line_at_zero():
+    points = make_points()
+    shifts = points[points["prompt"] != "none"].assign(shift=lambda t: t["pc1"] - 1)
+    fig = figures.plot_shifts(shifts, axis="shift <along> PC1", prompts=PROMPTS)
+    part = shifts[(shifts["prompt"] == "short") & ~shifts["harmful"]]
+    trace = named(fig, "harmless, short")
+    np.testing.assert_allclose(trace.y, part["shift"], atol=1e-4)
+    assert trace.marker.color == figures.PROMPT_COLORS[2]  # as in a figure of all four prompts
+    means = {t.hovertext: t.y[0] for t in fig.data if t.name == "mean"}
+    (mean,) = [m for h, m in means.items() if "harmless queries, prompt short" in h]
+    assert mean == pytest.approx(part["shift"].mean(), abs=1e-4) and len(means) == 6
+    assert list(fig.layout.xaxis.ticktext) == ["default", "short", "mistral"]
+    assert fig.layout.yaxis.title.text == "shift &lt;along&gt; PC1" and fig.layout.shapes[0].y0 == 0
+    with pytest.raises(ValueError, match="lacks column 'shift'"):
+        figures.plot_shifts(points)
+
+
+def test_nearest_tokens_are_written_where_they_changed():
+    table = pd.DataFrame({"start": list("abca"), "nearest": ["a", " <x>", "c", "b"], "cosine": [0.99, 0.71, 1.0, 0.5]})
+    fig = figures.plot_nearest_tokens(table)
+    same, changed = named(fig, "its own token (2)"), named(fig, "another token (2)")
+    assert list(same.x) == [1, 3] and same.mode == "markers"
+    assert list(changed.x) == [2, 4] and list(changed.y) == [0.71, 0.5] and list(changed.text) == ["' &lt;x&gt;'", "'b'"]
+    assert fig.layout.showlegend
+    assert changed.marker.symbol != same.marker.symbol and "start: 'a'<br>nearest: 'b'" in changed.hovertext[1]
+
+
+def test_tradeoff_places_every_prompt_and_draws_its_intervals():
+    table = pd.DataFrame({"method": ["none", "DRO"], "prompt": ["none", "dro"], "harmful answered": [40.0, 10.0]})
+    table = table.assign(**{"harmless refused": [1.0, 3.5], "facts right": [100.0, np.nan]})
+    bare = figures.plot_tradeoff(table).data[0]
+    assert list(bare.x) == [1, 3.5] and list(bare.y) == [40, 10] and list(bare.text) == ["none / none", "DRO / dro"]
+    assert bare.error_x.array is None and bare.marker.color[1] == figures.UNKNOWN
+    fig = figures.plot_tradeoff(table.assign(**{"harmful answered low": [35.0, 8.0], "harmful answered high": [42.0, 15.0]}))
+    trace = fig.data[0]
+    assert list(trace.error_y.array) == [2, 5] and list(trace.error_y.arrayminus) == [5, 2] and trace.error_x.array is None
+    assert "harmful answered: 40.0 %" in trace.hovertext[0] and fig.layout.xaxis.title.text == "harmless refused (%)"
+    with pytest.raises(ValueError, match="lacks column 'facts right'"):
+        figures.plot_tradeoff(table.drop(columns="facts right"))
+
+
+def test_a_grid_keeps_each_panel_as_it_is():
+    panels = {
+        name: figures.plot_groups(make_points(seed=seed), direction=REFUSAL, explained=(0.5, 0.2, 0.1, 0.1 * seed))
+        for seed, name in enumerate(("one", "two", "<three>"))
+    }
+    fig = figures.plot_grid(panels, title="Three models")
+    layout = fig.layout
+    for at, ((_, panel), axis) in enumerate(zip(panels.items(), ("", "2", "3"), strict=True)):
+        own = [t for t in fig.data if t.xaxis == f"x{axis}"]
+        assert len(own) == len(panel.data)
+        for trace, before in zip(own, panel.data, strict=True):
+            np.testing.assert_array_equal(trace.x, before.x)
+            assert (trace.name, trace.marker.color) == (before.name, before.marker.color)
+            assert trace.showlegend is before.showlegend if at == 0 else trace.showlegend is False
+            assert trace.legendgroup == (before.legendgroup or before.name)  # a click in the legend reaches every panel
+        assert layout[f"xaxis{axis}"].range == panel.layout.xaxis.range and layout[f"yaxis{axis}"].scaleanchor == f"x{axis}"
+        assert layout[f"xaxis{axis}"].title.text == panel.layout.xaxis.title.text
+    assert [a.text for a in layout.annotations] == ["one", "two", "&lt;three&gt;"]
+    rated = figures.plot_grid({"one": figures.plot_groups(make_points(), color="refusal_rate")})
+    assert (rated.layout.coloraxis.cmin, rated.layout.coloraxis.cmax) == (0, 1)
+    with pytest.raises(ValueError, match="no figures"):
+        figures.plot_grid({})
+
+
 def test_separation_by_layer_and_by_prompt():
     table = pd.DataFrame({"layer": [-1, 0, 4, -1, 0, 4], "prompt": ["none"] * 3 + ["default"] * 3})
     table["accuracy"] = [0.9, 0.5, 0.8, 0.95, 0.55, 0.85]
@@ -348,6 +429,14 @@ def every_figure(mark="", **labels):
     yield figures.plot_benchmark(make_benchmark(mark), **labels)
     yield figures.plot_rates(points, points[["query_id", "harmful", "text"]].drop_duplicates(), **labels)
     yield figures.plot_separation(pd.DataFrame({"prompt": prompts, "accuracy": 0.9}), **labels)
+    yield figures.plot_calibration(points.assign(predicted=0.5, observed=0.4), x="pc1", **labels)
+    yield figures.plot_shifts(points.assign(shift=1.0), axis=f"shift{mark}", **labels)
+    yield figures.plot_nearest_tokens(pd.DataFrame({"start": ["a"], "nearest": [f"b{mark}"], "cosine": [0.5]}), **labels)
+    scores = {f"{column}{mark}": [1.0, 2.0] for column in "xyc"}
+    axes = dict(zip(("x", "y", "color"), scores, strict=True))
+    yield figures.plot_tradeoff(pd.DataFrame({"prompt": prompts[:2], **scores}), **axes, **labels)
+    panels = {f"{name}{mark}": figures.plot_groups(points, base=prompts[0]) for name in "ab"}
+    yield figures.plot_grid(panels, **labels)
 
 
 def test_hostile_text_reaches_plotly_escaped_everywhere():
@@ -414,7 +503,7 @@ def test_save_html_works_offline_and_escapes(tmp_path):
 
 
 def test_save_refuses_other_suffixes(tmp_path):
-    with pytest.raises(ValueError, match="use .svg, .png or .html"):
+    with pytest.raises(ValueError, match="use .svg, .png, .html"):
         figures.save(go.Figure(), tmp_path / "figure.bmp")
 
 
@@ -435,5 +524,6 @@ def test_save_pictures(tmp_path):
     fig = figures.plot_groups(make_points(n=100), direction=REFUSAL)
     png = figures.save(fig, tmp_path / "groups.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) < 250_000  # four of them fit into a notebook of 1 MB
-    svg = figures.save(fig, tmp_path / "groups.svg").read_text()
-    assert svg.startswith("<svg") and "more refusal" in svg
+    both = figures.save(fig, tmp_path / "both")
+    svg = both.with_suffix(".svg").read_text()
+    assert svg.startswith("<svg") and "more refusal" in svg and both.with_suffix(".png").read_bytes() == png

@@ -1,0 +1,281 @@
+"""The DRO console: train a soft prompt, watch, stop, save."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from plotly.subplots import make_subplots
+
+from .. import figures
+from ..space import AnchorSpace, Direction
+from .panel import MODEL_LOCK, Panel, check_space, control, html
+
+import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import plotly.graph_objects as go  # isort: skip
+
+PAUSE = 0.5  # seconds between two redraws while training
+LOSSES = {"loss": "weighted sum", "refusal": "refusal loss", "harmfulness": "harmfulness loss", "norm": "norm loss"}
+TRAINED = "trained"
+
+
+class Console(Panel):
+    """Trains a soft prompt on `queries` from one of the text `prompts`, as `train_dro` does, in a thread.
+
+    states (m, d) of layer -1 and their rows (query_id, prompt, harmful), under `base` and every prompt that training can
+    start at; space, refusal, harmfulness fitted to that layer. config: the DROConfig whose values the controls show at
+    first. n_shown: queries of each class whose points are followed. out: where `.save` puts soft_prompts/NAME.safetensors
+    and `.export` the folder exports/NAME. Raises ValueError where these do not fit together.
+
+    Controls `.start_prompt`, `.learning_rate`, `.steps`, `.weight_refusal`, `.weight_harmfulness`, `.weight_norm`, `.name`;
+    buttons `.start`, `.stop` (keeps what was learned), `.save` and `.export`; `.wait()` returns at the end of the training.
+    `.soft_prompt` is the last one trained (None before); `.table` the mean logits of the followed queries. Cells that use
+    the same model meanwhile must wait; the widgets of this room do.
+    """
+
+    _kind = "console"
+    _choices = ("start_prompt", "learning_rate", "steps", "weight_refusal", "weight_harmfulness", "weight_norm", "name")
+
+    def __init__(
+        self,
+        model: Any,
+        queries: pd.DataFrame,
+        prompts: Mapping[str, Any],
+        states: np.ndarray,
+        rows: pd.DataFrame,
+        space: AnchorSpace,
+        refusal: Direction,
+        harmfulness: Direction,
+        *,
+        config: Any = None,
+        start: str = "default",
+        out: str | Path = "reports",
+        n_shown: int = 20,
+        base: str = "none",
+        note: str | None = None,
+    ) -> None:
+        from ..dro import DROConfig
+
+        check_space("dro_console", model, states, rows, space, refusal, harmfulness)
+        texts = {name: text for name, text in prompts.items() if isinstance(text, str) and text.strip()}
+        if start not in texts or TRAINED in prompts:
+            raise ValueError(f"dro_console: start={start!r} must be a text prompt of {list(texts)}, and none called {TRAINED!r}")
+        if lacking := {base, *texts} - set(rows["prompt"]):
+            raise ValueError(f"dro_console: no states under {sorted(lacking)}; capture these prompts too, or leave them out")
+        config = config or DROConfig()
+        self._model, self._prompts, self._space = model, texts, space
+        self._refusal, self._harmfulness, self._config = refusal, harmfulness, config
+        self._out, self._base, self._note = Path(out), base, note
+        self._queries = queries[queries["harmful"].notna()]
+        self._followed = self._queries.groupby("harmful", sort=False).head(n_shown)
+        keep = (rows["query_id"].isin(self._followed["query_id"]) & rows["prompt"].isin([base, *texts])).to_numpy()
+        self._rows, self._Z = rows.loc[keep, ["query_id", "prompt", "harmful"]], space.transform(np.asarray(states)[keep])
+        self._trained: np.ndarray | None = None  # coordinates (f, k) of the followed queries under the trained prompt
+        self._history: list[dict[str, float]] = []
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self.soft_prompt: Any = None
+
+        positive = dict(min=0, max=1e6)
+        per_epoch = self._steps_per_epoch(config)
+        self.start_prompt = control(widgets.Dropdown, "Start prompt", options=list(texts), value=start)
+        self.learning_rate = control(widgets.BoundedFloatText, "Learning rate", value=config.learning_rate, min=1e-8, max=1)
+        self.steps = control(widgets.BoundedIntText, "Steps", value=config.epochs * per_epoch, min=1, max=100_000)
+        self.weight_refusal = control(widgets.BoundedFloatText, "Refusal loss x", value=config.weight_refusal, **positive)
+        self.weight_harmfulness = control(widgets.BoundedFloatText, "Harmfulness x", value=config.weight_harmfulness, **positive)
+        self.weight_norm = control(widgets.BoundedFloatText, "Norm loss x", value=config.weight_norm, **positive)
+        self.name = control(widgets.Text, "Name", value="mine", continuous_update=False)
+        self.progress = control(widgets.IntProgress, "Progress", min=0, max=1, value=0)
+        self.start, self.stop, self.save, self.export = (
+            widgets.Button(description=text) for text in ("Start", "Stop", "Save", "Export")
+        )
+        self.status, self.detail = widgets.HTML(), widgets.HTML()
+        self.start.on_click(self._start)
+        self.stop.on_click(lambda _button: self._stopping.set())
+        self.save.on_click(self._save)
+        self.export.on_click(self._export)
+        left = widgets.VBox([self.start_prompt, self.learning_rate, self.steps, self.name])
+        right = widgets.VBox([self.weight_refusal, self.weight_harmfulness, self.weight_norm, self.progress])
+        buttons = widgets.HBox([self.start, self.stop, self.save, self.export])
+        self._open([left, right, buttons], [self.status, self.detail])
+        self._enable(True)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Mean refusal and harmfulness logit of the followed queries, per prompt of the path and class; 2 decimals."""
+        points = self._points()
+        Z = points.filter(regex=r"^pc\d+$").to_numpy()
+        points = points.assign(
+            group=figures.class_names(points), refusal_logit=self._refusal.logit(Z), harmfulness_logit=self._harmfulness.logit(Z)
+        )
+        grouped = points.groupby(["prompt", "group"], sort=False)
+        table = grouped[["refusal_logit", "harmfulness_logit"]].mean()
+        table.insert(0, "n", grouped.size())
+        return (table.round(2) + 0.0).astype({"n": int}).reset_index()
+
+    def wait(self) -> None:
+        """Returns when no training runs."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _end(self) -> None:
+        self._stopping.set()
+        self.wait()
+
+    @property
+    def training(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _take_over(self, before: Panel) -> None:
+        """An earlier run of the cell stops training; what it learned stays."""
+        assert isinstance(before, Console)
+        super()._take_over(before)
+        before._end()
+        if before.soft_prompt is not None and before.soft_prompt.model == self._model.fingerprint:
+            self.soft_prompt, self._history = before.soft_prompt, before._history
+            self._trained = self._follow(before.soft_prompt)
+
+    def _steps_per_epoch(self, config: Any) -> int:
+        return max(1, round(len(self._queries) / config.batch_size))
+
+    def _follow(self, soft: Any) -> np.ndarray:
+        from ..capture import hidden_states
+
+        return self._space.transform(hidden_states(self._model, self._followed, {TRAINED: soft}, n_check=0).states[:, 0])
+
+    def _points(self) -> pd.DataFrame:
+        """The followed queries under base, start prompt and soft prompt, which starts where the start prompt is."""
+        tables = []
+        for name in (self._base, self.start_prompt.value):
+            own = (self._rows["prompt"] == name).to_numpy()
+            tables.append(figures.points_table(self._Z[own], self._rows[own]))
+        if self._trained is None:
+            tables.append(tables[-1].assign(prompt=TRAINED))
+        else:
+            about = self._followed[["query_id", "harmful"]].assign(prompt=TRAINED)
+            tables.append(figures.points_table(self._trained, about))
+        return pd.concat(tables, ignore_index=True)
+
+    def _build(self) -> go.Figure:
+        plane = figures.plot_dro(
+            self._points(),
+            [self._base, self.start_prompt.value, TRAINED],
+            direction=self._refusal,
+            explained=tuple(self._space.explained),
+        )
+        fig = make_subplots(
+            rows=2, cols=2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[0.36, 0.64], horizontal_spacing=0.1
+        )
+        history = pd.DataFrame(self._history, columns=["step", *LOSSES]).astype(float)
+        for at, loss in enumerate(LOSSES):
+            line = dict(color=figures.PROMPT_COLORS[at], width=2, dash=("solid", "dash", "dot", "dashdot")[at])
+            trace = go.Scatter(x=history["step"], y=history[loss].round(6), mode="lines", line=line, name=LOSSES[loss])
+            fig.add_trace(trace, row=2 if loss == "norm" else 1, col=1)
+        fig.add_traces(plane.data, rows=[1] * len(plane.data), cols=[2] * len(plane.data))
+        fig.update_xaxes(title_text="step", row=2, col=1)
+        fig.update_yaxes(title_text="loss", row=1, col=1)
+        fig.update_yaxes(title_text="norm loss", row=2, col=1)
+        fig.update_xaxes(title_text=plane.layout.xaxis.title.text, range=plane.layout.xaxis.range, row=1, col=2)
+        fig.update_yaxes(title_text=plane.layout.yaxis.title.text, range=plane.layout.yaxis.range, scaleanchor="x2", row=1, col=2)
+        return figures._finish(fig, "Losses, and the queries followed", self._note, width=1040, height=500, right=190)
+
+    def _start(self, _button: object) -> None:
+        from ..dro import DROConfig
+
+        with self._told():
+            if self.training:
+                raise RuntimeError("a training is running; stop it first")
+            weights = {name: getattr(self, name).value for name in ("weight_refusal", "weight_harmfulness", "weight_norm")}
+            config = DROConfig(**{**vars(self._config), **weights, "learning_rate": self.learning_rate.value})
+            steps = self.steps.value
+            config = replace(config, epochs=-(-steps // self._steps_per_epoch(config)))
+            self._history, self._trained = [], None
+            self._stopping.clear()
+            self.progress.value, self.progress.max, self.status.value = 0, steps, "training ..."
+            self._enable(False)
+            self._thread = threading.Thread(
+                target=self._train, args=(config, steps, self.start_prompt.value, self.name.value), daemon=True
+            )
+            atexit.register(self._end)  # an interpreter that ends under a training thread aborts
+            self._thread.start()
+
+    def _enable(self, ready: bool) -> None:
+        for part in (self.start, *(getattr(self, name) for name in self._choices)):
+            part.disabled = not ready
+        self.save.disabled = self.export.disabled = not ready or self.soft_prompt is None
+        self.stop.disabled = ready
+
+    def _train(self, config: Any, steps: int, start: str, name: str) -> None:
+        """In a thread. Redraws at most every PAUSE seconds and a fifth of the time."""
+        from ..dro import SoftPrompt, train_dro
+
+        text = self._prompts[start]
+        begun = SoftPrompt.from_text(self._model, text, name=name)
+        drawn, took = time.monotonic(), 0.0
+
+        def on_step(losses: dict[str, float], embeddings: np.ndarray) -> bool:
+            nonlocal drawn, took
+            self._history.append(losses)
+            self.progress.value = len(self._history)
+            if time.monotonic() - drawn > max(PAUSE, 4 * took):
+                begin = time.monotonic()
+                self._trained = self._follow(replace(begun, embeddings=embeddings))
+                self._redraw()
+                drawn, took = time.monotonic(), time.monotonic() - begin
+            MODEL_LOCK.release()  # whoever waits for the model gets it between two steps
+            time.sleep(0.001)
+            MODEL_LOCK.acquire()
+            return self._stopping.is_set() or len(self._history) >= steps
+
+        try:
+            with MODEL_LOCK:
+                arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
+                self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step)
+                self._trained = self._follow(self.soft_prompt)
+            self._redraw()
+            self.status.value = f"{len(self._history)} of {steps} steps done; the soft prompt is in <code>.soft_prompt</code>"
+        except Exception as error:  # of a thread: shown, or nobody would know
+            self.status.value = ""
+            self._show(error)
+        finally:
+            atexit.unregister(self._end)
+            self._enable(True)
+
+    def _named(self) -> tuple[Any, str]:
+        """The soft prompt under the name in `.name`, which becomes part of a path."""
+        name = self.name.value.strip()
+        if self.soft_prompt is None:
+            raise ValueError("there is no soft prompt yet; press Start first")
+        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+            raise ValueError(f"{name!r} is no file name; use letters, digits and hyphens")
+        return replace(self.soft_prompt, name=name), name
+
+    def _save(self, _button: object) -> None:
+        with self._told():
+            soft, name = self._named()
+            path = self._out / "soft_prompts" / f"{name}.safetensors"
+            soft.save(path)
+            self.status.value = f"saved as {escape(str(path))}"
+
+    def _export(self, _button: object) -> None:
+        from ..export import export
+
+        with self._told():
+            soft, name = self._named()
+            with MODEL_LOCK:
+                written = export(soft, self._model, self._out / "exports" / name)
+            self.status.value = f"exported to {escape(', '.join(map(str, written.values())))}"
+
+    def _tell(self) -> None:
+        self.detail.value = "<p>Mean logits of the queries followed:</p>" + html(self.table)
+
+
+dro_console = Console

@@ -1,0 +1,304 @@
+"""The explorer: walk through models, layers, components, prompts and single queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import figures
+from ..space import AnchorSpace, Direction
+from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
+
+import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import plotly.graph_objects as go  # isort: skip
+
+Spaces = Mapping[int, AnchorSpace] | Callable[[np.ndarray], AnchorSpace]
+Directions = Mapping[int, Sequence[Direction]] | Callable[[np.ndarray, pd.DataFrame], Sequence[Direction]]
+
+COLORS = {  # label of the control -> column of the points table
+    "prompt": "prompt",
+    "harmfulness": "harmful",
+    "refusal rate": "refusal_rate",
+    "predicted refusal": "predicted_refusal",
+    "shift length": "shift_length",
+}
+MOST_LISTED = 20  # queries of a lasso that are listed
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one layer shows: computed on the first visit, then kept."""
+
+    space: AnchorSpace
+    directions: tuple[Direction, ...]
+    points: pd.DataFrame  # one row per state: query_id, prompt, harmful, text, pc1..pck, shift_length, ...
+
+
+def explore(
+    states: Any,
+    rows: pd.DataFrame | None,
+    queries: pd.DataFrame,
+    *,
+    layers: Sequence[int] | None = None,
+    rates: pd.DataFrame | None = None,
+    spaces: Spaces | None = None,
+    directions: Directions | None = None,
+    base: str = "none",
+    note: str | None = None,
+) -> Explorer:
+    """An `Explorer` of hidden states.
+
+    states: a HiddenStates, or an array (n, number of layers, d) with `layers` naming its second axis. rows: n rows with
+    query_id, prompt. For several models, states is {model: HiddenStates} of the same rows, rows is None and rates have a
+    column model. queries: query_id, text, harmful. rates: query_id, prompt, refusal_rate and, for smoothing, n_judged.
+    spaces: a space per layer, or a function of the states (n, d) of a layer; AnchorSpace.fit by default. directions: a list
+    per layer, or a function of the coordinates (n, k) and their rows (with refusal_rate where rates are given); the one
+    named "refusal" gives the predicted refusal. base: the prompt that shifts are measured from. note: a caption under the
+    plot. Raises ValueError where the tables do not fit together.
+    """
+    if not isinstance(states, Mapping):
+        states, by_model, rows = {"": states}, {"": rates}, states.rows if rows is None else rows
+    else:
+        if rates is not None and "model" not in rates:
+            raise ValueError(f"explore: rates of several models need a column 'model'; they have {list(rates.columns)}")
+        by_model = {name: None if rates is None else rates[rates["model"] == name] for name in states}
+        rows = rows if rows is not None else next(iter(states.values())).rows
+        keys = rows[["query_id", "prompt"]].reset_index(drop=True)
+        for name, captured in states.items():
+            if not captured.rows[["query_id", "prompt"]].reset_index(drop=True).equals(keys):
+                raise ValueError(f"explore: the rows of {name!r} are others; capture the same queries under the same prompts")
+    captured = {name: arrays("explore", value, rows, layers) for name, value in states.items()}
+    joined = {name: join("explore", rows, queries, by_model[name]) for name in captured}
+    return Explorer(captured, joined, spaces or AnchorSpace.fit, directions, base, note)
+
+
+class Explorer(Panel):
+    """Controls `.model`, `.layer`, `.components`, `.prompts`, `.color`, `.smoothing` and `.query`; the `.detail` of the chosen
+    query, or of the `.selected` ones of a lasso; and `.table`, which describes the present view in numbers.
+    """
+
+    _kind = "explorer"
+    _choices = ("model", "layer", "components", "color", "smoothing", "query", "prompts")
+
+    def __init__(
+        self,
+        states: dict[str, tuple[np.ndarray, tuple[int, ...]]],
+        rows: dict[str, pd.DataFrame],
+        spaces: Spaces,
+        directions: Directions | None,
+        base: str,
+        note: str | None,
+    ) -> None:
+        self._states, self._rows = states, rows
+        self._spaces, self._directions, self._base, self._note = spaces, directions, base, note
+        self._coordinates: dict[tuple[str, int], tuple[AnchorSpace, np.ndarray, np.ndarray | None]] = {}
+        self._views: dict[tuple[str, int, float], LayerView] = {}
+        self.selected: tuple[Any, ...] = ()
+        self._settling = False
+        table = next(iter(rows.values()))
+        names = list(dict.fromkeys(table["prompt"]))
+        self.model = control(widgets.Dropdown, "Model", options=[(name or "this model", name) for name in states])
+        layers = self._layers()
+        self.layer = control(widgets.SelectionSlider, "Layer", options=layers, value=layers[-1][1])
+        self.smoothing = control(widgets.FloatSlider, "Smoothing a", min=0, max=5, step=0.5, value=0)
+        self.model.observe(self._offer_layers, names="value")
+        first = self._view()
+        self.components = control(widgets.Dropdown, "Components", options=pairs(first.space.k))
+        colors = [(label, column) for label, column in COLORS.items() if column in first.points]
+        self.color = control(widgets.Dropdown, "Colour by", options=colors)
+        ids = dict.fromkeys(table["query_id"])
+        self.query = control(widgets.Dropdown, "Query", options=[("none chosen", None), *((str(i), i) for i in ids)])
+        self.prompts = control(
+            widgets.SelectMultiple,
+            "Prompts",
+            options=[(str(name), name) for name in names],
+            value=names,
+            rows=min(6, max(2, len(names))),
+        )
+        self.detail = widgets.HTML()
+        left = [self.layer, self.components, self.color, self.query]
+        right = [self.prompts]
+        if len(states) > 1:
+            left.insert(0, self.model)
+        if all("n_judged" in part for part in rows.values()):
+            about = widgets.HTML("<small>refusal rate = (refused + a) / (judged + 2 a)</small>")
+            right += [self.smoothing, about]
+        self._open([widgets.VBox(left), widgets.VBox(right)], [self.detail])
+        classes = figures.class_names(table)
+        groups = [(name, cls) for name in names for cls in figures.CLASSES]
+        members = [table["query_id"][(table["prompt"] == name) & (classes == cls)].tolist() for name, cls in groups]
+        # The point traces come first, one per group that has queries.
+        self._members = list(filter(None, members))
+        self._lasso: list[Any] = []
+        for trace, ids in zip(self.figure.data, self._members, strict=False):
+            trace.on_click(lambda _trace, clicked, _state, ids=ids: self._clicked(ids, clicked.point_inds))
+            trace.on_selection(lambda trace, chosen, _shape, ids=ids: self._chosen(trace, ids, chosen.point_inds))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The present view in numbers: per shown prompt and class the size, the mean of the shown components and of what is
+        known of it (refusal rate, predicted refusal, shift length), then the directions' held-out scores; 3 decimals.
+        """
+        view = self._view()
+        columns = [f"pc{i}" for i in self.components.value]
+        columns += [c for c in COLORS.values() if c in view.points and c not in ("prompt", "harmful")]
+        points = view.points[view.points["prompt"].isin(self.prompts.value)]
+        grouped = points.assign(group=figures.class_names(points)).groupby(["prompt", "group"], sort=False)
+        table = grouped[columns].mean().astype(float)
+        table.insert(0, "n", grouped.size())
+        for direction in view.directions:
+            for score, value in direction.scores.items():
+                table[f"{direction.name}_{score}"] = float(value)
+        return (table.round(3) + 0.0).astype({"n": int}).reset_index()  # + 0.0: no "-0.0"
+
+    def _layers(self) -> list[tuple[str, int]]:
+        return layer_options(self._states[self.model.value][1])
+
+    def _view(self) -> LayerView:
+        model, layer, smoothing = self.model.value, self.layer.value, self.smoothing.value
+        if (model, layer) not in self._coordinates:
+            states, layers = self._states[model]
+            at = states[:, layers.index(layer)]
+            space = self._spaces(at) if callable(self._spaces) else _of_layer(self._spaces, layer, "space")
+            rows = self._rows[model]
+            shifts = _shift_lengths(at, rows, self._base) if self._base in set(rows["prompt"]) else None
+            self._coordinates[model, layer] = space, np.asarray(space.transform(at)), shifts
+        if (model, layer, smoothing) not in self._views:
+            space, Z, shifts = self._coordinates[model, layer]
+            rows = self._rows[model]
+            if smoothing and "n_judged" in rows:
+                n, refused = rows["n_judged"], rows["refusal_rate"] * rows["n_judged"]
+                rows = rows.assign(refusal_rate=(refused + smoothing) / (n + 2 * smoothing))
+            points = figures.points_table(Z, rows)
+            if shifts is not None:
+                points["shift_length"] = shifts
+            if callable(self._directions):
+                directions = tuple(self._directions(Z, rows))
+            else:
+                directions = () if self._directions is None else tuple(_of_layer(self._directions, layer, "directions"))
+            for direction in directions:
+                if direction.name == "refusal":
+                    points["predicted_refusal"] = direction.probability(Z).round(4)
+            self._views[model, layer, smoothing] = LayerView(space, directions, points)
+        return self._views[model, layer, smoothing]
+
+    def _offer_layers(self, _change: object) -> None:
+        """Another model's layers; the same one stays chosen where it has it."""
+        layer, offered = self.layer.value, self._layers()
+        self._settling = True
+        self.layer.options = offered
+        self.layer.value = layer if layer in dict(offered).values() else offered[-1][1]
+        self._settling = False
+
+    def _update(self, change: Any = None) -> None:
+        if self._settling:
+            return
+        if change is not None and change["owner"] is self.query:
+            self.selected = ()
+        super()._update(change)
+
+    def _build(self) -> go.Figure:
+        view = self._view()
+        color, components = self.color.value, self.components.value
+        if max(components) > view.space.k:
+            raise ValueError(f"the space of layer {self.layer.value} has {view.space.k} components; choose lower ones")
+        fig = figures.plot_groups(
+            view.points,
+            direction=view.directions,
+            components=components,
+            color=color,
+            arrows="mean_shift" if self._base in set(view.points["prompt"]) else None,
+            base=self._base,
+            prompts=self.prompts.value,
+            explained=tuple(view.space.explained),
+            title=f"Layer {layer_name(self.layer.value)}" + (f" of {self.model.value}" if self.model.value else ""),
+            note=self._note,
+        )
+        fig.add_trace(self._path(view.points, components))
+        return fig
+
+    def _path(self, points: pd.DataFrame, components: tuple[int, int]) -> go.Scatter:
+        """The chosen query under every shown prompt, as spokes from the base prompt."""
+        own = points[(points["query_id"] == self.query.value) & points["prompt"].isin([self._base, *self.prompts.value])]
+        xy = own[[f"pc{i}" for i in components]].to_numpy()
+        start = xy[(own["prompt"] == self._base).to_numpy()]
+        ends: list[Any] = []
+        for end in xy:
+            ends += [*start[:1], end, (None, None)]
+        x, y = zip(*ends, strict=True) if ends else ((None,), (None,))
+        marker = dict(symbol="circle-open", size=16, color=figures.GREY, line=dict(width=2))
+        line = dict(color=figures.GREY, width=1)
+        return go.Scatter(
+            x=x, y=y, mode="lines+markers", marker=marker, line=line, hoverinfo="skip", name="chosen query", visible=bool(ends)
+        )
+
+    def _clicked(self, ids: list[Any], indices: list[int]) -> None:
+        if indices:  # a click tells every trace, those without the point too
+            self.selected = ()
+            self.query.value = ids[indices[0]]
+            with self._told():
+                self._tell()
+
+    def _chosen(self, trace: Any, ids: list[Any], indices: list[int]) -> None:
+        """A lasso tells every trace in turn, those without a point in it too; the last one completes the selection."""
+        self._lasso += [ids[i] for i in indices]
+        if trace is not self.figure.data[len(self._members) - 1]:
+            return
+        self.selected, self._lasso = tuple(dict.fromkeys(self._lasso)), []
+        with self._told():
+            self._tell()
+
+    def _tell(self) -> None:
+        points = self._view().points
+        if self.selected:
+            self.detail.value = self._listed(points)
+            return
+        if self.query.value is None:
+            self.detail.value = "<i>Click a point, or choose a query, to read it; draw a lasso around points to list them.</i>"
+            return
+        own = points[points["query_id"] == self.query.value]
+        about = own.iloc[0]
+        columns = ["prompt", *(c for c in COLORS.values() if c in own and c not in ("prompt", "harmful"))]
+        columns += [f"pc{i}" for i in self.components.value]
+        shown = own[columns].rename(columns={c: label for label, c in COLORS.items()})
+        self.detail.value = (
+            f"<p><b>{escape(str(about['query_id']))}</b> ({figures.class_names(own).iloc[0]}): {escape(str(about['text']))}</p>"
+            + html(shown)
+        )
+
+    def _listed(self, points: pd.DataFrame) -> str:
+        """The queries of a lasso, each with its refusal rate, or else its shift length, under every prompt."""
+        own = points[points["query_id"].isin(self.selected[:MOST_LISTED])]
+        about = (
+            own.assign(**{"class": figures.class_names(own)}).drop_duplicates("query_id").set_index("query_id")[["class", "text"]]
+        )
+        value = next((c for c in ("refusal_rate", "shift_length") if c in own), None)
+        if value:
+            about = about.join(own.pivot(index="query_id", columns="prompt", values=value).astype(float))
+        more = len(self.selected) - MOST_LISTED
+        columns = f", with their {value.replace('_', ' ')} under each prompt" if value else ""
+        return (
+            f"<p>{len(self.selected)} queries in the lasso{columns}{f'; the first {MOST_LISTED} of them' if more > 0 else ''}:</p>"
+            + html(about.loc[list(self.selected[:MOST_LISTED])].reset_index())
+        )
+
+
+def _shift_lengths(states: np.ndarray, rows: pd.DataFrame, base: str) -> np.ndarray:
+    """Distance (n,) of each state from the same query's state under `base`, in the hidden space; NaN without one."""
+    start = rows.index[rows["prompt"] == base]
+    at = rows["query_id"].map(pd.Series(start, index=rows.loc[start, "query_id"]))
+    known = at.notna().to_numpy()
+    lengths = np.full(len(rows), np.nan)
+    lengths[known] = np.linalg.norm(states[known] - states[at[known].astype(int)], axis=1)
+    return lengths.round(4)
+
+
+def _of_layer(mapping: Mapping[int, Any], layer: int, what: str) -> Any:
+    if layer not in mapping:
+        raise ValueError(f"no {what} for layer {layer}; there are {sorted(mapping)}: add it, or pass a function")
+    return mapping[layer]

@@ -1,0 +1,175 @@
+"""The direction inspector: what an estimator finds, and what turning it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import figures
+from ..space import _ESTIMATORS, AnchorSpace, Direction, FitError, _fit_data, grouped_folds
+from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
+
+import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import plotly.graph_objects as go  # isort: skip
+
+ESTIMATORS = {  # label of the control -> target column, estimator of `fit_direction`
+    "logistic on refusal rate": ("refusal_rate", "logistic"),
+    "logistic on harmfulness": ("harmful", "logistic"),
+    "difference of means by refusal rate": ("refusal_rate", "mean_difference"),
+    "difference of means by harmfulness": ("harmful", "mean_difference"),
+}
+N_FOLDS, SEED = 5, 42  # as in `fit_direction`
+
+
+def inspect_directions(
+    states: Any,
+    rows: pd.DataFrame,
+    queries: pd.DataFrame,
+    rates: pd.DataFrame,
+    *,
+    layers: Sequence[int] | None = None,
+    most_components: int = 8,
+    note: str | None = None,
+) -> Inspector:
+    """An `Inspector` of the directions that different estimators find; states, rows, queries, rates as in `explore`."""
+    array, layers = arrays("inspect_directions", states, rows, layers)
+    return Inspector(array, layers, join("inspect_directions", rows, queries, rates), most_components, note)
+
+
+class Inspector(Panel):
+    """Controls `.layer`, `.estimator`, `.k` (components that the fit sees), `.components` (the plane shown) and `.turn` (degrees
+    in that plane, from the fitted direction); `.direction` is the one shown, `.table` and `.ranked` describe it.
+    """
+
+    _kind = "inspector"
+    _choices = ("layer", "estimator", "k", "components", "turn")
+
+    def __init__(
+        self, states: np.ndarray, layers: tuple[int, ...], rows: pd.DataFrame, most_components: int, note: str | None
+    ) -> None:
+        self._states, self._layers, self._rows, self._note = states, layers, rows, note
+        self._most = min(most_components, states.shape[2])
+        self._points: dict[int, tuple[AnchorSpace, np.ndarray, pd.DataFrame]] = {}
+        self._fits: dict[tuple[int, int, str, int | None], Direction] = {}
+        options = layer_options(layers)
+        self.layer = control(widgets.SelectionSlider, "Layer", options=options, value=options[-1][1])
+        self.estimator = control(widgets.Dropdown, "Estimator", options=list(ESTIMATORS))
+        self.k = control(widgets.IntSlider, "Components fitted", min=2, max=self._most, value=min(4, self._most))
+        self.components = control(widgets.Dropdown, "Components shown", options=pairs(self._most))
+        self.turn = control(widgets.IntSlider, "Turn (degrees)", min=-180, max=180, value=0)
+        self.scores, self.detail = widgets.HTML(), widgets.HTML()
+        left, right = widgets.VBox([self.layer, self.estimator, self.k]), widgets.VBox([self.components, self.turn])
+        self._open([left, right], [self.scores, self.detail])
+
+    @property
+    def direction(self) -> Direction:
+        """The direction shown: fitted to all rows and turned. Its scores are held out, see `table`."""
+        label = self.estimator.value
+        return replace(self._turned(self._fit(label), self.turn.value), scores=self._scores(label, self.turn.value))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The direction shown, and each estimator's: its angle to the shown one in degrees (1 decimal) and, of the estimator in
+        use, the held-out scores (3 decimals): each fold's own fit, turned alike, on the queries that it did not see.
+        """
+        shown, label = self.direction, self.estimator.value
+        lines = [{"direction": f"shown (turned by {self.turn.value} degrees)", "angle": 0.0, **shown.scores}]
+        for name in ESTIMATORS:
+            scores = self._scores(name, 0) if name == label else {}
+            try:
+                angle = shown.angle(self._fit(name))
+            except FitError:  # these queries or rates do not carry the other estimator
+                angle = np.nan
+            lines.append({"direction": name, "angle": angle, **scores})
+        return pd.DataFrame(lines).round({"angle": 1} | dict.fromkeys(shown.scores, 3))
+
+    @property
+    def ranked(self) -> pd.DataFrame:
+        """All queries by their mean logit over the prompts, highest first: query_id, group, text, logit, refusal_rate."""
+        rows = self._rows.assign(logit=self._turned(self._fit(self.estimator.value), self.turn.value).logit(self._layer()[1]))
+        by_query = rows.groupby("query_id", sort=False)
+        about = rows.assign(group=figures.class_names(rows)).drop_duplicates("query_id").set_index("query_id")[["group", "text"]]
+        means = by_query[["logit", "refusal_rate"]].mean()
+        return about.join(means).sort_values("logit", ascending=False, kind="stable").reset_index()
+
+    def _layer(self) -> tuple[AnchorSpace, np.ndarray, pd.DataFrame]:
+        layer = self.layer.value
+        if layer not in self._points:
+            states = self._states[:, self._layers.index(layer)]
+            space = AnchorSpace.fit(states, self._most)
+            Z = space.transform(states)
+            self._points[layer] = space, Z, figures.points_table(Z, self._rows.drop(columns="text"))
+        return self._points[layer]
+
+    def _data(self, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates (m, k), target (m,) and query ids (m,) of the rows whose target is known."""
+        column, estimator = ESTIMATORS[label]
+        target = self._rows[column].astype("Float64").to_numpy(float, na_value=np.nan)
+        known = ~np.isnan(target)
+        Z, groups = self._layer()[1][known, : self.k.value], self._rows["query_id"].to_numpy()[known]
+        return _fit_data(Z, target[known], groups, label, estimator)
+
+    def _fit(self, label: str, fold: int | None = None) -> Direction:
+        """An estimator's direction, of all rows or of those outside a fold; its weight padded with 0 to all components."""
+        key = (self.layer.value, self.k.value, label, fold)
+        if key not in self._fits:
+            Z, y, groups = self._data(label)
+            train = slice(None) if fold is None else ~grouped_folds(groups, N_FOLDS, SEED)[fold]
+            weight, bias = _ESTIMATORS[ESTIMATORS[label][1]](Z[train], y[train], groups[train], SEED)
+            self._fits[key] = Direction(label, np.pad(weight, (0, self._most - len(weight))), bias)
+        return self._fits[key]
+
+    def _scores(self, label: str, degrees: float) -> dict[str, float]:
+        """Those of `fit_direction`, for directions turned by some degrees."""
+        Z, y, groups = self._data(label)
+        Z = np.pad(Z, ((0, 0), (0, self._most - Z.shape[1])))
+        logit, constant = np.zeros(len(y)), np.zeros(len(y))
+        for fold, test in enumerate(grouped_folds(groups, N_FOLDS, SEED)):
+            logit[test] = self._turned(self._fit(label, fold), degrees).logit(Z[test])
+            constant[test] = np.clip(y[~test].mean(), 1e-6, 1 - 1e-6)
+        return {
+            "bce": float(np.mean(np.logaddexp(0, logit) - y * logit)),
+            "bce_constant": float(-np.mean(y * np.log(constant) + (1 - y) * np.log(1 - constant))),
+            "mse": float(np.mean((1 / (1 + np.exp(-logit)) - y) ** 2)),
+            "accuracy": float(np.mean((logit > 0) == (y > 0.5))),
+            "spearman": float(pd.Series(logit).corr(pd.Series(y), method="spearman")),
+        }
+
+    def _turned(self, direction: Direction, degrees: float) -> Direction:
+        """Turned about the mean of the states, from the first component shown towards the second."""
+        i, j = (c - 1 for c in self.components.value)
+        weight, angle = direction.weight.copy(), np.radians(degrees)
+        weight[i], weight[j] = (
+            np.cos(angle) * weight[i] - np.sin(angle) * weight[j],
+            np.sin(angle) * weight[i] + np.cos(angle) * weight[j],
+        )
+        return replace(direction, weight=weight)
+
+    def _build(self) -> go.Figure:
+        space, _, points = self._layer()
+        target, _ = ESTIMATORS[self.estimator.value]
+        fit = self._fit(self.estimator.value)
+        shown = replace(self._turned(fit, self.turn.value), name="refusal" if target == "refusal_rate" else "harmfulness")
+        fig = figures.plot_groups(
+            points,
+            direction=[shown, replace(fit, name="fitted")],
+            components=self.components.value,
+            color=target,
+            arrows=None,
+            explained=tuple(space.explained),
+            title=f"Layer {layer_name(self.layer.value)}: {self.estimator.value}",
+            note=self._note,
+        )
+        fig.data[-1].visible = False  # one arrow is enough
+        return fig
+
+    def _tell(self) -> None:
+        table, ranked = self.table, self.ranked
+        scores = table.drop(columns=["bce_constant", "mse"])
+        self.scores.value = "<p>Angles in degrees; scores held out, by query:</p>" + html(scores.astype(object).fillna(""))
+        most, least = ranked.head(5), ranked.tail(5)
+        self.detail.value = f"<p>Queries furthest along it, and least, of {len(ranked)}:</p>" + html(pd.concat([most, least]))

@@ -1,0 +1,204 @@
+"""What the widgets share: the panel, its controls, and the tables that they are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from html import escape
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import figures  # noqa: F401  (first: its import makes FigureWidget quick)
+from ..space import AnchorSpace, Direction
+
+import ipywidgets as widgets  # isort: skip
+import plotly.graph_objects as go  # isort: skip
+
+STYLE, WIDE = {"description_width": "110px"}, "350px"
+
+# One panel at a time runs a model: a soft prompt in training and a sampling both change how it computes.
+MODEL_LOCK = threading.Lock()
+# What was chosen outlives another run of a notebook cell: (kind, id of the cell) -> its panel.
+PANELS: dict[tuple[str, str], Panel] = {}
+
+
+class _Plot(go.FigureWidget):
+    """Is announced to the page once it holds its plot: plotly announces an empty one, which a slow page was seen to keep."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        super().open()
+
+    def open(self) -> None:
+        """Called on the way by ipywidgets, and too early."""
+
+
+class Panel:
+    """What the widgets share: controls named in `_choices`, one figure built by `_build`, messages, text below by `_tell`."""
+
+    _kind = ""
+    _choices: tuple[str, ...] = ()
+    figure: go.FigureWidget
+    view: widgets.VBox
+
+    def _build(self) -> go.Figure:
+        """The figure of the present choices; always the same number of traces, so that a redraw is an update."""
+        raise NotImplementedError
+
+    def _tell(self) -> None:
+        """Brings the text below the figure up to date."""
+
+    def _open(self, controls: Sequence[widgets.Widget], below: Sequence[widgets.Widget]) -> None:
+        """Takes over an earlier run's choices, draws, and starts to listen."""
+        key = (self._kind, _cell())
+        before = PANELS.get(key)
+        defaults = {name: getattr(self, name).value for name in self._choices}
+        if before is not None:
+            self._take_over(before)
+        self.message = widgets.HTML()
+        try:
+            built = self._build()
+        except Exception:
+            if before is None:
+                raise
+            for name, value in defaults.items():  # the earlier choices do not fit the new data
+                getattr(self, name).value = value
+            built = self._build()
+        self.figure = _Plot(data=built.data, layout=built.layout)
+        self._tell()
+        for name in self._choices:
+            getattr(self, name).observe(self._update, names="value")
+        row = widgets.HBox(list(controls), layout=widgets.Layout(flex_flow="row wrap"))
+        self.view = widgets.VBox([row, self.message, self.figure, *below])
+        self.view.add_class(f"al-{self._kind}")
+        if key[1]:
+            PANELS[key] = self
+
+    def _take_over(self, before: Panel) -> None:
+        for name in self._choices:
+            with suppress(Exception):  # a choice that is no longer offered
+                getattr(self, name).value = getattr(before, name).value
+
+    def _update(self, _change: object = None) -> None:
+        with self._told():
+            self._redraw()
+
+    def _redraw(self) -> None:
+        built = self._build()
+        with self.figure.batch_update():
+            for trace, new in zip(self.figure.data, built.data, strict=True):
+                trace.update(new.to_plotly_json(), overwrite=True)
+            layout = built.layout.to_plotly_json()
+            for key in {*layout, *self.figure.layout.to_plotly_json()} - {"template"}:
+                self.figure.layout[key] = layout.get(key)
+        # Private: brings the widget's stored state up to date; without it a reloaded page shows the first plot again.
+        self.figure._repr_mimebundle_()
+        self._tell()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Shows what a callback raises or warns of, which would be lost in a log."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                yield
+            except Exception as error:
+                self._show(error)
+                return
+        said = {str(w.message): None for w in caught if issubclass(w.category, UserWarning)}
+        self.message.value = "<br>".join(escape(text) for text in said)
+
+    def _show(self, error: Exception) -> None:
+        self.message.value = f'<b style="color:#CC3311">{escape(f"{type(error).__name__}: {error}")}</b>'
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """The widget, and beside it the figure alone where PLOTLY_RENDERER is set: stored outputs and reports have no widgets."""
+        bundle = self.view._repr_mimebundle_(**kwargs)
+        if os.environ.get("PLOTLY_RENDERER"):
+            bundle["application/vnd.plotly.v1+json"] = json.loads(str(self.figure.to_json()))
+        return bundle
+
+
+def control(kind: type, description: str, **kwargs: Any) -> Any:
+    return kind(description=description, style=STYLE, layout=widgets.Layout(width=WIDE), **kwargs)
+
+
+def pairs(k: int) -> list[tuple[str, tuple[int, int]]]:
+    return [(f"PC{i} and PC{j}", (i, j)) for i, j in combinations(range(1, k + 1), 2)]
+
+
+def html(table: pd.DataFrame) -> str:
+    return str(table.to_html(index=False, escape=True, border=0, na_rep="not known", float_format="{:.3f}".format))
+
+
+def _cell() -> str:
+    """Id of the running notebook cell, as JupyterLab sends it; "" elsewhere."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    return str(parent.get("metadata", {}).get("cellId", ""))
+
+
+def arrays(where: str, states: Any, rows: pd.DataFrame, layers: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The states (n, number of layers, d) and their layers, of a HiddenStates or an array."""
+    layers = getattr(states, "layers", None) if layers is None else layers
+    states = np.asarray(getattr(states, "states", states))
+    if layers is None:
+        raise ValueError(f"{where}: an array of states needs layers=, the layer of each entry of its second axis")
+    if states.ndim != 3 or states.shape[:2] != (len(rows), len(layers)):
+        raise ValueError(
+            f"{where}: states of shape {states.shape} for {len(rows)} rows and layers {tuple(layers)}; "
+            "pass states (n, number of layers, d) with their own n rows"
+        )
+    return states, tuple(layers)
+
+
+def layer_options(layers: Sequence[int]) -> list[tuple[str, int]]:
+    return [(layer_name(i), i) for i in sorted(layers, key=lambda i: (i < 0, i))]
+
+
+def layer_name(layer: int) -> str:
+    return {0: "0 (embedding)", -1: "-1 (final norm)"}.get(layer, str(layer))
+
+
+def join(where: str, rows: pd.DataFrame, queries: pd.DataFrame, rates: pd.DataFrame | None) -> pd.DataFrame:
+    for name, table, columns in (
+        ("rows", rows, ["query_id", "prompt"]),
+        ("queries", queries, ["query_id", "text", "harmful"]),
+        ("rates", rates, ["query_id", "prompt", "refusal_rate"]),
+    ):
+        if table is None:
+            continue
+        if missing := [c for c in columns if c not in table]:
+            raise ValueError(f"{where}: {name} lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}")
+        key = ["query_id"] if name == "queries" else ["query_id", "prompt"]
+        twice = table[table[key].duplicated()]
+        if len(twice):
+            raise ValueError(f"{where}: {name} has {dict(twice.iloc[0][key])} twice; keep one row of each")
+    joined = rows[["query_id", "prompt"]].reset_index(drop=True)
+    if unknown := sorted(set(joined["query_id"]) - set(queries["query_id"]), key=str):
+        raise ValueError(f"{where}: {len(unknown)} queries of the rows are not in queries, such as {unknown[0]!r}")
+    joined = joined.merge(queries[["query_id", "text", "harmful"]], on="query_id", how="left")
+    if rates is not None:
+        columns = [c for c in ("query_id", "prompt", "refusal_rate", "n_judged") if c in rates]
+        joined = joined.merge(rates[columns], on=["query_id", "prompt"], how="left")
+    return joined
+
+
+def check_space(where: str, model: Any, states: Any, rows: pd.DataFrame, space: AnchorSpace, *directions: Direction) -> None:
+    d = len(space.mean)
+    if np.shape(states) != (len(rows), d) or model.hidden_size != d:
+        raise ValueError(
+            f"{where}: states of shape {np.shape(states)} for {len(rows)} rows, a space of {d} dimensions and a model of "
+            f"{model.hidden_size}; pass the states (m, d) and rows of .at(-1) that the space was fitted to"
+        )
+    if wrong := [direction.name for direction in directions if len(direction.weight) != space.k]:
+        raise ValueError(f"{where}: directions {wrong} do not lie in the space of {space.k} components; fit them in it")

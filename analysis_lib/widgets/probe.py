@@ -1,0 +1,197 @@
+"""The probe: any query under any safety prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import figures
+from ..space import AnchorSpace, Direction
+from .panel import MODEL_LOCK, Panel, check_space, control, html, pairs
+
+import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import plotly.graph_objects as go  # isort: skip
+
+TYPED = "typed"  # the name of the typed safety prompt
+
+
+class Probe(Panel):
+    """A typed query under every prompt of `prompts` {name: text or SoftPrompt} and under a typed safety prompt.
+
+    states (m, d) of layer -1 and their rows (query_id, prompt, harmful) under `base` are the background; space and refusal
+    are fitted to that layer. query, prompt: what is typed at first. n_samples: replies sampled per prompt on the button.
+    Raises ValueError where space and model do not fit, a prompt is called "typed", or `base` is missing.
+
+    Controls `.query`, `.prompt`, `.components` and the button `.sample`; `.table`: per prompt the predicted probability of
+    refusal, the sampled rate once sampled, and for the embedded model the probability that its grammar taught. Replies are
+    shown for the embedded model only, whose replies hold no instructions.
+    """
+
+    _kind = "probe"
+    _choices = ("query", "prompt", "components")
+
+    def __init__(
+        self,
+        model: Any,
+        states: np.ndarray,
+        rows: pd.DataFrame,
+        prompts: Mapping[str, Any],
+        space: AnchorSpace,
+        refusal: Direction,
+        *,
+        query: str = "",
+        prompt: str = "",
+        n_samples: int = 20,
+        base: str = "none",
+        note: str | None = None,
+    ) -> None:
+        check_space("probe", model, states, rows, space, refusal)
+        if TYPED in prompts or base not in prompts:
+            raise ValueError(f"probe: prompts {list(prompts)} need {base!r}, and none called {TYPED!r}; rename it, or pass base=")
+        self._fixed: dict[str, Any] = dict(prompts)
+        self._model, self._space, self._refusal = model, space, refusal
+        self._n_samples, self._base, self._note = n_samples, base, note
+        behind = (rows["prompt"] == base).to_numpy()
+        about = rows.loc[behind, ["query_id", "prompt", "harmful"]]
+        self._background = figures.points_table(space.transform(np.asarray(states)[behind]), about)
+        self._known: dict[tuple[str, str, str], np.ndarray] = {}  # (query, prompt's name, its text) -> (k,)
+        self._sampled: dict[tuple[str, str, str], tuple[float, str]] = {}  # -> refusal rate, commonest reply
+        self.query = control(widgets.Textarea, "Query", value=query, rows=2, continuous_update=False)
+        self.prompt = control(widgets.Textarea, "Safety prompt", value=prompt, rows=4, continuous_update=False)
+        self.components = control(widgets.Dropdown, "Components", options=pairs(space.k))
+        self.sample = widgets.Button(description=f"Sample {n_samples} replies per prompt", layout=widgets.Layout(width="260px"))
+        self.detail = widgets.HTML()
+        self.sample.on_click(self._sample)
+        self._open([self.query, self.prompt, widgets.VBox([self.components, self.sample])], [self.detail])
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Per prompt: predicted, sampled (NaN before sampling), and for the embedded model true (NaN outside its grammar)."""
+        query, prompts = self.query.value.strip(), self._prompts()
+        keys = [self._key(query, name) for name in prompts] if query else []
+        Z = self._coordinates()
+        points = np.array([*Z.values()]).reshape(len(Z), self._space.k)
+        table = pd.DataFrame({"prompt": list(Z), "predicted": self._refusal.probability(points)})
+        table["sampled"] = [self._sampled.get(key, (np.nan, ""))[0] for key in keys]
+        if self._is_organism:
+            from ..organism import true_refusal
+
+            table["true"] = true_refusal(self._asked(), prompts)["true_rate"].to_numpy() if keys else []
+        return table.round(3)
+
+    @property
+    def _is_organism(self) -> bool:
+        return bool(self._model.name == "organism")
+
+    def _prompts(self) -> dict[str, Any]:
+        typed = self.prompt.value.strip()
+        return {**self._fixed, TYPED: typed} if typed else self._fixed
+
+    def _asked(self) -> pd.DataFrame:
+        return pd.DataFrame({"query_id": ["query"], "text": [self.query.value.strip()]})
+
+    def _key(self, query: str, name: str) -> tuple[str, str, str]:
+        prompt = self._prompts()[name]
+        return query, name, prompt if isinstance(prompt, str) else ""
+
+    def _coordinates(self) -> dict[str, np.ndarray]:
+        """{prompt: (k,)} of the typed query; nothing without one."""
+        from ..capture import hidden_states
+
+        query, prompts = self.query.value.strip(), self._prompts()
+        if not query:
+            return {}
+        if missing := {name: p for name, p in prompts.items() if self._key(query, name) not in self._known}:
+            with MODEL_LOCK:
+                captured = hidden_states(self._model, self._asked(), missing, n_check=0)
+            for name, z in zip(missing, self._space.transform(captured.states[:, 0]), strict=True):
+                self._known[self._key(query, name)] = z
+        return {name: self._known[self._key(query, name)] for name in prompts}
+
+    def _build(self) -> go.Figure:
+        components = self.components.value
+        Z = self._coordinates()
+        fig = figures.plot_groups(
+            self._background,
+            direction=self._refusal,
+            components=components,
+            arrows=None,
+            explained=tuple(self._space.explained),
+            title="The typed query under each prompt",
+            note=self._note,
+        )
+        fig.update_traces(marker_color=figures.GREY, opacity=0.3, selector=dict(mode="markers"))
+        ends = {name: [round(float(z[c - 1]), 4) for c in components] for name, z in Z.items()}
+        predicted = {name: float(self._refusal.probability(z[None])[0]) for name, z in Z.items()}
+        for at, name in enumerate([*self._fixed, TYPED]):
+            path = [ends[self._base], ends[name]] if name in ends else [[None, None]]
+            hue = figures.GREY if name == self._base else figures.PROMPT_COLORS[at % len(figures.PROMPT_COLORS)]
+            symbol = "star" if name == TYPED else "diamond"
+            marker = dict(color=hue, size=[0, 13][-len(path) :], symbol=symbol, opacity=1, line=dict(width=1, color="#FFFFFF"))
+            hover = figures.text(f"{name}: predicted refusal {predicted[name]:.2f}") if name in ends else ""
+            x, y = zip(*path, strict=True)
+            fig.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    mode="lines+markers",
+                    marker=marker,
+                    line=dict(color=hue, width=2),
+                    hovertext=hover,
+                    hoverinfo="text",
+                    name=figures.label(f"query, {name}"),
+                    visible=name in ends,
+                )
+            )
+        for axis, values in (("xaxis", [e[0] for e in ends.values()]), ("yaxis", [e[1] for e in ends.values()])):
+            low, high = fig.layout[axis].range
+            margin = 0.05 * (high - low)  # a query far from the others widens the view
+            fig.layout[axis].range = [min([low, *(v - margin for v in values)]), max([high, *(v + margin for v in values)])]
+        return fig
+
+    def _sample(self, _button: object) -> None:
+        from ..judge import judge_responses, refusal_rates, verdict_is_final
+        from ..sampling import sample_responses
+
+        with self._told():
+            query, prompts = self.query.value.strip(), self._prompts()
+            if not query:
+                raise ValueError("there is no query to sample replies to; type one first")
+            missing = {name: p for name, p in prompts.items() if self._key(query, name) not in self._sampled}
+            if missing:
+                self.sample.disabled, self.message.value = True, "sampling ..."
+                try:
+                    with MODEL_LOCK:
+                        replies = sample_responses(
+                            self._model, self._asked(), missing, n_samples=self._n_samples, stop_when=verdict_is_final
+                        )
+                finally:
+                    self.sample.disabled = False
+                rates = refusal_rates(judge_responses(replies)).set_index("prompt")["refusal_rate"]
+                for name, own in replies.groupby("prompt", sort=False)["response"]:
+                    self._sampled[self._key(query, str(name))] = float(rates[name]), str(own.mode()[0])
+            self._tell()
+
+    def _tell(self) -> None:
+        table, query = self.table, self.query.value.strip()
+        if table.empty:
+            self.detail.value = "<i>Type a query to see where it lies, and a safety prompt to see how it moves.</i>"
+            return
+        sampled = f"refused of {self._n_samples} samples"
+        shown = table.rename(columns={"predicted": "predicted refusal", "sampled": sampled}).astype(object)
+        shown[sampled] = shown[sampled].fillna("not sampled")
+        if self._is_organism:
+            shown["true"] = shown["true"].fillna("no truth outside the grammar")
+            known = [self._sampled.get(self._key(query, name), (0, ""))[1] for name in table["prompt"]]
+            shown["commonest reply"] = known
+        text = f"<p><b>query</b>: {escape(query)}</p>" + html(shown)
+        if self._is_organism:
+            text += "<small>true: the probability that the grammar taught; samples at top-p 0.9 lose what is rarer than a tenth.</small>"
+        self.detail.value = text
+
+
+probe = Probe
