@@ -1,4 +1,4 @@
-# make reproduce   run every notebook, write executed copies and reports/report.html  [MODEL= PROMPT= QUERIES= OUT= JOBS=]
+# make reproduce   run every notebook, write executed copies and reports/report.html  [MODEL= TEMPLATE= PROMPT= QUERIES= OUT= JOBS=]
 # make test        set-up, formatting, lint, types, tests, notebooks against their stored outputs
 # make lab         JupyterLab on notebooks/
 # make setup       the environment alone, in .venv  [PYTHON=python3.12]
@@ -37,7 +37,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 reproduce: setup
-	$(RUN) -m analysis_lib reproduce $(if $(MODEL),--model '$(MODEL)') $(if $(PROMPT),--prompt '$(PROMPT)') \
+	$(RUN) -m analysis_lib reproduce $(if $(MODEL),--model '$(MODEL)') $(if $(TEMPLATE),--template '$(TEMPLATE)') $(if $(PROMPT),--prompt '$(PROMPT)') \
 		$(if $(QUERIES),--queries '$(QUERIES)') $(if $(JOBS),--jobs '$(JOBS)') --out '$(OUT)'
 
 test: setup

@@ -10,15 +10,18 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
-    "benchmark": ["benchmark_table"],
+    "benchmark": ["benchmark_table", "metric_table"],
     "capture": ["HiddenStates", "hidden_states"],
-    "chat": ["ChatModel"],
+    "chat": ["ChatModel", "study_models"],
     "data": ["load_published", "load_queries", "load_safety_prompts"],
     "dro": ["DROConfig", "PromptTuningConfig", "SoftPrompt", "train_dro", "train_prompt_tuning"],
-    "judge": ["is_refusal", "judge_responses", "refusal_rates", "verdict_is_final"],
+    "judge": ["is_refusal", "judge_agreement", "judge_responses", "published_judge", "refusal_rates", "verdict_is_final"],
+    "methods": ["ablations", "train_methods"],
+    "model_judges": ["calibrate_refusal", "chat_judge", "classifier_judge", "next_token_loss", "refusal_probability"],
     "sampling": ["sample_responses"],
     "space": ["AnchorSpace", "Direction", "fit_direction", "mean_shifts"],
     "store": ["Store"],
+    "wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)

@@ -25,11 +25,22 @@ MAY_IMPORT = {
     "chat": {"data"},
     "capture": {"chat", "store"},
     "sampling": {"capture", "chat", "store"},
-    "dro": {"capture", "chat", "space", "store"},
+    "dro": {"capture", "chat", "data", "space", "store"},
     "benchmark": {"data", "judge"},
+    "wrappers": {"data"},
+    "alpaca": {"data"},
+    "model_judges": {"capture", "chat", "judge", "space"},
+    "methods": {"capture", "chat", "dro", "judge", "sampling", "space", "store"},
+    "estimate": {"capture", "chat", "dro", "sampling", "space", "store"},
+    "published": {"benchmark", "data", "judge"},
     "export": {"chat", "dro"},
     "figures": {"space"},
-    "widgets": {"figures", "space"},
+    "widgets/panel": {"figures", "space"},
+    "widgets/explorer": {"figures", "space", "widgets/panel"},
+    "widgets/inspector": {"figures", "space", "widgets/panel"},
+    "widgets/probe": {"capture", "figures", "judge", "organism/__init__", "sampling", "space", "widgets/panel"},
+    "widgets/console": {"capture", "dro", "export", "figures", "space", "widgets/panel"},
+    "widgets/__init__": {"widgets/console", "widgets/explorer", "widgets/inspector", "widgets/probe"},
     "report": set(),
     "notebooks": {"report"},
     "organism/grammar": set(),
@@ -40,17 +51,19 @@ MAY_IMPORT = {
     "organism/card": {
         "benchmark", "capture", "chat", "data", "dro", "judge", "organism/__init__", "organism/grammar", "sampling", "space", "store",
     },
-    "__main__": {"chat", "data", "dro", "export", "notebooks", "organism/__init__", "organism/card", "organism/train", "store"},
-    "__init__": {"benchmark", "capture", "chat", "data", "dro", "judge", "sampling", "space", "store"},
+    "reproduce": {"chat", "data", "dro", "estimate", "export", "judge", "notebooks", "store"},
+    "__main__": {"chat", "data", "dro", "export", "notebooks", "reproduce", "organism/__init__", "organism/card", "organism/train", "store"},
+    "__init__": {"benchmark", "capture", "chat", "data", "dro", "judge", "methods", "model_judges", "sampling", "space", "store", "wrappers"},
 }  # fmt: skip
+WIDGETS = {room for room in ROOMS if room.startswith("widgets/")}
 # Who may import a package that is heavy, or that a GPU machine lacks; anywhere, and at import time.
 ANYWHERE = {
-    "torch": {"chat", "capture", "sampling", "dro", "export", "space", "organism/train"},
+    "torch": {"chat", "capture", "sampling", "dro", "estimate", "export", "model_judges", "space", "organism/train"},
     "transformers": {"chat", "capture", "sampling", "organism/train"},
-    "plotly": {"figures", "widgets", "report", "notebooks"},
-    "ipywidgets": {"widgets"},
-    "anywidget": {"widgets"},
-    "IPython": {"widgets"},
+    "plotly": {"figures", "report", "notebooks"} | WIDGETS,
+    "ipywidgets": WIDGETS,
+    "anywidget": WIDGETS,
+    "IPython": WIDGETS,
     "nbformat": {"figures", "report", "notebooks"},
     "nbclient": {"notebooks"},
     "ipykernel": {"notebooks"},
@@ -60,7 +73,7 @@ ANYWHERE = {
     "vllm": set(),
 }
 AT_IMPORT_TIME = {
-    "torch": {"chat", "capture", "sampling", "dro", "export"},
+    "torch": {"chat", "capture", "sampling", "dro", "estimate", "export", "model_judges"},
     "transformers": set(),
     "sklearn": set(),
     "kaleido": set(),
@@ -76,6 +89,11 @@ CORE = [
     "sampling",
     "dro",
     "benchmark",
+    "published",
+    "wrappers",
+    "alpaca",
+    "model_judges",
+    "methods",
     "organism",
     "organism.card",
     "organism.train",
@@ -128,7 +146,7 @@ def test_the_reader_sees_every_kind_of_import():
     found = {room: imports(room) for room in ROOMS}
     assert ("./data", "ROOT", True) in found["chat"]
     assert ("transformers", "AutoModelForCausalLM", False) in found["chat"]
-    assert ("./figures", None, True) in found["widgets"]
+    assert ("./figures", None, True) in found["widgets/explorer"]
     assert ("./organism/__init__", "FOLDER", True) in found["organism/card"]
     assert ("./organism/grammar", "REFUSALS", True) in found["organism/card"]
     assert ("./organism/card", "write", False) in found["__main__"]
@@ -174,7 +192,7 @@ def test_only_the_chat_room_and_the_training_load_models():
 
 def test_no_room_imports_by_a_string():
     """importlib would slip past this file; the package's own table of names is the one place that uses it."""
-    users = {room for room in ROOMS if any(module.split(".")[0] == "importlib" for module, _, _ in imports(room))}
+    users = {room for room in ROOMS if any(module == "importlib" and name != "metadata" for module, name, _ in imports(room))}
     assert users <= {"__init__"}
     assert not [room for room, path in ROOMS.items() if "__import__" in path.read_text(encoding="utf-8")]
 
