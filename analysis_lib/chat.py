@@ -187,10 +187,10 @@ class ChatModel:
                 torch.bfloat16 if quantization or (gpu if device == "auto" else torch.device(device).type != "cpu") else on_cpu
             )
         else:
-            found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-            if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if not isinstance(named, torch.dtype) or not named.is_floating_point:
                 raise ChatModelError(f"unknown dtype {dtype!r}; give 'float64', 'float32', 'bfloat16' or 'float16'")
-            dtype = found
+            dtype = named
         form = "tokenizer" if template is None else Path(template).name
         chat = cls(name, source, revision, device, dtype, tokenizer, config, template=form, quantization=quantization)
         chat._frame("")  # a template that cannot be rendered is told now
