@@ -28,6 +28,7 @@ from .store import Store, row_key
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2.5e-1}
 PACK_TOKENS = {"cpu": 1024, "cuda": 2048}
 LINE_TOKENS = {"cpu": 96, "cuda": 512}
+ACTIVATION_BYTES = 1 << 29  # on a CPU; on a GPU, a quarter of the free memory
 CHUNK_ROWS = 512  # rows computed and kept at a time: what a killed run can lose
 
 
@@ -495,6 +496,13 @@ def _pack_tokens(model: ChatModel) -> int:
     """Tokens of a pack: enough to fill the device's matrix units, few enough that its activations stay near them."""
     most = PACK_TOKENS.get(model.device.type, PACK_TOKENS["cuda"])
     return max(1, most // model.__dict__.get("_pack_divisor", 1))
+
+
+def _backward_tokens(model: ChatModel) -> int:
+    """Tokens of a pack that is run backward: what is kept of them meanwhile, some 34 numbers of a state's size a block, must fit."""
+    kept = 34 * model.n_layers * model.hidden_size * torch.finfo(model.dtype).bits // 8
+    room = torch.cuda.mem_get_info(model.device)[0] // 4 if model.device.type == "cuda" else ACTIVATION_BYTES
+    return max(1, min(_pack_tokens(model), max(64, room // kept)))
 
 
 def _line_tokens(model: ChatModel) -> int:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from .capture import Pack, _check_queries, _line_tokens, _pack_tokens, last_states, plan_rows, run_plan, shares_prefixes
+from .capture import Pack, _backward_tokens, _check_queries, _line_tokens, last_states, plan_rows, run_plan, shares_prefixes
 from .chat import ChatModel, ChatModelError, _read_template, study_models
 from .data import load_safety_prompts
 from .space import AnchorSpace, Direction
@@ -294,7 +294,7 @@ def _parts(model: ChatModel, rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[
     if not shares_prefixes(model):
         yield list(range(len(rows))), last_states(model, rows)[0][:, 0]
         return
-    plan = plan_rows(rows, _pack_tokens(model) // 2, line_tokens=_line_tokens(model))  # activations are kept for backward
+    plan = plan_rows(rows, _backward_tokens(model), line_tokens=_line_tokens(model))
     for pack, states, _ in run_plan(model, plan, backward_by_pack=True):
         yield pack.rows, states[:, 0]
 
@@ -367,7 +367,7 @@ def _tuning_loss(
 ) -> dict[str, float]:
     """Gradients of the mean token losses of good and of bad replies; returns the losses. targets: (reply, good, count) a row."""
     most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))  # the heads but their last token
-    plan = plan_rows(rows, _pack_tokens(model), most=most)
+    plan = plan_rows(rows, _backward_tokens(model), most=most)
     n_tokens = {kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind)) for kind in (True, False)}
     weights = {True: 1.0, False: config.weight_unlikelihood}
     sums = {True: 0.0, False: 0.0}
