@@ -597,6 +597,7 @@ def markup(surface: Callable[[Sequence[str]], Iterable[str]], texts: Sequence[st
 
 def roles(model: Any, texts: Sequence[str]) -> tuple[int, int]:
     """(texts that opened a role in the rendered chat, texts changed or refused without a word)."""
+    from analysis_lib.chat import ChatModelError
 
     def read(text: str) -> tuple[list[int], list[int], str]:
         ids = model.render([text], "Be careful.")[0].ids
@@ -612,7 +613,10 @@ def roles(model: Any, texts: Sequence[str]) -> tuple[int, int]:
     for text in storable(texts):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            *found, _ = read(text)
+            try:
+                *found, _ = read(text)
+            except ChatModelError:  # longer than the model's context: refused, and said
+                continue
         opened += found != list(plain)
         unsaid += any(marker in text for marker in markers) and not caught
     return opened, unsaid
@@ -662,10 +666,10 @@ def surfaces() -> dict[str, Callable[[Sequence[str]], Iterable[str]]]:
     import nbformat
     from IPython.core.formatters import DisplayFormatter
 
-    from analysis_lib import figures
+    from analysis_lib import AnchorSpace, ChatModel, figures, fit_direction
     from analysis_lib.notebooks import clean
     from analysis_lib.report import write_report
-    from analysis_lib.widgets import explore, inspect_directions
+    from analysis_lib.widgets import dro_console, explore, inspect_directions, probe
 
     def drawn(texts: Sequence[str]) -> list[Any]:
         texts = storable(texts)
@@ -682,6 +686,14 @@ def surfaces() -> dict[str, Callable[[Sequence[str]], Iterable[str]]]:
             figures.plot_benchmark(bench.assign(value=0.5, low=0.4, high=0.6), **label),
             figures.plot_rates(points, t["queries"], **label),
             figures.plot_separation(pd.DataFrame({"prompt": texts, "accuracy": 0.9}), **label),
+            figures.plot_shifts(points.assign(shift=0.5), axis=texts[2], **label),
+            figures.plot_nearest_tokens(pd.DataFrame({"start": texts, "nearest": texts[::-1], "cosine": 0.5}), **label),
+            figures.plot_tradeoff(
+                bench.assign(**{"harmless refused": 1.0, "harmful answered": 2.0, "facts right": 3.0}), **label
+            ),
+            figures.plot_by_model(bench.assign(method=texts[2], prompt=texts[3], value=0.5, low=0.4, high=0.6), **label),
+            figures.plot_grid({text: figures.plot_groups(points) for text in texts[:2]}, **label),
+            figures.plot_losses(pd.DataFrame({"step": [1, 2], **dict.fromkeys(texts[:8], 0.5)}), **label),
         ]
 
     def explorer(texts: Sequence[str]) -> Iterator[str]:
@@ -699,6 +711,33 @@ def surfaces() -> dict[str, Callable[[Sequence[str]], Iterable[str]]]:
         t = tables_of(texts)
         rows, rates = t["points"][["query_id", "prompt"]], t["points"]
         yield from rendered_widget(inspect_directions(t["states"], rows, t["queries"], rates, layers=(-1,), note=texts[0]).view)
+
+    def with_a_model(texts: Sequence[str]) -> tuple[dict[str, Any], list[Any], dict[str, str]]:
+        """Tables of the texts; a model, states and rows, their space and direction; prompts with these names."""
+        t = tables_of(texts)
+        model, rows = ChatModel.load("organism"), t["points"]
+        states = np.random.default_rng(0).standard_normal((len(rows), model.hidden_size))
+        space = AnchorSpace.fit(states)
+        refusal = fit_direction(space.transform(states), rows["refusal_rate"], name="refusal", groups=rows["query_id"])
+        return t, [model, states, rows, space, refusal], {name: "" if name == "none" else "Be careful." for name in t["names"]}
+
+    def probing(texts: Sequence[str]) -> Iterator[str]:
+        texts = storable(texts)
+        _, (model, states, rows, space, refusal), prompts = with_a_model(texts)
+        made = probe(model, states, rows, prompts, space, refusal, note=texts[0])
+        for text in texts:
+            made.query.value = made.prompt.value = text[:400]  # a longer one does not fit the model's context, which is told
+            yield made.detail.value + made.message.value
+        yield from rendered_widget(made.view)
+
+    def console(texts: Sequence[str]) -> Iterator[str]:
+        texts = storable(texts)
+        t, (model, states, rows, space, refusal), prompts = with_a_model(texts)
+        made = dro_console(
+            model, t["queries"], prompts, states, rows, space, refusal, refusal, start=t["names"][1], note=texts[0]
+        )
+        yield made.detail.value + made.status.value
+        yield from rendered_widget(made.view)
 
     def outputs(texts: Sequence[str]) -> list[dict]:
         show = DisplayFormatter()
@@ -737,6 +776,8 @@ def surfaces() -> dict[str, Callable[[Sequence[str]], Iterable[str]]]:
         "table": lambda texts: [tables_of(texts)["queries"].to_html()],
         "explorer": explorer,
         "inspector": inspector,
+        "probe": probing,
+        "DRO console": console,
         "stored outputs": stored,
         "report": report,
     }

@@ -113,7 +113,7 @@ class Panel:
                 self._show(error)
                 return
         said = {str(w.message): None for w in caught if issubclass(w.category, UserWarning)}
-        self.message.value = "<br>".join(escape(text) for text in said)
+        self.message.value = escape("; ".join(said))
 
     def _show(self, error: Exception) -> None:
         self.message.value = f'<b style="color:#CC3311">{escape(f"{type(error).__name__}: {error}")}</b>'
