@@ -133,7 +133,7 @@ def hidden_states(
                 certificate[key] = max(certificate[key], found[key])
             if store is not None:
                 kept = {"way": way, "checked": take, **found}
-                kept_as = "float32" if model.dtype_name == "float64" else model.dtype_name
+                kept_as = str(torch.float32 if computed.dtype == torch.float64 else computed.dtype)  # some norms give float32
                 for j, layer in enumerate(layers):
                     about = {
                         "model": model.fingerprint,
@@ -434,6 +434,8 @@ def shares_prefixes(model: ChatModel) -> bool:
                 for pack, states, _ in run_plan(model, plan_rows(rows, 64, line_tokens=8)):
                     tree[torch.tensor(pack.rows)] = states.float()
                 known = _relative(tree, plain) <= TOLERANCE.get(model.dtype_name, 1e-3)
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # an architecture without such a cache or mask fails in its own way
                 known = False
         model.__dict__["_shares_prefixes"] = known

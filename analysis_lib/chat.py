@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,7 @@ class ChatModel:
         self.dtype, self.template, self.quantization = dtype, template, quantization
         self.tokenizer, self.config = tokenizer, config
         self._device = device
+        self._lock = threading.RLock()  # soft tokens, captures and samplings change how the model computes: one thread at a time
         self._frames: dict[str, tuple[str, str]] = {}
         self._said: set[str] = set()
         self._loaded: tuple | None = None  # the state of the weights when they were read from `source`
@@ -311,7 +313,7 @@ class ChatModel:
                     raise ChatModelError(
                         f"weights of {self.name!r} are offloaded, so that its fingerprint cannot be taken; open it with ChatModel.load"
                     )
-                digest.update(key.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(key.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif Path(self.source).is_dir():
             for file in sorted(Path(self.source).glob("*.safetensors")) + [Path(self.source) / "config.json"]:
                 digest.update(f"{file.name}:{_file_digest(file)}".encode())
@@ -543,8 +545,13 @@ class ChatModel:
     def soft_tokens(self, embeddings: torch.Tensor | NDArray | None) -> Iterator[None]:
         """Within this context, token ids from `n_embeddings` on stand for the rows of embeddings (length, d).
 
-        A tensor that requires grad receives gradients. Model and tokenizer are left as found.
+        A tensor that requires grad receives gradients. Model and tokenizer are left as found. Another thread that enters
+        this context waits; with None, that is all it does.
         """
+        with self._lock:
+            yield from self._with_soft_tokens(embeddings)
+
+    def _with_soft_tokens(self, embeddings: torch.Tensor | NDArray | None) -> Iterator[None]:
         if embeddings is None:
             yield
             return

@@ -271,7 +271,7 @@ def train_dro(
     if on_step is None and (known := kept.read(name)) is not None:
         return known
     start = SoftPrompt.from_text(model, prompt, name=name)
-    with torch.no_grad():
+    with torch.no_grad(), model.soft_tokens(None):
         base = last_states(model, [r.ids for r in model.render(texts, prompt)])[0][:, 0].to(model.work_dtype)
     rows = [r.ids for r in model.render(texts, start)]
 
@@ -338,7 +338,7 @@ def train_prompt_tuning(
     heads = dict(zip(names, (r.ids for r in model.render(table.drop_duplicates("query_id")["text"].tolist(), start))))
     replies = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
     ends = table["end"].tolist() if "end" in table else ["eos"] * len(table)
-    stop = [model.tokenizer.eos_token_id]
+    stop = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
     members: dict[str, dict[tuple[tuple[int, ...], bool], int]] = {n: {} for n in names}  # distinct reply, good -> count
     for query_id, reply, end, is_good in zip(table["query_id"], replies, ends, good):
         ids = tuple((list(reply) + (stop if end == "eos" else []))[: config.max_response_tokens])

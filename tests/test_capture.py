@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -380,6 +382,34 @@ def test_the_last_feed_forward_runs_on_last_tokens_alone(family):
     assert not model.blocks[0].mlp._forward_hooks and not model.blocks[-1].mlp._forward_hooks
     plain = torch.cat([model.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:] for row in rows])
     assert relative(states, plain) <= 1e-4
+
+
+def test_states_of_another_dtype_than_the_model_are_kept_as_they_are(tmp_path):
+    model = build("mamba", dtype=torch.bfloat16)  # its final norm gives float32
+    first = hidden_states(model, QUERIES, {"none": ""}, store=Store(tmp_path), n_check=0)
+    again = hidden_states(model, QUERIES, {"none": ""}, store=Store(tmp_path))
+    assert again.certificate["computed"] == 0 and np.array_equal(again.states, first.states)
+
+
+def test_two_threads_take_turns_on_a_model():
+    model = build("llama")
+    wanted = hidden_states(model, QUERIES, PROMPTS).states
+    soft, errors = soft_prompt(model, 4), []
+
+    def disturb():
+        try:
+            for _ in range(15):
+                hidden_states(model, QUERIES[:2], {"soft": soft}, n_check=0)
+        except Exception as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=disturb) for _ in range(2)]
+    for thread in others:
+        thread.start()
+    got = [hidden_states(model, QUERIES, PROMPTS, n_check=0).states for _ in range(15)]
+    for thread in others:
+        thread.join()
+    assert not errors and all(np.allclose(states, wanted, atol=1e-5) for states in got)
 
 
 def test_rows_are_kept_chunk_by_chunk(monkeypatch, tmp_path):

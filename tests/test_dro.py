@@ -286,6 +286,8 @@ def test_finished_trainings_are_read_from_the_store(qwen, store, monkeypatch):
         (QUICK, QUERIES.assign(harmful=~QUERIES["harmful"]), SAFETY, geometry),
         (QUICK, QUERIES, "Be safe.", geometry),
         (QUICK, QUERIES, SAFETY, [geometry[0], geometry[2], geometry[1]]),
+        (QUICK, QUERIES, SAFETY, [replace(geometry[0], mean=geometry[0].mean + 1), *geometry[1:]]),
+        (QUICK, QUERIES, SAFETY, [replace(geometry[0], basis=geometry[0].basis[:, ::-1].copy()), *geometry[1:]]),
     ]
     with monkeypatch.context() as patch:
         forbid_training(patch)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tiny_models import PROMPTS, QUERIES, SAFETY, build, chat, embedded
+from tiny_models import FAMILIES, OWN_ATTENTION, PLAIN, PROMPTS, QUERIES, SAFETY, build, chat, embedded
 
 from analysis_lib import sampling
 from analysis_lib.capture import shares_prefixes
@@ -90,6 +90,30 @@ def test_samples_equal_the_definition(family):
     for (q, p, s), found in keyed(got).items():
         assert found == reference(model, texts[q], prompts[p], s, **settings), (q, p, s)
     assert got["response"].nunique() > 8
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_long_replies_agree_with_the_definition(family):
+    model, settings = chat(family), {"max_new_tokens": 2 * sampling.ROOM + 8}
+    got = sample_responses(model, QUERIES[:2], {"p": SAFETY}, n_samples=2, **settings)
+    texts = QUERIES.set_index("query_id")["text"]
+    for (q, _, s), found in keyed(got).items():
+        assert found == reference(model, texts[q], SAFETY, s, **settings)
+    assert "length" in set(got["end"])
+
+
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_architectures_that_attend_in_their_own_way_sample_plainly(family):
+    model = chat(family)
+    assert shares_prefixes(model) and not sampling.steps_from_cache(model)
+    got = sample_responses(model, QUERIES[:2], {"p": SAFETY}, n_samples=2, max_new_tokens=5)
+    texts = QUERIES.set_index("query_id")["text"]
+    for (q, _, s), found in keyed(got).items():
+        assert found == reference(model, texts[q], SAFETY, s, max_new_tokens=5)
+
+
+def test_most_families_step_from_the_cache():
+    assert {family for family in FAMILIES if not sampling.steps_from_cache(chat(family))} == PLAIN
 
 
 def test_ends_of_replies_agree_with_the_definition():

@@ -93,6 +93,37 @@ FAMILIES = {
         CHATML,
     ),
 }
+OWN_ATTENTION = {  # shares prefixes; its attention is not the interface's, has sinks, or values of another width
+    "diffllama": ("DiffLlamaConfig", _GQA, "bytes", CHATML),
+    "falcon": (
+        "FalconConfig",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "bias": False},
+        "bytes",
+        CHATML,
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        _GQA | _WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _MIXED},
+        "bytes",
+        CHATML,
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **{
+                "intermediate_size": 48,
+                "moe_intermediate_size": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "head_dim": 4,
+            },
+            **{"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4},
+            **{"v_head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+        },
+        "bytes",
+        CHATML,
+    ),
+}
 PLAIN = {"mamba", "jamba", "llama4"}  # recurrent, or attention in chunks: computed row by row
 WINDOWED = {"mistral", "gemma2", "gemma3", "phi3"}
 NO_SYSTEM_ROLE = {"mistral", "gemma2", "gemma3"}
@@ -156,7 +187,7 @@ def tokenizer(kind: str, template: str):
 
 def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> ChatModel:
     """A new random model; weights large enough that attention and positions matter."""
-    config_class, settings, kind, template = FAMILIES[family]
+    config_class, settings, kind, template = (FAMILIES | OWN_ATTENTION)[family]
     chosen = tokenizer(kind, template)
     common = {
         "vocab_size": -(-len(chosen) // 16) * 16,  # rounded up, as real models do

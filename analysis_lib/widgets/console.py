@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 
 from .. import figures
 from ..space import AnchorSpace, Direction
-from .panel import MODEL_LOCK, Panel, check_space, control, html
+from .panel import Panel, check_space, control, html
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
@@ -37,8 +37,8 @@ class Console(Panel):
 
     Controls `.start_prompt`, `.learning_rate`, `.steps`, `.weight_refusal`, `.weight_harmfulness`, `.weight_norm`, `.name`;
     buttons `.start`, `.stop` (keeps what was learned), `.save` and `.export`; `.wait()` returns at the end of the training.
-    `.soft_prompt` is the last one trained (None before); `.table` the mean logits of the followed queries. Cells that use
-    the same model meanwhile must wait; the widgets of this room do.
+    `.soft_prompt` is the last one trained (None before); `.table` the mean logits of the followed queries. Another cell that
+    captures or samples with the same model meanwhile gets its turn between two steps.
     """
 
     _kind = "console"
@@ -230,16 +230,13 @@ class Console(Panel):
                 self._trained = self._follow(replace(begun, embeddings=embeddings))
                 self._redraw()
                 drawn, took = time.monotonic(), time.monotonic() - begin
-            MODEL_LOCK.release()  # whoever waits for the model gets it between two steps
-            time.sleep(0.001)
-            MODEL_LOCK.acquire()
+            time.sleep(0.001)  # whoever waits for the model gets it between two steps
             return self._stopping.is_set() or len(self._history) >= steps
 
         try:
-            with MODEL_LOCK:
-                arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
-                self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step)
-                self._trained = self._follow(self.soft_prompt)
+            arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
+            self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step)
+            self._trained = self._follow(self.soft_prompt)
             self._redraw()
             self.status.value = f"{len(self._history)} of {steps} steps done; the soft prompt is in <code>.soft_prompt</code>"
         except Exception as error:  # of a thread: shown, or nobody would know
@@ -270,8 +267,7 @@ class Console(Panel):
 
         with self._told():
             soft, name = self._named()
-            with MODEL_LOCK:
-                written = export(soft, self._model, self._out / "exports" / name)
+            written = export(soft, self._model, self._out / "exports" / name)
             self.status.value = f"exported to {escape(', '.join(map(str, written.values())))}"
 
     def _tell(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,8 +22,6 @@ import plotly.graph_objects as go  # isort: skip
 
 STYLE, WIDE = {"description_width": "110px"}, "350px"
 
-# One panel at a time runs a model: a soft prompt in training and a sampling both change how it computes.
-MODEL_LOCK = threading.Lock()
 # What was chosen outlives another run of a notebook cell: (kind, id of the cell) -> its panel.
 PANELS: dict[tuple[str, str], Panel] = {}
 

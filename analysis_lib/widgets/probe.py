@@ -11,7 +11,7 @@ import pandas as pd
 
 from .. import figures
 from ..space import AnchorSpace, Direction
-from .panel import MODEL_LOCK, Panel, check_space, control, html, pairs
+from .panel import Panel, check_space, control, html, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
@@ -106,8 +106,7 @@ class Probe(Panel):
         if not query:
             return {}
         if missing := {name: p for name, p in prompts.items() if self._key(query, name) not in self._known}:
-            with MODEL_LOCK:
-                captured = hidden_states(self._model, self._asked(), missing, n_check=0)
+            captured = hidden_states(self._model, self._asked(), missing, n_check=0)
             for name, z in zip(missing, self._space.transform(captured.states[:, 0]), strict=True):
                 self._known[self._key(query, name)] = z
         return {name: self._known[self._key(query, name)] for name in prompts}
@@ -165,10 +164,9 @@ class Probe(Panel):
             if missing:
                 self.sample.disabled, self.message.value = True, "sampling ..."
                 try:
-                    with MODEL_LOCK:
-                        replies = sample_responses(
-                            self._model, self._asked(), missing, n_samples=self._n_samples, stop_when=verdict_is_final
-                        )
+                    replies = sample_responses(
+                        self._model, self._asked(), missing, n_samples=self._n_samples, stop_when=verdict_is_final
+                    )
                 finally:
                     self.sample.disabled = False
                 rates = refusal_rates(judge_responses(replies)).set_index("prompt")["refusal_rate"]
