@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from .data import DataError
+from .data import DataError, _read
 
 
 def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
@@ -78,9 +78,10 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
 
 
 def _entries(path: Path, *fields: str) -> list[dict[str, Any]]:
+    content = _read(path)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        entries = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); give a list of objects with {', '.join(fields)}") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a list of objects; give one with {', '.join(fields)} in each")

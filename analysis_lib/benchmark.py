@@ -43,7 +43,8 @@ def benchmark_table(
     query_set] and optionally answer (a non-empty answer makes the row a fact question, scored by exact match), base_id
     (variants of one query, as `wrap_queries` makes them, are one unit: averaged before the mean, resampled together)
     and the column `by` (a set in which it has several values is reported value by value as "set/value").
-    refused may be a probability instead of 0 or 1, as first-token estimates are: the any-metrics are then left out.
+    refused may be a probability instead of 0 or 1, as first-token estimates are: of such a judge there are only the means,
+    no any-metric, no exact_match (of responses that were never sampled) and no judges_equal.
     methods: {prompt: method}, for example {"default": "text", "dro_default": "DRO"}; a prompt not named is "text".
     Unscored samples are left out, and a query without any scored sample with them.
 
@@ -62,14 +63,14 @@ def benchmark_table(
     if "judge" not in judged:
         judged = judged.assign(judge=judge)
     cells = []
+    soft = set(judged.loc[judged["refused"].notna() & ~judged["refused"].isin([0, 1]), "judge"])
     for name, verdicts in judged.groupby("judge", sort=False):
-        soft = not verdicts["refused"].dropna().isin([0, 1]).all()
         for (query_set, prompt), part in _per_query(verdicts, queries, by):
             for metric, values in _metrics(part).items():
-                if not (soft and metric.endswith("_any")):
+                if name not in soft or metric.endswith("_mean"):
                     scored_by = "exact" if metric == "exact_match" else str(name)
                     cells.append(_Cell(prompt, query_set, metric, scored_by, int(part.loc[values.index, "n"].max()), values))
-    cells += _agreement(judged, queries, by)
+    cells += _agreement(judged[~judged["judge"].isin(soft)], queries, by)
     exact = dict.fromkeys((c.prompt, c.query_set) for c in cells if c.judge == "exact")  # the same for every judge: once
     cells = [c for c in cells if c.judge != "exact" or exact.pop((c.prompt, c.query_set), 0) is None]
     return _table(cells, queries, methods, model, baseline, n_boot, seed)

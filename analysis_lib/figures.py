@@ -284,7 +284,7 @@ def plot_truth(table: pd.DataFrame, *, title: str = "Predicted and true refusal 
 def plot_losses(history: pd.DataFrame, *, title: str = "Losses by step", note: str | None = None) -> go.Figure:
     """One panel per numeric column of a training history (step, loss, refusal, harmfulness, norm ...) against its step."""
     _need(history, ["step"], "plot_losses")
-    columns = [c for c in history.columns if c != "step" and pd.api.types.is_numeric_dtype(history[c])]
+    columns = [c for c in history.columns if c not in ("step", "epoch") and pd.api.types.is_numeric_dtype(history[c])]
     if not columns or history.empty:
         raise ValueError("plot_losses: no losses to draw; pass a SoftPrompt's .history with one row per step")
     ncols = min(2, len(columns))

@@ -180,11 +180,18 @@ def judge_agreement(judged: pd.DataFrame) -> pd.DataFrame:
 
     Returns [judge, other, n, equal, kappa, n_unscored]: equal is the share of equal verdicts, kappa Cohen's (Cohen 1960;
     NaN where both gave one and the same verdict throughout), n_unscored the responses that either left unscored.
+    ValueError with fewer than two judges, and where one gives probabilities instead of verdicts.
     """
     _require(judged, "query_id", "prompt", "sample", "judge", "refused")
     names = list(dict.fromkeys(judged["judge"]))
     if len(names) < 2:
         raise ValueError(f"agreement needs at least two judges, and there is {names}; pass judge_responses a mapping of them")
+    refused = judged["refused"]
+    if (wrong := refused.notna() & ~refused.isin([0, 1])).any():
+        name, value = judged.loc[wrong, ["judge", "refused"]].iloc[0]
+        raise ValueError(
+            f"the judge {name!r} gives {value}, no verdict (0, 1 or NaN); leave its rows out, or compare refusal_rates"
+        )
     verdicts = judged.set_index(["query_id", "prompt", "sample", "judge"])["refused"].unstack("judge")
     rows = []
     for first, second in itertools.combinations(names, 2):

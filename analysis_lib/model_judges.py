@@ -148,7 +148,8 @@ def next_token_loss(
 
     answers: [query_id, response], one or several a query, such as harmless questions' answers sampled without a prompt;
     with the column end, an answer that ended by itself (end = "eos") is charged for ending. Queries without an answer are left out.
-    Returns [query_id, prompt, n_tokens, loss]; the mean is over the tokens of a query's answers.
+    Returns [query_id, prompt, n_tokens, loss]; the mean is over the tokens of a query's answers. ChatModelError where an
+    end is to be charged and the tokenizer has no end-of-sequence token.
     """
     _check_queries(queries)
     _check_prompts(prompts)
@@ -157,6 +158,10 @@ def next_token_loss(
     place = {query_id: i for i, query_id in enumerate(queries["query_id"])}
     kept = answers[answers["query_id"].isin(place) & answers["response"].notna()]
     ends = kept["end"].tolist() if "end" in kept else [""] * len(kept)
+    if "eos" in ends and model.tokenizer.eos_token_id is None:
+        raise ChatModelError(
+            f"the tokenizer of {model.name!r} has no end-of-sequence token to charge; drop the answers' column end"
+        )
     tokens = model.tokenizer(kept["response"].tolist(), add_special_tokens=False)["input_ids"] if len(kept) else []
     replies = [(*ids, *([model.tokenizer.eos_token_id] if end == "eos" else [])) for ids, end in zip(tokens, ends, strict=True)]
     rows = [(place[query_id], reply) for query_id, reply in zip(kept["query_id"], replies, strict=True) if reply]

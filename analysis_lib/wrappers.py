@@ -5,13 +5,15 @@ Ten short templates of our own are in data/wrappers.csv. None is optimized again
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from .data import ROOT, DataError
+from .data import ROOT, DataError, _Pairs, _read
 
 SLOT = "{query}"
 
@@ -22,11 +24,7 @@ def load_wrappers(path: str | Path | None = None) -> dict[str, str]:
     Raises DataError naming the file and the wrapper.
     """
     path = ROOT / "wrappers.csv" if path is None else Path(path).expanduser()
-    table = _read_csv(path, "wrapper", "template")
-    wrappers = dict(zip(table["wrapper"], table["template"], strict=True))
-    if len(wrappers) < len(table):
-        twice = table.loc[table["wrapper"].duplicated(), "wrapper"].iloc[0]
-        raise DataError(f"{path}: the wrapper {twice!r} occurs twice; give each its own name")
+    wrappers = _read_csv(path, "wrapper", "template")
     for name, template in wrappers.items():
         if template.count(SLOT) != 1:
             raise DataError(f"{path}: the template of {name!r} holds {SLOT} {template.count(SLOT)} times; write it once")
@@ -45,6 +43,7 @@ def wrap_queries(queries: pd.DataFrame, wrappers: Mapping[str, str] | None = Non
         raise DataError(f"the template of {wrong[0]!r} must hold {SLOT} once")
     if not wrappers:
         raise DataError("no wrappers given; leave the argument out for the built-in ones")
+    _check(queries)
     parts = [
         _variant(queries, [template.replace(SLOT, text) for text in queries["text"]], name) for name, template in wrappers.items()
     ]
@@ -58,10 +57,10 @@ def add_suffixes(queries: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     `final_suffix`, which is the study's gcg.json for the 100 queries of "advbench"; or a .csv with the columns query_id and suffix.
     The wrapper's name is the file's stem. Raises DataError where a query has no suffix.
     """
+    _check(queries)
     path = Path(path).expanduser()
     if path.suffix.lower() == ".csv":
-        table = _read_csv(path, "query_id", "suffix")
-        suffixes = dict(zip(table["query_id"], table["suffix"], strict=True))
+        suffixes = _read_csv(path, "query_id", "suffix")
     else:
         suffixes = _positions(path, queries["query_id"].tolist())
     if lacking := [query_id for query_id in queries["query_id"] if query_id not in suffixes]:
@@ -70,6 +69,11 @@ def add_suffixes(queries: pd.DataFrame, path: str | Path) -> pd.DataFrame:
         )
     texts = [f"{text} {suffixes[query_id].strip()}" for query_id, text in zip(queries["query_id"], queries["text"], strict=True)]
     return _variant(queries, texts, path.stem)
+
+
+def _check(queries: pd.DataFrame) -> None:
+    if lacking := [c for c in ("query_id", "text", "query_set") if c not in queries]:
+        raise DataError(f"the queries have no column {lacking[0]!r}, only {list(queries)}; give the table of load_queries")
 
 
 def _variant(queries: pd.DataFrame, texts: list[str], wrapper: str) -> pd.DataFrame:
@@ -85,27 +89,48 @@ def _variant(queries: pd.DataFrame, texts: list[str], wrapper: str) -> pd.DataFr
 
 def _positions(path: Path, query_ids: list[str]) -> dict[str, str]:
     """The suffixes of a .json by query_id."""
+    content = _read(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(content, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); give {{position: suffix}}") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, _Pairs):
         raise DataError(f"{path}: not an object of suffixes; write {{position: suffix}}, positions from 0")
-    suffixes = {}
-    for key, value in found.items():
-        text = value.get("final_suffix") if isinstance(value, dict) else value
+    suffixes: dict[str, str] = {}
+    for key, value in found:
+        text = dict(value).get("final_suffix") if isinstance(value, _Pairs) else value
         if not key.isdecimal() or not isinstance(text, str):
             raise DataError(f"{path}, {key!r}: write a position from 0 and its suffix, a text or an object with 'final_suffix'")
         if int(key) < len(query_ids):
-            suffixes[query_ids[int(key)]] = text
+            if (query_id := query_ids[int(key)]) in suffixes:
+                raise DataError(f"{path}, {key!r}: a second suffix for the query {query_id!r}; give each query one")
+            suffixes[query_id] = text
     return suffixes
 
 
-def _read_csv(path: Path, *columns: str) -> pd.DataFrame:
+def _read_csv(path: Path, key: str, value: str) -> dict[str, str]:
+    """The column `value` of a csv by the column `key`, whose entries are unique."""
+    reader = csv.reader(io.StringIO(_read(path)), strict=True)
+    found: dict[str, str] = {}
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise DataError(f"{path}: cannot be read as csv ({error}); give the columns {', '.join(columns)}") from error
-    if lacking := [c for c in columns if c not in table]:
-        raise DataError(f"{path}: no column {lacking[0]!r}, only {list(table.columns)}; give the columns {', '.join(columns)}")
-    return table
+        rows = filter(None, reader)
+        header = next(rows, [])
+        if lacking := [c for c in (key, value) if header.count(c) != 1]:
+            raise DataError(
+                f"{path}: no column {lacking[0]!r}, or several, in the header {header}; give the columns {key}, {value}"
+            )
+        for fields in rows:
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{where}: {len(fields)} fields, but the header has {len(header)}; put a text with a comma in double quotes"
+                )
+            name = fields[header.index(key)]
+            if name in found:
+                raise DataError(f"{where}: the {key} {name!r} occurs twice; give each one line")
+            found[name] = fields[header.index(value)]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not valid csv ({error}); put a text with a quote in double quotes and double each"
+        ) from error
+    return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis_lib import data
 from analysis_lib.alpaca import load_instructions, read_alpaca_eval, write_alpaca_eval
 from analysis_lib.benchmark import metric_table
 from analysis_lib.data import DataError
@@ -68,7 +70,7 @@ def test_a_preference_out_of_range_is_named(queries, tmp_path, preference):
         read_alpaca_eval(annotations(tmp_path / "a.json", 2, preference), queries, prompt="dro")
 
 
-def test_wrong_files(queries, tmp_path):
+def test_wrong_files(queries, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="several generators"):
         path = annotations(tmp_path / "a.json", 2, 1)
         path.write_text(path.read_text().replace('"m"', '"n"', 1))
@@ -83,3 +85,9 @@ def test_wrong_files(queries, tmp_path):
         (tmp_path / "b.json").write_text(content)
         with pytest.raises(DataError, match=message):
             load_instructions(tmp_path / "b.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    (tmp_path / "huge.json").write_text("[" + " " * 1000)
+    for name, message in [("huge", "1,001 bytes, the limit is 1,000"), ("pipe", "not a regular file")]:
+        with pytest.raises(DataError, match=message):
+            load_instructions(tmp_path / f"{name}.json")

@@ -212,6 +212,19 @@ def test_probabilities_have_no_any_metric():
     assert table.to_dict() == pytest.approx({"compliance_mean": 0.45, "false_refusal_mean": 0.25})
 
 
+def test_probabilities_beside_verdicts_add_their_means_alone():
+    """First-token estimates have the response ""; they are no answers to fact questions, and equal no verdict."""
+    hard = pd.concat([judged(BEFORE, "none", ANSWERS).assign(judge=name) for name in ("a", "b")])
+    soft = judged({"h1": [0.9], "g1": [0.25], "f1": [0.01], "f2": [0.02]}, responses={}).assign(response="", judge="soft")
+    alone = benchmark_table(hard, QUERIES, model="m")
+    for parts in ([hard, soft], [soft, hard]):
+        table = benchmark_table(pd.concat(parts), QUERIES, model="m")
+        of_soft = table["judge"] == "soft"
+        assert set(table.loc[of_soft, "metric"]) == {"compliance_mean", "false_refusal_mean"}
+        pd.testing.assert_frame_equal(table[~of_soft].reset_index(drop=True), alone)  # exact_match and judges_equal too
+    assert benchmark_table(soft[soft["query_id"].isin(["f1", "f2"])], QUERIES, model="m").empty
+
+
 WRAPPED = pd.DataFrame(
     [
         (f"{q}+{w}", harmful, "anchor+wrapped", w, q)

@@ -233,5 +233,9 @@ def test_several_judges_and_their_agreement():
         refusal_rates(judged)
     with pytest.raises(ValueError, match="at least two judges"):
         judge_agreement(judged[judged["judge"] == "a"])
+    for value in (0.25, -1, 2):
+        probabilities = judged.assign(refused=judged["refused"].mask((judged["judge"] == "b") & (judged["refused"] == 1), value))
+        with pytest.raises(ValueError, match=f"the judge 'b' gives {value}.*, no verdict .0, 1 or NaN.; leave its rows out"):
+            judge_agreement(probabilities)
     with pytest.raises(ValueError, match="no judge given"):
         judge_responses(table, {})

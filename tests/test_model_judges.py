@@ -255,3 +255,16 @@ def test_errors_name_the_cause():
         next_token_loss(model, QUERIES, pd.DataFrame({"query_id": ["q0"]}), PROMPTS)
     with pytest.raises(ValueError, match="no answer belongs to one of the queries"):
         next_token_loss(model, QUERIES, pd.DataFrame({"query_id": ["x"], "response": ["a"]}), PROMPTS)
+
+
+def test_an_end_without_a_token_for_it():
+    model = chat("llama")
+    answers = pd.DataFrame({"query_id": ["q0"], "response": ["Sure"], "end": ["eos"]})
+    kept, model.tokenizer.eos_token = model.tokenizer.eos_token, None
+    try:
+        with pytest.raises(ChatModelError, match="no end-of-sequence token to charge; drop the answers' column end"):
+            next_token_loss(model, QUERIES, answers, {"none": ""})
+        cut = next_token_loss(model, QUERIES, answers.assign(end="length"), {"none": ""})
+        pd.testing.assert_frame_equal(next_token_loss(model, QUERIES, answers.drop(columns="end"), {"none": ""}), cut)
+    finally:
+        model.tokenizer.eos_token = kept

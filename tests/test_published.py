@@ -158,6 +158,18 @@ def test_a_planted_difference_is_found_and_none_is_invented():
     assert hits <= 0.11 and any_model <= 0.11 < unadjusted
 
 
+def test_queries_of_a_set_flip_together_in_all_models():
+    """Eight copies of one model in one set are one test, so the greatest adjusts nothing; a second set flips apart."""
+    scores = planted(np.random.default_rng(3), 0.02)
+    one = scores[scores["model"] == "orca-2"]
+    copies = pd.concat([one.assign(model=model) for model in MODELS.values()])
+    table = paired_differences(copies, [(DRO, TUNED)], n_flips=999)
+    assert 0.05 < table["p"].iloc[0] < 0.95 and table["p"].nunique() == 1
+    np.testing.assert_array_equal(table["p_max"], table["p"])
+    both = paired_differences(pd.concat([copies, copies.assign(query_set="again")]), [(DRO, TUNED)], n_flips=999)
+    assert (both["p_max"] > both["p"] + 0.02).all()
+
+
 def test_differences_refuse(scores):
     with pytest.raises(ValueError, match=r"no query set holds both conditions .*\('no prompt', 'none'\)"):
         paired_differences(scores, [(DRO, ("text", "mine"))])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pandas as pd
 import pytest
 
+from analysis_lib import data
 from analysis_lib.data import DataError, load_queries
 from analysis_lib.wrappers import add_suffixes, load_wrappers, wrap_queries
 
@@ -65,8 +67,14 @@ def test_suffixes_are_joined_without_a_line_break(tmp_path, shape):
         ("s.json", '{"first": "a"}', "'first': write a position from 0"),
         ("s.json", "{", "cannot be read as JSON"),
         ("s.csv", "query_id,text\na,b\n", "no column 'suffix'"),
-        ("s.csv", "", "cannot be read as csv"),
-        ("none.json", None, "cannot be read as JSON"),
+        ("s.csv", "", "no column 'query_id'"),
+        ("s.json", '{"0": "a", "00": "b"}', "s.json, '00': a second suffix for the query 'forms-harmful-000'"),
+        ("s.json", '{"0": "a", "0": "b"}', "s.json, '0': a second suffix"),
+        ("s.csv", "query_id,suffix\nq1,a\nq2,b\nq1,c\n", "s.csv, line 4: the query_id 'q1' occurs twice"),
+        ("s.csv", "query_id,suffix\nq1,a, b\n", "s.csv, line 2: 3 fields, but the header has 2"),
+        ("s.csv", "query_id,suffix,suffix\nq1,a,b\n", "no column 'suffix', or several"),
+        ("s.csv", 'query_id,suffix\nq1,"a\n', "not valid csv"),
+        ("none.json", None, "No such file"),
     ],
 )
 def test_wrong_suffix_files(tmp_path, name, content, message):
@@ -83,6 +91,8 @@ def test_wrong_suffix_files(tmp_path, name, content, message):
         ("wrapper,template\na,{query} {query}\n", "'a' holds {query} 2 times"),
         ("wrapper,template\na,{query}\na,x {query}\n", "'a' occurs twice"),
         ("name,template\na,{query}\n", "no column 'wrapper'"),
+        ("wrapper,template\nrole,Pretend, and then: {query}\n", "line 2: 3 fields, but the header has 2; .* in double quotes"),
+        ("wrapper,template\nrole\n", "line 2: 1 fields"),
     ],
 )
 def test_wrong_wrapper_files(tmp_path, content, message):
@@ -93,3 +103,23 @@ def test_wrong_wrapper_files(tmp_path, content, message):
         wrap_queries(QUERIES, {"w": "x"})
     with pytest.raises(DataError, match="no wrappers given"):
         wrap_queries(QUERIES, {})
+
+
+@pytest.mark.parametrize("column", ["query_id", "text", "query_set"])
+def test_queries_that_lack_a_column(tmp_path, column):
+    (tmp_path / "s.json").write_text('{"0": "a", "1": "b", "2": "c"}')
+    for wrap in (wrap_queries, lambda queries: add_suffixes(queries, tmp_path / "s.json")):
+        with pytest.raises(DataError, match=f"the queries have no column '{column}'.* load_queries"):
+            wrap(QUERIES.drop(columns=column))
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.csv"])
+def test_a_pipe_and_a_huge_file_are_not_read(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_text("x" * 1001)
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    with pytest.raises(DataError, match="1,001 bytes, the limit is 1,000"):
+        add_suffixes(QUERIES, tmp_path / name)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="not a regular file"):
+        add_suffixes(QUERIES, tmp_path / name)
