@@ -44,7 +44,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     if args.dry_run:
         table = plan(model, args.out, prompt=args.prompt, queries=args.queries)
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
-        print(f"In all about {table['seconds'].sum() / 60:.1f} minutes, besides the notebooks' own")
+        print(f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included")
+        print(
+            "Not counted: prompt tuning (06, 09), wrapped queries and probabilities (09), consoles (05, 07), the notebooks' own work"
+        )
         return 0
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
     given = {"prompt": args.prompt, "queries": args.queries, "template": args.template, "forms": args.form, "jobs": jobs}

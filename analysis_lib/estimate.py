@@ -136,7 +136,8 @@ def _check_memory(model: ChatModel) -> None:
     if free is not None and model.weight_bytes > free:
         raise ChatModelError(
             f"the weights of {model.name!r} take {model.weight_bytes / 1e9:.1f} GB in {model.quantization or model.dtype_name}, and "
-            f"{free / 1e9:.1f} GB are free; load it with another dtype or quantization, or on more GPUs with device='auto'"
+            f"{free / 1e9:.1f} GB are free; in Python, "
+            "ChatModel.load(..., dtype=, quantization=, device='auto') opens it smaller or on more GPUs"
         )
 
 

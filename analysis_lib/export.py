@@ -12,6 +12,7 @@ import base64
 import copy
 import io
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,18 +36,38 @@ def export(soft: SoftPrompt, model: ChatModel, folder: str | Path, forms: Sequen
     """Writes `folder`/peft, /vllm and /plain, each with a README of working code; returns {form: its folder}.
 
     forms: default peft and vllm, and plain where the weights it copies are below 1 GB (`model.weight_bytes`).
-    Raises ChatModelError for a soft prompt of another model or template, ExportError for a form that cannot be exact.
+    A form's folder appears when it is whole, and replaces an older export.
+    Raises ChatModelError for a soft prompt of another model or template, ExportError for a form that cannot be exact and
+    for a folder that holds something else.
     """
     soft.check(model)
     forms = forms or [form for form in FORMS if form != "plain" or model.weight_bytes < MOST_UNASKED]
     if unknown := set(forms) - set(FORMS):
         raise ExportError(f"unknown form {', '.join(sorted(unknown))}; choose among {', '.join(FORMS)}")
-    written = {}
-    for form in forms:
-        written[form] = Path(folder) / form
-        written[form].mkdir(parents=True, exist_ok=True)
-        {"peft": _peft, "vllm": _vllm, "plain": _plain}[form](soft, model, written[form])
+    written = {form: Path(folder) / form for form in forms}
+    for place in written.values():
+        if place.exists() and not _replaceable(place):
+            raise ExportError(f"{place} holds something that is no whole export; remove it, or choose another folder")
+    for form, place in written.items():
+        part = place.with_name(f".{form}.part")
+        shutil.rmtree(part, ignore_errors=True)  # a killed run's
+        part.mkdir(parents=True)
+        try:
+            {"peft": _peft, "vllm": _vllm, "plain": _plain}[form](soft, model, part)
+            if place.exists():
+                shutil.rmtree(place)
+            part.rename(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return written
+
+
+def _replaceable(place: Path) -> bool:
+    """Whether a folder is empty or an export; its README is written last."""
+    if place.is_symlink() or not place.is_dir():
+        return False
+    readme = place / "README.md"
+    return not any(place.iterdir()) or (readme.is_file() and _ABOUT in readme.read_text(encoding="utf-8", errors="replace"))
 
 
 def prompt_embeds(soft: SoftPrompt, model: ChatModel, query: str) -> torch.Tensor:
@@ -68,13 +89,21 @@ def _embed(soft: SoftPrompt, model: ChatModel, ids: Sequence[int]) -> torch.Tens
 
 
 def _base(model: ChatModel) -> str:
+    """The base model's name, for code that runs in another folder."""
+    if model.source and Path(model.source).is_dir():
+        return str(Path(model.source).resolve())
     return model.source or model.name
+
+
+def _quoted(name: str) -> str:
+    """A name as a literal of Python."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _loading(model: ChatModel) -> str:
     """How the README's code opens the base model: as this one was."""
-    revision = f', revision="{model.revision}"' if model.revision else ""
-    return f'AutoModelForCausalLM.from_pretrained("{_base(model)}"{revision}, dtype="{model.dtype_name}")'
+    revision = f", revision={_quoted(model.revision)}" if model.revision else ""
+    return f'AutoModelForCausalLM.from_pretrained({_quoted(_base(model))}{revision}, dtype="{model.dtype_name}")'
 
 
 # The head as embeddings: PEFT and vLLM -------------------------------------------------------------------------------------
@@ -137,16 +166,18 @@ def _vllm(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:
     code = f"""import base64, io, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer, head = AutoTokenizer.from_pretrained("."), torch.load("head.pt")
+tokenizer, head = AutoTokenizer.from_pretrained("."), torch.load("head.pt", weights_only=True)
 table = {_loading(model)}.get_input_embeddings()
 chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{PROBES[0]}"}}], add_generation_prompt=True, return_dict=False)
 buffer = io.BytesIO()
 torch.save(torch.cat([head, table(torch.tensor(chat[{cut}:])).detach().to(head.dtype)]), buffer)
 embeds = base64.b64encode(buffer.getvalue()).decode()
-body = {{"model": "{_base(model)}", "prompt_embeds": embeds, "max_tokens": 50, "temperature": 0}}"""
+body = {{"model": {_quoted(_base(model))}, "prompt_embeds": embeds, "max_tokens": 50, "temperature": 0}}"""
+    revision = f"--revision {shlex.quote(model.revision)} " if model.revision else ""
+    dtype = str(head.dtype).removeprefix("torch.")  # vLLM has no float64
     text = f"""Serve the unchanged base model, and send `request.json` (the prompt of "{PROBES[0]}"):
 
-    vllm serve {_base(model)} --enable-prompt-embeds
+    vllm serve {shlex.quote(_base(model))} {revision}--dtype {dtype} --enable-prompt-embeds
     curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' -d @request.json
 
 Untested on vLLM itself: the tensors were compared with the model's own forward pass, the body follows vLLM's documentation. Its
@@ -166,7 +197,7 @@ def _plain(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:
     size, free = model.weight_bytes, shutil.disk_usage(folder).free
     if size > free:
         raise ExportError(
-            f"the plain form needs {size / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free; leave it out, or make room"
+            f"the plain form needs {size / 1e9:.1f} GB in {folder.parent} and {free / 1e9:.1f} GB are free; leave it out, or make room"
         )
     first = model.n_embeddings
     rows = model.render(PROBES, soft)
@@ -199,7 +230,13 @@ print(tokenizer.decode(out[0, chat["input_ids"].shape[1] :]))"""
     text = f"""The whole model ({size / 1e9:.2f} GB) with {len(ids)} more tokens, which the chat template puts into the slot of the system message
 where a chat has none. `generation_config.json` keeps the model from uttering them (`suppress_tokens`); another server than
 transformers must be told so too."""
-    _readme(soft, model, folder, "A model folder for plain transformers", text, code)
+    beware = ""
+    if soft_tokens is _characters:
+        beware = (
+            f"\nRemove the private-use characters U+{ord(names[0]):04X} to U+{ord(names[-1]):04X} from it too: "
+            "in a query, each would be a soft token."
+        )
+    _readme(soft, model, folder, "A model folder for plain transformers", text, code, beware)
 
 
 def _added_tokens(tokenizer: Any, n: int, folder: Path) -> tuple[Any, list[str]]:
@@ -233,7 +270,10 @@ def _characters(tokenizer: Any, n: int, folder: Path) -> tuple[Any, list[str]]:
 
 
 def _with_rows(soft: SoftPrompt, model: ChatModel, ids: Sequence[int]) -> tuple[dict[str, torch.Tensor], int]:
-    """The model's state with the soft rows at `ids` of the input embedding, and its number of rows. A head that is not tied gets zeros."""
+    """The model's state with the soft rows at `ids` of the input embedding, and its number of rows.
+
+    A head that is not tied keeps its rows, and gets zeros for those beyond them.
+    """
     table, head = model.model.get_input_embeddings().weight, model.model.get_output_embeddings()
     n_rows = max(len(table), max(ids) + 1)
 
@@ -269,11 +309,14 @@ def _save_tokenizer(tokenizer: Any, text: str, model: ChatModel, folder: Path) -
     return [list(saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats]
 
 
-def _readme(soft: SoftPrompt, model: ChatModel, folder: Path, title: str, text: str, code: str) -> None:
+_ABOUT = "The soft prompt `"  # how the second paragraph of every README begins
+
+
+def _readme(soft: SoftPrompt, model: ChatModel, folder: Path, title: str, text: str, code: str, beware: str = "") -> None:
     trained = soft.config.get("method", "start text, untrained")
     page = f"""# {title}
 
-The soft prompt `{soft.name}` ({trained}, {len(soft.embeddings)} tokens) of `{model.name}`, model {soft.model[:12]}, in {model.dtype_name}.
+{_ABOUT}{soft.name}` ({trained}, {len(soft.embeddings)} tokens) of `{model.name}`, model {soft.model[:12]}, in {model.dtype_name}.
 
 {text}
 
@@ -281,6 +324,6 @@ The soft prompt `{soft.name}` ({trained}, {len(soft.embeddings)} tokens) of `{mo
 {code}
 ```
 
-Strip the query, and break up special tokens in it if it comes from outside: the template here does neither.
+Strip the query, and break up special tokens in it if it comes from outside: the template here does neither.{beware}
 """
     (folder / "README.md").write_text(page, encoding="utf-8")

@@ -53,9 +53,12 @@ TEMPLATE = go.layout.Template(
         yaxis=_AXIS,
         legend=dict(bgcolor="rgba(0,0,0,0)", itemsizing="constant", tracegroupgap=0),
         hoverlabel=dict(bgcolor="#333333", font=dict(color="#FFFFFF"), align="left"),
+        modebar=dict(bgcolor="rgba(0,0,0,0)", color=GREY, activecolor="#E69F00"),
     )
 )
 pio.templates["analysis_lib"] = TEMPLATE  # by name for users' own figures; plotly's default stays as it is
+OFFLINE = dict(showSendToCloud=False)  # plotly's "Share chart" button sends a figure, with its queries, to a server
+pio.renderers["plotly_mimetype"].config = {**(pio.renderers["plotly_mimetype"].config or {}), **OFFLINE}
 
 
 def text(value: object) -> str:
@@ -119,8 +122,8 @@ def plot_groups(
         classes = [c for c in CLASSES if (base, c) in means]
         for cls in classes:
             heads = [name for name in names if name != base and (name, cls) in means]
-            # Longest first, so that arrows along the same way stay visible.
-            for name in sorted(heads, key=lambda n: -math.dist(means[base, cls], means[n, cls])):
+            # Longest first and widest, so that arrows along the same way stay visible.
+            for below, name in enumerate(sorted(heads, key=lambda n: -math.dist(means[base, cls], means[n, cls]))):
                 fig.add_trace(
                     _arrow(
                         means[base, cls],
@@ -129,6 +132,7 @@ def plot_groups(
                         dash=DASHES[cls],
                         hover=f"mean of {cls} queries: {base} to {name}",
                         visible=name in shown,
+                        width=4 + 3 * max(0, min(len(heads), 3) - 1 - below),
                     )
                 )
         for cls in classes if len(names) > 1 else ():
@@ -367,12 +371,17 @@ def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str |
 
 
 def plot_by_model(
-    table: pd.DataFrame, *, start: str | None = None, title: str = "Models and their average", note: str | None = None
+    table: pd.DataFrame,
+    *,
+    start: str | None = None,
+    axis: str = "",
+    title: str = "Models and their average",
+    note: str | None = None,
 ) -> go.Figure:
     """Dots with intervals: one panel per query set, one line per model, one hue per method and prompt; a slider over metrics.
 
     table: model, method, prompt, query_set, metric, value, low, high, one row of each. The slider is there where metrics are
-    several, begins at `start` (the first) and needs no kernel. Raises ValueError on a repeated or missing row, an unknown
+    several, begins at `start` (the first) and needs no kernel. axis: what the values are. Raises ValueError on a repeated or missing row, an unknown
     metric, and more conditions than hues.
     """
     where = "plot_by_model"
@@ -418,6 +427,7 @@ def plot_by_model(
         ends = _round([min(0, low[:, part].min()), max(0, high[:, part].max())])
         fig.update_xaxes(range=[1.04 * ends[0] - 0.02 * ends[1], 1.04 * ends[1] - 0.02 * ends[0]], row=1, col=col + 1)
     fig.update_yaxes(range=[len(models) - 0.5, -0.5], tickvals=list(range(len(models))), ticktext=[label(m, 40) for m in models])
+    fig.update_xaxes(title_text=text(axis), row=1, col=1 + len(panels) // 2)
     fig.update_layout(legend=dict(orientation="h", x=1, xanchor="right", y=1.07, yanchor="bottom"))
     fig = _finish(fig, title, note, height=170 + 52 * len(models), left=30 + int(6.5 * max(map(len, models))), right=30, top=110)
     if len(metrics) > 1:
@@ -429,11 +439,13 @@ def plot_by_model(
             )
             for m, metric in enumerate(metrics)
         ]
-        room = 85  # pixels below the axes
+        room = 100  # pixels below the axes
         fig.update_layout(
             height=fig.layout.height + room,
             margin_b=fig.layout.margin.b + room,
-            sliders=[dict(active=at, steps=steps, pad=dict(t=35), currentvalue=dict(prefix="metric: "), len=0.95, x=0)],
+            sliders=[
+                dict(active=at, steps=steps, bgcolor=GREY, pad=dict(t=50), currentvalue=dict(prefix="metric: "), len=0.95, x=0)
+            ],
         )
         for note_line in fig.select_annotations(dict(name="note")):
             note_line.yshift -= room
@@ -594,7 +606,7 @@ def plot_tradeoff(
             mode="markers+text",
             marker=marker,
             text=[label(name) for name in names],
-            textposition="top center",
+            textposition=["middle left" if v > np.nanmax(table[x]) / 2 else "middle right" for v in table[x]],
             hovertext=[
                 "<br>".join([text(name), *(f"{text(c)}: {row[c]:.1f} {text(unit)}" for c in (x, y, color))])
                 for name, (_, row) in zip(names, table.iterrows(), strict=True)
@@ -655,7 +667,7 @@ def save(fig: go.Figure, path: str | Path) -> Path:
         raise ValueError(f"{path}: cannot save a figure as {suffix!r}; use .svg, .png, .html, or no suffix for .svg and .png")
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".html":
-        fig.write_html(path, include_plotlyjs=True, div_id="figure")
+        fig.write_html(path, include_plotlyjs=True, div_id="figure", config=OFFLINE)
         return path
     from kaleido.errors import ChromeNotFoundError  # late: kaleido is slow to import and only pictures need it
 
@@ -848,16 +860,22 @@ def _arrow(
     hover: str,
     tip: str = "",
     visible: bool = True,
+    width: int = 4,
 ) -> go.Scatter:
     """An arrow in data coordinates; a trace, because annotations have no dashes."""
     return go.Scatter(
         x=_round([tail[0], head[0]]),
         y=_round([tail[1], head[1]]),
         mode="lines+markers+text",
-        line=dict(color=color, dash=dash, width=4),
+        line=dict(color=color, dash=dash, width=width),
         # The head's white edge parts it, in both themes, from points of its own colour.
         marker=dict(
-            symbol="arrow", angleref="previous", size=[0, 17], color=color, opacity=1, line=dict(width=[0, 1.5], color="#FFFFFF")
+            symbol="arrow",
+            angleref="previous",
+            size=[0, 9 + 2 * width],
+            color=color,
+            opacity=1,
+            line=dict(width=[0, 1.5], color="#FFFFFF"),
         ),
         text=["", label(tip)],
         textposition="top center" if head[1] >= tail[1] else "bottom center",

@@ -36,7 +36,7 @@ MAX_BYTES = 1_000_000
 MAX_LINES = 15
 ORGANISM = (
     "These figures come from the embedded model organism. It shows the phenomenon and lets the estimators be checked"
-    " against a known truth; it proves nothing about models of other sizes."
+    " against a known truth; it proves nothing about models of other sizes. Notebook 08 alone shows the study's own published results."
 )
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 

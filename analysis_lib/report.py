@@ -32,7 +32,7 @@ _DRAW = """
 const draw = (entries, watch) => entries.filter(e => e.isIntersecting).forEach(e => {
   watch.unobserve(e.target);
   const figure = JSON.parse(e.target.nextElementSibling.textContent);
-  Plotly.newPlot(e.target, figure.data, figure.layout, {responsive: true, displaylogo: false});
+  Plotly.newPlot(e.target, figure.data, figure.layout, {responsive: true, displaylogo: false, showSendToCloud: false});
 });
 const watch = new IntersectionObserver(draw, {rootMargin: '400px'});
 document.querySelectorAll('.figure').forEach(figure => watch.observe(figure));

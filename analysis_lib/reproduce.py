@@ -14,14 +14,17 @@ import pandas as pd
 
 from .chat import ChatModel
 from .data import load_queries, load_safety_prompts
-from .dro import SoftPrompt
+from .dro import DROConfig, SoftPrompt
 from .estimate import estimate
-from .export import ExportError, export
+from .export import export
 from .judge import verdict_is_final
 from .notebooks import run_notebooks, write_figures
 from .store import Store
 
 PACKAGES = ("analysis-lib", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "plotly")
+
+# What notebook 09 trains in its stored run: rows of DRO and their epochs; every which held-out query it samples, how often.
+ABLATIONS, ABLATION_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = 7, 10, 4, 5
 
 
 def reproduce(
@@ -47,24 +50,22 @@ def reproduce(
     for path in _soft_prompts(out):
         if path.stat().st_mtime_ns == before.get(path):  # an earlier run's must not be exported as this one's
             continue
-        soft = SoftPrompt.load(path, model)
-        soft.history.to_csv(_folder(out / "tables") / f"{path.stem}_history.csv", index=False)
-        written, error = {}, None
+        entry = exports[path.stem] = {"file": str(path.relative_to(out)), "config": {}, "exports": {}, "error": None}
         try:
+            soft = SoftPrompt.load(path, model)
+            entry |= {
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "length": len(soft.embeddings),
+                "start_text": soft.start_text,
+                "config": dict(soft.config),
+            }
+            soft.history.to_csv(_folder(out / "tables") / f"{path.stem}_history.csv", index=False)
             written = export(soft, model, out / "export" / path.stem, forms)
+            entry["exports"] = {form: str(folder.relative_to(out)) for form, folder in written.items()}
             print(f"Exported {path.stem}: " + ", ".join(str(folder) for folder in written.values()))
-        except ExportError as failure:
-            error = str(failure)
-            print(f"Not exported: {path.stem}: {error}")
-        exports[path.stem] = {
-            "file": str(path.relative_to(out)),
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "length": len(soft.embeddings),
-            "start_text": soft.start_text,
-            "config": dict(soft.config),
-            "exports": {form: str(folder.relative_to(out)) for form, folder in written.items()},
-            "error": error,
-        }
+        except Exception as failure:  # a full disk, say: hours of work are not to end without their summary
+            entry["error"] = f"{type(failure).__name__}: {failure}"
+            print(f"Not exported: {path.stem}: {entry['error']}")
     summary = {
         "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}},
         "model": {**model.about(), "device": str(model.device)},
@@ -87,18 +88,29 @@ def plan(model: ChatModel, out: Path, *, prompt: Path | None = None, queries: st
     """What `reproduce` would still compute and its cost, from a short probe; prints where it would run and write.
 
     Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are counted on the held-out
-    queries as two more that nothing is known of.
+    queries as two more that nothing is known of, and those of notebook 09, for which its short run is taken, as eight. Not
+    counted: prompt tuning, wrapped queries, the probabilities and losses of replies, the widgets' consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
     start = next((name for name in prompts if name not in load_safety_prompts()), "default")  # what DRO starts from
     anchor = {start: prompts[start], **prompts}
     heldout = pd.concat([load_queries(name) for name in ("heldout_forms", "heldout_harmless", "borderline")], ignore_index=True)
-    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in (1, 2)}  # as long as a trained one, and in no store
-    sampling = {"n_samples": 20, "stop_when": verdict_is_final}
+    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}  # as long as one, and in no store
+    two = {name: trained[name] for name in ("trained 1", "trained 2")}
+    sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
+    heldout = heldout.drop(columns="harmful")  # nothing is trained on them
+    forms = heldout[heldout["query_set"] == "heldout_forms"].iloc[::ABLATION_EVERY]
+    every_layer = (*range(model.n_layers + 1), -1)
     costs = {
-        "anchor": estimate(model, load_queries(queries or "anchor"), anchor, sampling=sampling, store=store),
-        "held out": estimate(model, heldout.drop(columns="harmful"), {**prompts, **trained}, sampling=sampling, store=store),
+        "anchor": estimate(model, load_queries(queries or "anchor"), anchor, layers=every_layer, sampling=sampling, store=store),
+        "held out": estimate(model, heldout, {**prompts, **two}, sampling=sampling, store=store),
+        "ablations": estimate(model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store),
     }
+    dro = costs["anchor"].query("step == 'DRO'").copy()
+    more = ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs  # trainings of the same steps
+    for column in ("rows", "tokens", "seconds"):
+        dro[column] = (dro[column] * more).astype(dro[column].dtype)
+    costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), dro])
     table = pd.concat([cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True)
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()

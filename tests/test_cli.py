@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import json
@@ -434,41 +435,67 @@ def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, cap
     assert "No .svg figures: no Chromium" in capsys.readouterr().out
 
 
-def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", ["ExportError", "OSError", "RuntimeError"])
+def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkeypatch, tmp_path, kind):
     """After hours of work: the rest is there, and the summary says what lacks."""
     from analysis_lib import export
 
     def refuses(*arguments):
-        raise export.ExportError("the plain form would not be exact")
+        raise getattr(export, kind, getattr(builtins, kind, None))("no space left")
 
     monkeypatch.setattr(export, "_plain", refuses)
     (tmp_path / "mine.txt").write_text("You are a careful assistant.")
     code, shown, _ = call("reproduce", "--prompt", tmp_path / "mine.txt", "--form", "plain", "--out", tmp_path / "out")
-    assert code == 1 and "Not exported: dro_mine: the plain form would not be exact" in shown
+    assert code == 1 and f"Not exported: dro_mine: {kind}: no space left" in shown
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["soft_prompts"]["dro_mine"]["error"] == "the plain form would not be exact"
+    soft = summary["soft_prompts"]["dro_mine"]
+    assert (soft["error"], soft["exports"]) == (f"{kind}: no space left", {}) and len(soft["sha256"]) == 64
 
 
 def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_path):
+    from analysis_lib import ChatModel
     from analysis_lib import reproduce as room
 
     asked = []
 
-    def cost(model, queries, prompts, *, sampling, store):
-        asked.append((len(queries), list(prompts), "harmful" in queries))
-        return pd.DataFrame(
-            {"step": ["states"], "rows": [8], "found": [0], "tokens": [80], "seconds": [90.0], "memory_bytes": [2e9]}
-        )
+    def cost(model, queries, prompts, *, layers=(-1,), sampling, store):
+        asked.append((len(queries), list(prompts), layers, sampling["n_samples"]))
+        steps = ["states", "responses", *(["DRO"] if "harmful" in queries else [])]
+        numbers = {"rows": 8, "found": 0, "tokens": 80, "seconds": 60.0, "memory_bytes": 2e9}
+        return pd.DataFrame([{"step": step, **numbers} for step in steps])
 
     monkeypatch.setattr(room, "estimate", cost)
     (tmp_path / "mine.txt").write_text("Be careful.")
     code, out, _ = call("reproduce", "--dry-run", "--prompt", tmp_path / "mine.txt", "--out", tmp_path / "out")
     assert (
-        code == 0 and "'organism' (float64 on cpu), prompts into the system message" in out and "In all about 3.0 minutes" in out
-    )
-    assert asked[0] == (200, ["mine", "none", "default", "short", "mistral"], True)
-    assert asked[1][1][-2:] == ["trained 1", "trained 2"] and not asked[1][2]
+        code == 0 and "'organism' (float64 on cpu), prompts into the system message" in out and "About 7.8 minutes" in out
+    )  # 3 for the anchor queries, 2 for those held out, 1 for the ablations' responses and 7 x 10 / 40 for their trainings
+    assert "Not counted: prompt tuning" in out and "wrapped queries" in out and "consoles" in out
+    assert [line.split()[:4] for line in out.splitlines() if line.split()[0] == "ablations"] == [
+        ["ablations", "responses", "8", "0"],
+        ["ablations", "DRO", "14", "0"],
+    ]
+    n_layers = ChatModel.load().n_layers
+    assert asked[0] == (200, ["mine", "none", "default", "short", "mistral"], (*range(n_layers + 1), -1), 20)
+    assert asked[1][:2] == (340, ["none", "default", "short", "mistral", "mine", "trained 1", "trained 2"])
+    assert asked[2] == (50, [f"trained {i}" for i in range(1, 9)], (-1,), 5)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dry_run_counts_what_notebook_09_trains():
+    import nbformat
+
+    from analysis_lib import DROConfig, PromptTuningConfig, ablations
+    from analysis_lib import reproduce as room
+    from analysis_lib.notebooks import FOLDER
+
+    cells = nbformat.read(next(FOLDER.glob("09_*.ipynb")), as_version=4).cells
+    source = next(cell.source for cell in cells if cell.cell_type == "code" and "every, n_samples =" in cell.source)
+    names = {"FULL": False, "rate": {}, "DROConfig": DROConfig, "PromptTuningConfig": PromptTuningConfig}
+    exec(source[source.index("dro, tuning =") :], names)
+    trained = [m for m in ablations("default", names["dro"], names["tuning"], **names["rows"]) if isinstance(m.config, DROConfig)]
+    assert (len(trained), {m.config.epochs for m in trained}) == (room.ABLATIONS, {room.ABLATION_EPOCHS})
+    assert (names["every"], names["n_samples"]) == (room.ABLATION_EVERY, room.ABLATION_SAMPLES)
 
 
 # export

@@ -109,7 +109,9 @@ def test_weights_of_fewer_bits_take_less_memory(saved):
 def test_weights_beyond_the_free_memory_are_refused_before_they_are_loaded(saved, monkeypatch):
     model = ChatModel.load(str(saved), device="cpu")
     monkeypatch.setattr(room, "_free_bytes", lambda: 1000)
-    with pytest.raises(ChatModelError, match="GB in float32.* are free; .*quantization.*device='auto'"):
+    with pytest.raises(
+        ChatModelError, match=r"GB in float32.* are free; in Python, ChatModel.load\(.*dtype=, quantization=, device='auto'"
+    ):
         estimate(model, QUERIES, PROMPTS)
     assert "model" not in model.__dict__
     monkeypatch.undo()

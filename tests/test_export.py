@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,7 +131,85 @@ def test_readmes_say_what_to_know(exported):
         assert "`organism`" in page and model.fingerprint[:12] in page and "float64" in page
         assert len([line for line in code_of(folder / form).splitlines() if line and "import" not in line]) <= 7
     assert "vllm serve" in pages["vllm"] and "--enable-prompt-embeds" in pages["vllm"] and "Untested on vLLM" in pages["vllm"]
+    assert "private-use" not in pages["plain"]  # its soft tokens are special tokens
     assert "suppress_tokens" in pages["plain"] and "0.01 GB" in pages["plain"]
+    assert "weights_only=True" in pages["vllm"]
+
+
+def test_a_model_in_a_relative_folder_is_found_from_the_export(tmp_path, monkeypatch):
+    """Its name would be another folder there, or somebody's repository; quotes and spaces in it are no syntax."""
+    monkeypatch.chdir(tmp_path)
+    name = 'models/it\'s "mine"'
+    model = kept(build("llama", vocab_size=len(chat("llama").tokenizer)), Path(name))
+    assert model.source == name
+    soft, there = moved(model), str(tmp_path.resolve() / name)
+    export(soft, model, "out", ["peft", "vllm"])
+    adapter = json.loads(Path("out/peft/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == json.loads(Path("out/vllm/request.json").read_text())["model"] == there
+    assert served("out/vllm")[:3] == ["vllm", "serve", there]
+    text, names, said = our_text(model, soft), {}, io.StringIO()
+    for form in ("peft", "vllm"):
+        monkeypatch.chdir(tmp_path / "out" / form)
+        with contextlib.redirect_stdout(said):
+            exec(code_of(Path()), names)
+    assert said.getvalue().rstrip("\n") == text.rstrip("\n") and names["body"]["model"] == there
+
+
+def served(folder) -> list[str]:
+    """The words of the README's `vllm serve`, as a shell reads them."""
+    return shlex.split(re.search(r"^    (vllm serve .*)$", (Path(folder) / "README.md").read_text(), re.MULTILINE)[1])
+
+
+def test_exports_pin_the_revision_and_the_dtype(tmp_path):
+    model = build("llama", dtype=torch.bfloat16)
+    model.revision = "a" * 40
+    export(moved(model), model, tmp_path, ["peft", "vllm"])
+    for form in ("peft", "vllm"):
+        assert f'from_pretrained("tiny llama", revision="{"a" * 40}", dtype="bfloat16")' in code_of(tmp_path / form)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["revision"] == "a" * 40
+    words = ["vllm", "serve", "tiny llama", "--revision", "a" * 40, "--dtype", "bfloat16", "--enable-prompt-embeds"]
+    assert served(tmp_path / "vllm") == words
+
+
+def test_a_float64_model_is_served_in_a_dtype_that_vllm_has(exported):
+    assert served(exported["organism"][2] / "vllm")[3:5] == ["--dtype", "float32"]
+
+
+# The folders
+
+
+def test_a_form_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = chat("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_readme", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            export(moved(model), model, tmp_path, ["plain"])
+        assert not list(tmp_path.iterdir())
+    export(moved(model), model, tmp_path, FORMS)
+    (tmp_path / "plain" / "older.safetensors").write_bytes(b"of an older export")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_readme", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            export(moved(model, 1), model, tmp_path, ["plain"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()} == before
+    export(moved(model, 1), model, tmp_path, ["plain"])
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == before.keys() - {"older.safetensors"}
+    check_plain(model, moved(model, 1), tmp_path / "plain")
+    assert {path.name for path in tmp_path.iterdir()} == set(FORMS)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b".part" in path.read_bytes()]
+
+
+def full_disk(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "README.md").write_text("My notes.")
+    with pytest.raises(ExportError, match="plain holds something that is no whole export; remove it, or choose another folder"):
+        export(moved(chat("llama")), chat("llama"), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["plain", "README.md"]
 
 
 # PEFT
@@ -284,6 +364,8 @@ def test_plain_with_a_tokenizer_that_puts_a_space_after_special_tokens(tmp_path)
     for token in ("<s>", "</s>", "<|end_of_turn|>"):
         assert tokenizer.convert_tokens_to_ids(token) == model.tokenizer.convert_tokens_to_ids(token)
     assert tokenizer.convert_ids_to_tokens(len(model.tokenizer)) == "\ue000"
+    last = 0xE000 + len(moved(model).embeddings) - 1
+    assert f"private-use characters U+E000 to U+{last:04X}" in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_plain_is_left_out_where_it_is_large(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ class Console(Panel):
         left = widgets.VBox([self.start_prompt, self.learning_rate, self.steps, self.name])
         right = widgets.VBox([self.weight_refusal, self.weight_harmfulness, self.weight_norm, self.progress])
         buttons = widgets.HBox([self.start, self.stop, self.save, self.export])
-        self._open([left, right, buttons], [self.status, self.detail])
+        self._open([left, right, widgets.VBox([buttons, self.status])], [self.detail])
         self._enable(True)
 
     @property

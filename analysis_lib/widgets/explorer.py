@@ -198,7 +198,7 @@ class Explorer(Panel):
     def _update(self, change: Any = None) -> None:
         if self._settling:
             return
-        if change is not None and change["owner"] is self.query:
+        if change is not None and change["owner"] in (self.query, self.model, self.layer, self.components):
             self.selected = ()
         super()._update(change)
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .. import figures  # noqa: F401  (first: its import makes FigureWidget quick)
+from .. import figures  # first: its import makes FigureWidget quick
 from ..space import AnchorSpace, Direction
 
 import ipywidgets as widgets  # isort: skip
 import plotly.graph_objects as go  # isort: skip
 
-STYLE, WIDE = {"description_width": "110px"}, "350px"
+STYLE, WIDE = {"description_width": "130px"}, "430px"
 
 # What was chosen outlives another run of a notebook cell: (kind, id of the cell) -> its panel.
 PANELS: dict[tuple[str, str], Panel] = {}
@@ -31,6 +31,7 @@ class _Plot(go.FigureWidget):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._config = {**(self._config or {}), **figures.OFFLINE}  # type: ignore[has-type]
         super().open()
 
     def open(self) -> None:
@@ -91,10 +92,12 @@ class Panel:
         built = self._build()
         with self.figure.batch_update():
             for trace, new in zip(self.figure.data, built.data, strict=True):
-                trace.update(new.to_plotly_json(), overwrite=True)
+                trace.update({"selectedpoints": None, **new.to_plotly_json()}, overwrite=True)
             layout = built.layout.to_plotly_json()
             for key in {*layout, *self.figure.layout.to_plotly_json()} - {"template"}:
                 self.figure.layout[key] = layout.get(key)
+        # A lasso's outline holds values of the page that are no JSON.
+        self.figure._layout_obj._props.pop("selections", None)
         # Private: brings the widget's stored state up to date; without it a reloaded page shows the first plot again.
         self.figure._repr_mimebundle_()
         self._tell()

@@ -184,7 +184,7 @@ class Probe(Panel):
         shown[sampled] = shown[sampled].fillna("not sampled")
         if self._is_organism:
             shown["true"] = shown["true"].fillna("no truth outside the grammar")
-            known = [self._sampled.get(self._key(query, name), (0, ""))[1] for name in table["prompt"]]
+            known = [self._sampled.get(self._key(query, name), (0, ""))[1].replace("\n", " ") for name in table["prompt"]]
             shown["commonest reply"] = known
         text = f"<p><b>query</b>: {escape(query)}</p>" + html(shown)
         if self._is_organism:
