@@ -215,12 +215,27 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         assert shown["axes"][0].startswith("PC1 (") and shown["axes"][1].startswith("PC2 (")
         assert_shows_table(page, shown, -1, (1, 2))
 
+        plot.hover()
+        plot.locator("[data-title='Lasso Select']").click()
+        area = plot.locator(".nsewdrag").first.bounding_box()
+        left, top, width, height = (area[side] for side in ("x", "y", "width", "height"))
+        page.mouse.move(left + 0.05 * width, top + 0.05 * height)
+        page.mouse.down()
+        for x, y in ((0.9, 0.05), (0.9, 0.5), (0.05, 0.5), (0.05, 0.06)):
+            page.mouse.move(left + x * width, top + y * height, steps=5)
+        page.mouse.up()
+        explorer = page.locator(".al-explorer")
+        expect(explorer).to_contain_text("queries in the lasso")
+
         page.locator(".widget-slider .noUi-handle").focus()
         page.keyboard.press("ArrowLeft")
         layer = str(ask(page, "layered.layers[-2]"))
         expect(page.locator(".widget-slider .widget-readout")).to_have_text(layer)
         shown = titled(plot, f"Layer {layer}")
         assert_shows_table(page, shown, int(layer), (1, 2))
+        expect(explorer).not_to_contain_text("in the lasso")
+        expect(explorer).not_to_contain_text("Error")
+        assert plot.evaluate("plot => [plot._context.showSendToCloud, (plot.layout.selections || []).length]") == [False, 0]
 
         page.get_by_label("Components").select_option("PC2 and PC3")
         page.wait_for_function("plot => plot._fullLayout.xaxis.title.text.startsWith('PC2')", arg=plot.element_handle())

@@ -90,14 +90,15 @@ class Panel:
 
     def _redraw(self) -> None:
         built = self._build()
+        # A lasso's outline goes; it holds values of the page that are no JSON, and cannot be kept.
+        if self.figure._layout_obj._props.pop("selections", None):
+            self.figure._send_relayout_msg({"selections": []})
         with self.figure.batch_update():
             for trace, new in zip(self.figure.data, built.data, strict=True):
                 trace.update({"selectedpoints": None, **new.to_plotly_json()}, overwrite=True)
             layout = built.layout.to_plotly_json()
             for key in {*layout, *self.figure.layout.to_plotly_json()} - {"template"}:
                 self.figure.layout[key] = layout.get(key)
-        # A lasso's outline holds values of the page that are no JSON.
-        self.figure._layout_obj._props.pop("selections", None)
         # Private: brings the widget's stored state up to date; without it a reloaded page shows the first plot again.
         self.figure._repr_mimebundle_()
         self._tell()
