@@ -1,6 +1,6 @@
 """Speed and memory against the plain way, in one process, in alternating runs; how to read it: results/README.md.
 
-    python bench/bench.py [--only ROW] [--organism FOLDER] [--out FILE.json]     about 15 minutes on two cores
+    python bench/bench.py [--only ROW] [--organism FOLDER] [--out FILE.json]     about 8 minutes on two cores
     python bench/bench.py --quick                       2 minutes: are the results equal? Times are not judged
     python bench/bench.py --gpu [--gpu-shape 7b|tiny] [--device cuda|cpu]        absolute figures of a 7B shape in bfloat16
 
