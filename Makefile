@@ -47,12 +47,17 @@ test: setup
 	$(RUN) -m pytest -n 2 --dist=loadfile tests
 	$(MAKE) test-notebooks
 
-# An empty store: every number is computed again, none is read back. --dist=loadfile keeps a notebook's cells in one kernel.
+# First with an empty store: every number is computed again, none is read back. Then with the store that this left, in kernels that
+# cannot load weights: the same outputs, from what was kept. --dist=loadfile keeps a notebook's cells in one kernel.
 test-notebooks: setup
 	@test -n "$(NOTEBOOKS)" || { echo "No notebooks NN_*.ipynb in notebooks/: nothing to compare"; exit 1; }
-	store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; \
-	ANALYSIS_LIB_STORE="$$store" OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype TQDM_DISABLE=1 $(RUN) -m pytest \
-		-p tests.nbval_plugin --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist=loadfile $(NOTEBOOKS)
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	export ANALYSIS_LIB_STORE="$$folder/store" OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype TQDM_DISABLE=1; \
+	compare="$(RUN) -m pytest -p tests.nbval_plugin --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist=loadfile"; \
+	$$compare $(NOTEBOOKS); \
+	mkdir -p "$$folder/ipython/profile_default/startup"; \
+	cp tests/no_weights.py "$$folder/ipython/profile_default/startup"; \
+	IPYTHONDIR="$$folder/ipython" $$compare $(NOTEBOOKS)
 
 notebooks: setup
 	OMP_NUM_THREADS=1 $(RUN) -m analysis_lib.notebooks $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))

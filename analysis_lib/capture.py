@@ -43,8 +43,10 @@ class HiddenStates:
     states       (n, len(layers), d) float32
     rows         n rows: query_id, prompt, and the query table's other columns
     layers       0 the embedding output, i the output of block i, -1 the state after the final norm
-    certificate  rows computed and found; for the computed: the way ("tree" or "plain"), the number of rows
-                 re-run plainly, the largest absolute and relative difference from them, seconds and peak memory
+    certificate  rows computed and found; the way ("tree" or "plain") and the largest absolute and relative difference from
+                 rows re-run plainly, of the computed rows and of the batches in which the found ones were committed; how
+                 many rows were re-run now, and found rows of batches of which none was ("unchecked"); seconds; the peak
+                 memory where any was computed
     """
 
     states: NDArray[np.float32]
@@ -104,6 +106,7 @@ def hidden_states(
         "template": model.template,
         "way": "",
         "checked": 0,
+        "unchecked": 0,
         "max_abs": 0.0,
         "max_rel": 0.0,
     }
@@ -117,6 +120,8 @@ def hidden_states(
         keys = _keys(model, rows, layers) if store is not None else []
         missing = _fill(block, keys, store) if store is not None else np.arange(len(rows))
         certificate["found"] += len(rows) - len(missing)
+        if store is not None:
+            _recall(certificate, store, [keys[i] for i in np.setdiff1d(np.arange(len(rows)), missing)])
         for part in np.array_split(missing, -(-len(missing) // CHUNK_ROWS)) if len(missing) else []:
             embeddings = None if isinstance(prompt, str) else prompt.embeddings
             with torch.no_grad(), model.soft_tokens(embeddings):
@@ -127,12 +132,10 @@ def hidden_states(
                 found = _certify(model, wanted, block[part], layers, rng.choice(len(part), take, replace=False))
             checks_left -= take
             certificate["computed"] += len(part)
-            certificate["way"] = way
             certificate["checked"] += take
-            for key in ("max_abs", "max_rel"):
-                certificate[key] = max(certificate[key], found[key])
+            _widen(certificate, {"way": way, **found})
             if store is not None:
-                kept = {"way": way, "checked": take, **found}
+                kept = {"way": way, "checked": take, **found}  # what Store.certificates knows a certificate by
                 kept_as = str(torch.float32 if computed.dtype == torch.float64 else computed.dtype)  # some norms give float32
                 for j, layer in enumerate(layers):
                     about = {
@@ -147,7 +150,7 @@ def hidden_states(
         bar.update(len(rows))
         bar.set_postfix(found=certificate["found"], computed=certificate["computed"])
     bar.close()
-    certificate["peak_bytes"] = peak_bytes(model)
+    certificate["peak_bytes"] = peak_bytes(model) if certificate["computed"] else 0
     certificate["seconds"] = round(time.perf_counter() - start, 3)
     table = pd.concat([queries.assign(prompt=name) for name in prompts], ignore_index=True)
     return HiddenStates(
@@ -550,6 +553,22 @@ def _fill(block: NDArray, keys: list[list[str]], store: Store) -> NDArray:
         else:
             missing.append(i)
     return np.array(missing, dtype=int)
+
+
+def _recall(certificate: dict[str, Any], store: Store, keys: Sequence[Sequence[str]]) -> None:
+    """Adds what is known of found rows: the certificates under which they were committed."""
+    kept = store.certificates([key for row in keys for key in row])
+    for found in {id(c): c for cs in kept.values() for c in cs}.values():
+        _widen(certificate, found)
+    certificate["unchecked"] += sum(not any(c["checked"] for c in kept.get(row[0], ())) for row in keys)
+
+
+def _widen(certificate: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Makes a certificate hold for further rows as well."""
+    if more["way"] not in certificate["way"].split(", "):
+        certificate["way"] = ", ".join(filter(None, [certificate["way"], more["way"]]))
+    for key in ("max_abs", "max_rel"):
+        certificate[key] = max(certificate[key], more[key])
 
 
 def _check_queries(queries: pd.DataFrame, *more: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -112,9 +113,11 @@ class ChatModel:
         """Opens "organism" (the embedded model), a local folder, a hub id, or one of the study's models by its name there.
 
         A name of `study_models()` ("vicuna-7b-v1.5") stands for its hub id, revision and the study's chat template.
-        device: "cuda" where there is one, else "cpu"; "auto" spreads the weights over all GPUs (needs accelerate).
-        dtype: float32 on a CPU, else bfloat16; the embedded model takes float64 on a CPU, so that whole trainings repeat
-        on other processors and numbers of threads to the printed digit.
+        revision: a branch, tag or commit of the hub; "org/model@REVISION" says the same.
+        device: ANALYSIS_LIB_DEVICE, else "cuda" where there is one, else "cpu"; "auto" spreads the weights over all GPUs
+        (needs accelerate).
+        dtype: ANALYSIS_LIB_DTYPE, else float32 on a CPU and bfloat16 elsewhere; the embedded model takes float64 on a CPU,
+        so that whole trainings repeat on other processors and numbers of threads to the printed digit.
         template: a file with a Jinja chat template, or the name of one of the study's (`TEMPLATES`); default: the tokenizer's.
         quantization: "8bit" or "4bit" (needs bitsandbytes), for capture and sampling only.
         The attention implementation is the one transformers picks, SDPA where the architecture has it.
@@ -125,13 +128,17 @@ class ChatModel:
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import cached_file, extract_commit_hash
 
-        source = str(ROOT / "organism") if name == "organism" else name
-        folder = Path(source).expanduser()
+        base, _, at = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
+        source = str(ROOT / "organism") if base == "organism" else base
+        folder, revision = Path(source).expanduser(), revision or at or None
         local = folder.is_dir()
+        if local and revision:
+            raise ChatModelError(f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that out")
         study = {} if local else study_models().set_index("model").to_dict("index")
-        if name in study:
-            source = str(study[name]["hub_id"])
-            revision, template = revision or study[name]["revision"] or None, template or study[name]["template"]
+        if source in study:
+            known = study[source]
+            source, revision = str(known["hub_id"]), revision or known["revision"] or None
+            template = template or known["template"]
         if local:
             source = str(folder)
             if not (folder / "config.json").is_file():
@@ -154,7 +161,8 @@ class ChatModel:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         except Exception as error:
-            raise ChatModelError(_load_advice(name, error)) from error
+            meant = () if source in {model["hub_id"] for model in study.values()} else tuple(map(str, study))
+            raise ChatModelError(_load_advice(name, error, meant=meant)) from error
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ChatModelError(
                 f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
@@ -170,7 +178,7 @@ class ChatModel:
                 f"{name!r} has no fast tokenizer, which is needed to locate the system message; install the package `tokenizers` builds for it"
             )
         gpu = torch.cuda.is_available()
-        device = device or ("cuda" if gpu else "cpu")
+        device = device or os.environ.get("ANALYSIS_LIB_DEVICE") or ("cuda" if gpu else "cpu")
         try:
             torch.empty(0, device="cpu" if device == "auto" else device)
         except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
@@ -183,6 +191,7 @@ class ChatModel:
             if wanted and find_spec(package) is None:
                 asked = "device='auto'" if device == "auto" else f"quantization={quantization!r}"
                 raise ChatModelError(f"{asked} needs the package {package}, which is not installed; pip install {package}")
+        dtype = dtype or os.environ.get("ANALYSIS_LIB_DTYPE") or None
         if dtype is None:
             on_cpu = torch.float64 if name == "organism" else torch.float32
             dtype = (
@@ -276,17 +285,21 @@ class ChatModel:
     @cached_property
     def weight_bytes(self) -> int:
         """Memory of the weights in this dtype and quantization, known without loading them."""
-        from transformers import AutoModelForCausalLM
-
         if "model" in self.__dict__:
             return int(self.model.get_memory_footprint())
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        model = self._without_weights()
         bits = {None: torch.finfo(self.dtype).bits, "8bit": 8, "4bit": 4}[self.quantization]
         head = model.get_output_embeddings()
         linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]  # what is quantized
         packed = sum(m.weight.numel() for m in linear)
         return int(sum(p.nbytes for p in model.parameters()) - packed * (torch.finfo(self.dtype).bits - bits) / 8)
+
+    def _without_weights(self) -> Any:
+        """The model's modules and the shapes of their weights alone."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
 
     @property
     def n_embeddings(self) -> int:
@@ -537,9 +550,39 @@ class ChatModel:
         if not text.strip():
             raise ChatModelError("a soft prompt starts at a text prompt; give its text, not an empty one")
         row = self.render(["x"], text)[0]
-        ids = torch.tensor(row.ids[row.slot[0] : row.slot[1]], device=self.device)
-        weight = self.model.get_input_embeddings().weight
-        return weight[ids].detach().float().cpu().numpy()
+        table = self._embedding_table()
+        ids = torch.tensor(row.ids[row.slot[0] : row.slot[1]], device=table.device)
+        return table[ids].to(self.dtype).float().cpu().numpy()
+
+    def _embedding_table(self) -> torch.Tensor:
+        """The input embeddings (rows, d); where the weights are not loaded, read alone from their file, in the file's dtype."""
+        if "model" not in self.__dict__ and (table := self._embeddings_of_file()) is not None:
+            return table
+        return self.model.get_input_embeddings().weight.detach()
+
+    def _embeddings_of_file(self) -> torch.Tensor | None:
+        """None where the files do not hold the embeddings under the name and in the shape that the model has for them."""
+        from safetensors import SafetensorError, safe_open
+        from transformers.utils import cached_file
+
+        if self.quantization or getattr(self.config, "quantization_config", None):
+            return None
+        model = self._without_weights()
+        weight = model.get_input_embeddings().weight
+        name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+        found: dict[str, Any] = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
+        try:
+            file = cached_file(self.source, "model.safetensors", **found)
+            if file is None and (index := cached_file(self.source, "model.safetensors.index.json", **found)):
+                shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][name]
+                file = cached_file(self.source, Path(shard).name, **found)
+            if file is None:
+                return None
+            with safe_open(file, framework="pt") as tensors:
+                table = tensors.get_tensor(name)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError):  # loading the whole model tells what is wrong
+            return None
+        return table if table.shape == weight.shape else None
 
     @contextmanager
     def soft_tokens(self, embeddings: torch.Tensor | NDArray | None) -> Iterator[None]:
@@ -573,7 +616,7 @@ class ChatModel:
 
     def nearest_tokens(self, embeddings: NDArray, *, n: int = 1) -> list[list[tuple[str, float]]]:
         """For each row of embeddings (length, d), the n vocabulary tokens of largest cosine, with it."""
-        table = torch.nn.functional.normalize(self.model.get_input_embeddings().weight.detach().float().cpu(), dim=1)
+        table = torch.nn.functional.normalize(self._embedding_table().to(self.dtype).float().cpu(), dim=1)
         rows = torch.nn.functional.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1)
         top = (rows @ table.T).topk(n, dim=1)
         return [
@@ -661,9 +704,12 @@ def _file_digest(path: Path) -> str:
     return digest
 
 
-def _load_advice(name: str, error: Exception) -> str:
-    """One line that says what to do, from an error of the libraries below."""
+def _load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> str:
+    """One line that says what to do, from an error of the libraries below. meant: names of the study that may have been."""
     text = f"{type(error).__name__}: {error}"
+    names = {one.lower(): one for one in meant}
+    near = difflib.get_close_matches(name.partition("@")[0].rpartition("/")[2].lower(), names)
+    similar = f"; models of the study with a similar name: {', '.join(names[one] for one in near)}" if near else ""
     said = text.replace(name, "")  # a folder called "401" says nothing about the network
     if "SafetensorError" in said:
         return f"the weights of {name!r} are damaged or incomplete ({error}); copy or download the model again"
@@ -674,9 +720,9 @@ def _load_advice(name: str, error: Exception) -> str:
     if "safetensors" in said:
         return f"{name!r} offers no safetensors weights; pickled weights can run code on load and are not read: choose another revision or convert it"
     if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):
-        return f"{name!r} is gated or private; accept its terms on its page and log in with `hf auth login`"
+        return f"{name!r} is gated or private; accept its terms on its page and log in with `hf auth login`{similar}"
     if re.search(r"offline|connect|resolve|network", said, re.IGNORECASE):
-        return f"{name!r} is not in the local cache and the hub cannot be reached; check the network, or give a local folder"
+        return f"{name!r} is not in the local cache and the hub cannot be reached; check the network, or give a local folder{similar}"
     if re.search(r"not a valid model identifier|\b404\b|Repository ?Not ?Found", said):
-        return f"{name!r} is no model of the hub and no folder; check the spelling, or give 'organism'"
+        return f"{name!r} is no model of the hub and no folder; check the spelling, or give 'organism'{similar}"
     return f"{name!r} cannot be loaded: {text.splitlines()[0][:300]}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from .capture import Pack, _backward_tokens, _check_queries, _line_tokens, last_
 from .chat import ChatModel, ChatModelError, _read_template, study_models
 from .data import load_safety_prompts
 from .space import AnchorSpace, Direction
-from .store import Store, row_key
+from .store import Store, StoreError, row_key
 
 # Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.
 _PUBLISHED = re.compile(r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors")
@@ -226,10 +227,6 @@ class Geometry:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> Geometry:
-        if not len(refusal.weight) == len(harmfulness.weight) == space.k:
-            raise ValueError(
-                f"the space has {space.k} components, the directions {len(refusal.weight)} and {len(harmfulness.weight)}; fit them in it"
-            )
         arrays = (space.mean, space.basis, refusal.weight, harmfulness.weight)
         return cls(*(torch.tensor(a, dtype=dtype, device=device) for a in arrays))
 
@@ -252,7 +249,8 @@ def train_dro(
 
     Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model). on_step(losses, embeddings) is called after
     each step; when it returns True, training ends and what was learned is returned. Equal inputs give equal results
-    on one machine; with a store, a finished training of equal inputs is read instead of repeated.
+    on one machine; with a store, a finished training of equal inputs is read instead of repeated: no weights are loaded and
+    no step is taken.
     """
     config = config or DROConfig()
     _check_queries(queries, "harmful")
@@ -261,15 +259,20 @@ def train_dro(
             f"the space has {len(space.mean)} dimensions, the states of {model.name!r} have {model.hidden_size}; fit it to this model's states"
         )
     labelled = queries[queries["harmful"].notna()]
-    harmful = torch.tensor(labelled["harmful"].astype(float).to_numpy(), dtype=model.work_dtype, device=model.device)
-    if not 0 < harmful.mean() < 1:
+    labels = labelled["harmful"].astype(float).tolist()
+    if len(set(labels)) < 2:
         raise ValueError("DRO needs queries of both classes in the column harmful; 'anchor' has 100 of each")
-    geometry = Geometry.of(space, refusal, harmfulness, model.device, model.work_dtype)
+    if not len(refusal.weight) == len(harmfulness.weight) == space.k:
+        raise ValueError(
+            f"the space has {space.k} components, the directions {len(refusal.weight)} and {len(harmfulness.weight)}; fit them in it"
+        )
     texts = labelled["text"].tolist()
     inputs = [space.mean, space.basis, refusal.weight, harmfulness.weight]
-    kept = _Kept(store, "DRO", model, prompt, config, texts, harmful.tolist(), [_digest(a) for a in inputs])
-    if on_step is None and (known := kept.read(name)) is not None:
+    kept = _Kept(store, "DRO", model, prompt, config, texts, labels, [_digest(a) for a in inputs])
+    if (known := kept.read(name)) is not None:
         return known
+    geometry = Geometry.of(space, refusal, harmfulness, model.device, model.work_dtype)
+    harmful = torch.tensor(labels, dtype=model.work_dtype, device=model.device)
     start = SoftPrompt.from_text(model, prompt, name=name)
     with torch.no_grad(), model.soft_tokens(None):
         base = last_states(model, [r.ids for r in model.render(texts, prompt)])[0][:, 0].to(model.work_dtype)
@@ -324,14 +327,14 @@ def train_prompt_tuning(
     table = table[table["refused"].notna() & table["harmful"].notna()]
     if table.empty:
         raise ValueError("no judged response belongs to a labelled query; judge responses to the same queries first")
-    if not shares_prefixes(model):
-        raise ChatModelError(f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot")
     columns = [
         table[c].astype(str).tolist() for c in ("text", "harmful", "response", "refused", *(["end"] if "end" in table else []))
     ]
     kept = _Kept(store, "prompt tuning", model, prompt, config, *columns)
-    if on_step is None and (known := kept.read(name)) is not None:
+    if (known := kept.read(name)) is not None:
         return known
+    if not shares_prefixes(model):
+        raise ChatModelError(f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot")
     start = SoftPrompt.from_text(model, prompt, name=name)
     good = (table["refused"] == 1) == table["harmful"].astype(bool)
     names = table["query_id"].drop_duplicates().tolist()
@@ -432,7 +435,10 @@ def _train(
     learned = soft.detach().float().cpu().numpy()
     trained = replace(start, embeddings=learned, config={"method": label, **asdict(config)}, history=pd.DataFrame(history))
     if len(history) == len(batches):
-        kept.write(trained)
+        try:
+            kept.write(trained)
+        except StoreError as error:  # the training is done: it must not be lost with the place to keep it
+            warnings.warn(f"the training of {trained.name!r} is returned but not kept: {error}", stacklevel=3)
     return trained
 
 

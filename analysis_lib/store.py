@@ -52,6 +52,7 @@ _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)
 _KEY = re.compile(r"[0-9a-f]{64}")
 _WRITING = re.compile(r"[A-Za-z0-9-]+\.\d+\.([0-9a-f]+\.)?(journal|tmp)")
 _DAY = 86400.0
+_CERTIFICATE = {"way", "checked", "max_abs", "max_rel"}
 _REPORT = ["kind", "file", "model", "rows", "bytes", "age_days", "action"]
 
 
@@ -372,6 +373,23 @@ class Store:
         }
         return {key: found[key] for key in dict.fromkeys(keys) if key in found}
 
+    def certificates(self, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """{key: parity certificates of what a kept state was committed with}, as the files were at the last read of states.
+
+        Several where a row was committed twice, or batches were compacted; none of another program's.
+        """
+        index, known = self._index["states"], dict[tuple[str, ...], list[dict[str, Any]]]()
+        found = {}
+        for key in keys:
+            if key in index.where:
+                batches = index.copies.get(key, [index.where[key]])
+                names = tuple(batch.path.name for batch in batches)
+                if names not in known:
+                    values = _values([batch.about for batch in batches], "certificate")
+                    known[names] = [c for c in values if isinstance(c, dict) and _CERTIFICATE <= c.keys()]
+                found[key] = known[names]
+        return found
+
     def write_states(self, keys: Sequence[str], states: np.ndarray, *, dtype: str, about: Mapping[str, Any]) -> None:
         """Commit one batch: states (n, d) float32, kept as `dtype` ("bfloat16", "float16", "float32").
 
@@ -503,7 +521,8 @@ class Store:
         older_than: committed more than so many days ago. model: the model's name or the beginning of its fingerprint.
         max_bytes: oldest first, until the store holds at most so many bytes. older_formats: everything of earlier format
         versions instead. What another live process has committed or is writing stays. One row per batch (or leftover) that
-        meets the conditions: kind, file, model, rows, bytes, age_days, action. Raises ValueError without any condition.
+        meets the conditions: kind, file, model, rows, bytes, age_days, action. Raises ValueError without any condition, and
+        StoreError where no batch is of that model.
         """
         if older_formats:
             return self._prune_older(dry_run)
@@ -511,15 +530,22 @@ class Store:
             raise ValueError("say what to prune: older_than=days, model=name, max_bytes=n or older_formats=True")
         now = time.time()
         batches = self._all_batches()
+
+        def of_model(batch: _Batch) -> bool:
+            about = batch.about
+            return model is None or about.get("model_name", "") == model or str(about.get("model", "")).startswith(model)
+
+        if not any(map(of_model, batches)) and model is not None:
+            names = sorted({str(batch.about.get("model_name", "")) for batch in batches} - {""})
+            raise StoreError(f"{self.folder} holds nothing of a model {model!r}; it has {', '.join(names) or 'no model at all'}")
         in_use = self._in_use()  # after the listing: a journal names a file before it appears
         excess = sum(batch.size for batch in batches) - max_bytes if max_bytes is not None else 0
         table = []
         for batch in batches:
             age = (now - batch.mtime_ns / 1e9) / _DAY
-            name = str(batch.about.get("model_name", ""))
             if older_than is not None and age <= older_than:
                 continue
-            if model is not None and name != model and not str(batch.about.get("model", "")).startswith(model):
+            if not of_model(batch):
                 continue
             if max_bytes is not None and excess <= 0:
                 break

@@ -14,7 +14,7 @@ from analysis_lib import capture
 from analysis_lib.capture import HiddenStates, ParityError, hidden_states, last_states, plan_rows, shares_prefixes
 from analysis_lib.chat import ChatModel
 from analysis_lib.dro import SoftPrompt
-from analysis_lib.store import Store
+from analysis_lib.store import Store, row_key
 
 families = pytest.mark.parametrize("family", FAMILIES)
 LAYERS = (0, 1, 2, 3, -1)
@@ -300,6 +300,40 @@ def test_every_prompt_that_is_stored_was_checked(store):
     got = hidden_states(chat("qwen2"), QUERIES, prompts, store=store)
     assert all(c["certificate"]["checked"] >= 1 for c in store.info()["certificates"])
     assert got.certificate["checked"] >= 5
+
+
+def test_found_states_come_with_the_certificates_they_were_kept_with(store, tmp_path):
+    model, about = chat("qwen2"), ("way", "max_abs", "max_rel", "unchecked")
+    first = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, n_check=6, store=store).certificate
+    again = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, store=store).certificate
+    assert [again[key] for key in about] == [first[key] for key in about] == ["tree", first["max_abs"], first["max_rel"], 0]
+    assert first["max_rel"] > 0 and (again["checked"], again["computed"]) == (0, 0)
+    store.compact()
+    compacted = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, store=Store(store.folder)).certificate
+    assert [compacted[key] for key in about] == [first[key] for key in about]
+    hidden_states(model, QUERIES[:2], {"more": "x"}, n_check=0, store=store)
+    part = hidden_states(model, QUERIES, {"more": "x"}, store=store).certificate
+    assert (part["found"], part["computed"], part["unchecked"]) == (2, 4, 2) and part["way"] == "tree"
+    keys = [row_key(other=i) for i in range(2)]
+    other = {"model": "m", "certificate": {"max_difference": 1}}
+    store.write_states(keys, np.zeros((2, 4), np.float32), dtype="float32", about=other)
+    store.read_states(keys)
+    assert store.certificates(keys) == {key: [] for key in keys}
+
+
+def test_a_whole_request_found_in_the_store_loads_no_weights(store, tmp_path, monkeypatch):
+    model = chat("qwen2")
+    model.model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    first = hidden_states(ChatModel.load(str(tmp_path / "model"), dtype="float32"), QUERIES, PROMPTS, store=store)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    for device in ("cpu", "auto"):  # spread over devices, where the weights lie is known only once they are loaded
+        monkeypatch.setattr("analysis_lib.chat.find_spec", lambda package: True)
+        again = hidden_states(
+            ChatModel.load(str(tmp_path / "model"), dtype="float32", device=device), QUERIES, PROMPTS, store=store
+        )
+        assert np.array_equal(again.states, first.states) and again.certificate["found"] == 18
+        assert again.certificate["peak_bytes"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------- the prefix tree

@@ -10,6 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     CHATML,
     FAMILIES,
@@ -478,6 +479,61 @@ def test_a_saved_model_loads_with_the_same_states(saved):
     assert model.stop_ids == original.stop_ids
     assert ChatModel.load(str(saved), dtype="bfloat16").model.dtype == torch.bfloat16
     assert ChatModel.load(str(saved)).fingerprint == model.fingerprint
+
+
+def forbid_weights(patch):
+    """Loading a model's weights fails from here on."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+
+
+@families
+@pytest.mark.parametrize("shards", [1, 3])
+def test_embeddings_are_read_without_the_rest_of_the_weights(family, shards, tmp_path, monkeypatch):
+    model = chat(family)
+    model.model.save_pretrained(tmp_path, max_shard_size=1_000_000 if shards == 1 else 20_000)
+    model.tokenizer.save_pretrained(tmp_path)
+    assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (shards == 1)
+    with monkeypatch.context() as patch:
+        forbid_weights(patch)
+        found = ChatModel.load(str(tmp_path), device="cpu")
+        assert np.array_equal(found.embed_text(SAFETY), model.embed_text(SAFETY))
+        assert found.nearest_tokens(model.embed_text(SAFETY)) == model.nearest_tokens(model.embed_text(SAFETY))
+        half = ChatModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
+        rows = half.embed_text(SAFETY)
+    assert np.array_equal(rows, ChatModel.wrap(half.model, half.tokenizer).embed_text(SAFETY))
+    assert not np.array_equal(rows, model.embed_text(SAFETY))
+
+
+@pytest.mark.parametrize("change", ["another name", "another shape", "a path out of the folder", "no index", "damaged"])
+def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_loaded_model(change, tmp_path, monkeypatch):
+    """Loading says what is wrong, where anything is; a shard outside the folder is never read."""
+    folder, name = tmp_path / "model", "model.embed_tokens.weight"
+    model = chat("qwen2")
+    model.model.save_pretrained(folder, max_shard_size=20_000)
+    model.tokenizer.save_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    parsed = json.loads(index.read_text())
+    shard = folder / parsed["weight_map"][name]
+    if change == "a path out of the folder":
+        (tmp_path / "outside.safetensors").write_bytes(shard.read_bytes())
+        parsed["weight_map"][name] = "../outside.safetensors"
+        index.write_text(json.dumps(parsed))
+    elif change == "no index":
+        index.unlink()
+    elif change == "damaged":
+        shard.write_bytes(shard.read_bytes()[:100])
+    else:
+        tensors = load_file(shard)
+        table = tensors.pop(name)
+        save_file(tensors | ({"other": table} if change == "another name" else {name: table[:-1].clone()}), shard)
+    found = ChatModel.load(str(folder), device="cpu")
+    forbid_weights(monkeypatch)
+    with pytest.raises((ChatModelError, AssertionError), match="the weights were loaded"):
+        found.embed_text(SAFETY)
 
 
 def test_folder_fingerprint_follows_the_content(saved, folder):

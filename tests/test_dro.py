@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from analysis_lib import capture, dro
 from analysis_lib.capture import hidden_states
-from analysis_lib.chat import ChatModelError
+from analysis_lib.chat import ChatModel, ChatModelError
 from analysis_lib.dro import DROConfig, Geometry, PromptTuningConfig, SoftPrompt, dro_loss, train_dro, train_prompt_tuning
 from analysis_lib.sampling import sample_responses
 from analysis_lib.space import AnchorSpace, Direction
-from analysis_lib.store import Store
+from analysis_lib.store import Store, StoreError
 
 QUICK = DROConfig(epochs=2, batch_size=3, learning_rate=1e-3)
 
@@ -295,11 +295,45 @@ def test_finished_trainings_are_read_from_the_store(qwen, store, monkeypatch):
         assert again.name == "b" and np.array_equal(again.embeddings, first.embeddings)
         pd.testing.assert_frame_equal(again.history, first.history, check_exact=True)
         assert again.config == first.config and again.start_text == SAFETY
+        steps = []
+        train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store, on_step=lambda *_: steps.append(1))
+        assert steps == []
         for config, queries, prompt, (space, refusal, harmfulness) in others:
             with pytest.raises(AssertionError, match="trained again"):
                 train_dro(model, queries, prompt, space, refusal, harmfulness, config, store=store)
         with pytest.raises(AssertionError, match="trained again"):
             train_dro(build("qwen2", seed=1), QUERIES, SAFETY, *geometry, QUICK, store=store)
+
+
+def test_found_trainings_load_no_weights(tmp_path, monkeypatch):
+    made, store = chat("qwen2"), Store(tmp_path / "store")
+    made.model.save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    geometry, tuning = geometry_for(made), PromptTuningConfig(epochs=1, batch_size=2)
+
+    def train():
+        model = ChatModel.load(str(tmp_path / "model"), dtype="float32")
+        dro = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store)
+        return dro, train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, tuning, store=store)
+
+    first = train()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    for one, other in zip(first, train(), strict=True):
+        assert np.array_equal(one.embeddings, other.embeddings)
+
+
+def test_a_training_is_returned_where_it_cannot_be_kept(qwen, tmp_path):
+    model, *geometry = qwen
+    with pytest.warns(UserWarning, match=r"the training of 'mine' is returned but not kept: cannot write to the store"):
+        got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path / "empty"))
+    assert np.array_equal(got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings)
+
+
+class Broken(Store):
+    """A disk that is full by the time a training ends."""
+
+    def write_states(self, *args, **kwargs):
+        raise StoreError("cannot write to the store: no space is left")
 
 
 def test_bad_trainings_are_refused(qwen):

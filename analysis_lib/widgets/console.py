@@ -32,7 +32,8 @@ class Console(Panel):
 
     states (m, d) of layer -1 and their rows (query_id, prompt, harmful), under `base` and every prompt that training can
     start at; space, refusal, harmfulness fitted to that layer. config: the DROConfig whose values the controls show at
-    first. n_shown: queries of each class whose points are followed. out: where `.save` puts soft_prompts/NAME.safetensors
+    first. n_shown: queries of each class whose points are followed. store: a training of whole epochs that ran to its end is
+    kept, and read instead of repeated. out: where `.save` puts soft_prompts/NAME.safetensors
     and `.export` the folder exports/NAME. Raises ValueError where these do not fit together.
 
     Controls `.start_prompt`, `.learning_rate`, `.steps`, `.weight_refusal`, `.weight_harmfulness`, `.weight_norm`, `.name`;
@@ -61,6 +62,7 @@ class Console(Panel):
         n_shown: int = 20,
         base: str = "none",
         note: str | None = None,
+        store: Any = None,
     ) -> None:
         from ..dro import DROConfig
 
@@ -73,7 +75,7 @@ class Console(Panel):
         config = config or DROConfig()
         self._model, self._prompts, self._space = model, texts, space
         self._refusal, self._harmfulness, self._config = refusal, harmfulness, config
-        self._out, self._base, self._note = Path(out), base, note
+        self._out, self._base, self._note, self._store = Path(out), base, note, store
         self._queries = queries[queries["harmful"].notna()]
         self._followed = self._queries.groupby("harmful", sort=False).head(n_shown)
         keep = (rows["query_id"].isin(self._followed["query_id"]) & rows["prompt"].isin([base, *texts])).to_numpy()
@@ -141,15 +143,17 @@ class Console(Panel):
         before._end()
         if before.soft_prompt is not None and before.soft_prompt.model == self._model.fingerprint:
             self.soft_prompt, self._history = before.soft_prompt, before._history
-            self._trained = self._follow(before.soft_prompt)
+            self._trained = self._follow(before.soft_prompt, self._store)
 
     def _steps_per_epoch(self, config: Any) -> int:
         return max(1, round(len(self._queries) / config.batch_size))
 
-    def _follow(self, soft: Any) -> np.ndarray:
+    def _follow(self, soft: Any, store: Any = None) -> np.ndarray:
         from ..capture import hidden_states
 
-        return self._space.transform(hidden_states(self._model, self._followed, {TRAINED: soft}, n_check=0).states[:, 0])
+        n_check = 0 if store is None else 2
+        captured = hidden_states(self._model, self._followed, {TRAINED: soft}, n_check=n_check, store=store)
+        return self._space.transform(captured.states[:, 0])
 
     def _points(self) -> pd.DataFrame:
         """The followed queries under base, start prompt and soft prompt, which starts where the start prompt is."""
@@ -235,8 +239,11 @@ class Console(Panel):
 
         try:
             arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
-            self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step)
-            self._trained = self._follow(self.soft_prompt)
+            store = None if steps % self._steps_per_epoch(config) else self._store  # a whole training answers for no part of it
+            self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step, store=store)
+            self._history = self.soft_prompt.history.to_dict("records")
+            self.progress.value = len(self._history)
+            self._trained = self._follow(self.soft_prompt, self._store)
             self._redraw()
             self.status.value = f"{len(self._history)} of {steps} steps done; the soft prompt is in <code>.soft_prompt</code>"
         except Exception as error:  # of a thread: shown, or nobody would know

@@ -24,6 +24,7 @@ class Probe(Panel):
 
     states (m, d) of layer -1 and their rows (query_id, prompt, harmful) under `base` are the background; space and refusal
     are fitted to that layer. query, prompt: what is typed at first. n_samples: replies sampled per prompt on the button.
+    store: states and replies of what is typed are kept in it and read from it.
     Raises ValueError where space and model do not fit, a prompt is called "typed", or `base` is missing.
 
     Controls `.query`, `.prompt`, `.components` and the button `.sample`; `.table`: per prompt the predicted probability of
@@ -48,13 +49,14 @@ class Probe(Panel):
         n_samples: int = 20,
         base: str = "none",
         note: str | None = None,
+        store: Any = None,
     ) -> None:
         check_space("probe", model, states, rows, space, refusal)
         if TYPED in prompts or base not in prompts:
             raise ValueError(f"probe: prompts {list(prompts)} need {base!r}, and none called {TYPED!r}; rename it, or pass base=")
         self._fixed: dict[str, Any] = dict(prompts)
         self._model, self._space, self._refusal = model, space, refusal
-        self._n_samples, self._base, self._note = n_samples, base, note
+        self._n_samples, self._base, self._note, self._store = n_samples, base, note, store
         behind = (rows["prompt"] == base).to_numpy()
         about = rows.loc[behind, ["query_id", "prompt", "harmful"]]
         self._background = figures.points_table(space.transform(np.asarray(states)[behind]), about)
@@ -106,7 +108,8 @@ class Probe(Panel):
         if not query:
             return {}
         if missing := {name: p for name, p in prompts.items() if self._key(query, name) not in self._known}:
-            captured = hidden_states(self._model, self._asked(), missing, n_check=0)
+            n_check = 0 if self._store is None else 1  # what is kept is checked
+            captured = hidden_states(self._model, self._asked(), missing, n_check=n_check, store=self._store)
             for name, z in zip(missing, self._space.transform(captured.states[:, 0]), strict=True):
                 self._known[self._key(query, name)] = z
         return {name: self._known[self._key(query, name)] for name in prompts}
@@ -164,9 +167,8 @@ class Probe(Panel):
             if missing:
                 self.sample.disabled, self.message.value = True, "sampling ..."
                 try:
-                    replies = sample_responses(
-                        self._model, self._asked(), missing, n_samples=self._n_samples, stop_when=verdict_is_final
-                    )
+                    options = {"n_samples": self._n_samples, "stop_when": verdict_is_final, "store": self._store}
+                    replies = sample_responses(self._model, self._asked(), missing, **options)
                 finally:
                     self.sample.disabled = False
                 rates = refusal_rates(judge_responses(replies)).set_index("prompt")["refusal_rate"]
