@@ -15,7 +15,7 @@ _ROOMS = {
     "chat": ["ChatModel", "study_models"],
     "data": ["load_published", "load_queries", "load_safety_prompts"],
     "dro": ["DROConfig", "PromptTuningConfig", "SoftPrompt", "train_dro", "train_prompt_tuning"],
-    "judge": ["is_refusal", "judge_agreement", "judge_responses", "published_judge", "refusal_rates", "verdict_is_final"],
+    "judge": ["BatchJudge", "is_refusal", "judge_agreement", "judge_responses", "published_judge", "refusal_rates", "verdict_is_final"],
     "methods": ["ablations", "train_methods"],
     "model_judges": ["calibrate_refusal", "chat_judge", "classifier_judge", "next_token_loss", "refusal_probability"],
     "sampling": ["sample_responses"],

@@ -39,7 +39,9 @@ ROOM = 16  # tokens
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
+    """How a response is sampled; part of its key."""
+
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -86,48 +88,70 @@ def sample_responses(
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")
     if stop_when is not None and "<" in stop_when.__qualname__:
         raise ValueError("stop_when must be a named function of a module: its name is part of the stored responses' key")
-    settings = _Settings(int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when)
+    settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when)
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
     table: list[tuple] = []
     bar = tqdm(total=len(prompts) * len(texts) * n_samples, desc="responses", disable=not progress)
-    found_total = 0
+    counts = {"found": 0, "computed": 0}
+
+    def done(**new: int) -> None:
+        for what, n in new.items():
+            counts[what] += n
+            bar.update(n)
+        bar.set_postfix(counts)
+
     for name, prompt in prompts.items():
         rows = model.render(texts, prompt)
-        got: list[list[dict | None]] = [[None] * n_samples for _ in rows]
-        keys: list[list[str]] = []
-        if store is not None:
-            fixed = {"kind": "response", "model": model.fingerprint, "dtype": model.dtype_name, **settings.parts()}
-            fixed |= {"stop_ids": sorted(model.stop_ids), "stop_strings": list(model.stop_strings)}
-            keys = [
-                [row_key(row=key, sample=i) for i in range(n_samples)]
-                for key in (row_key(ids=r.ids, soft=r.soft, **fixed) for r in rows)
-            ]
-            found = store.read_responses([k for row in keys for k in row])
-            got = [[found.get(k) for k in row] for row in keys]
-        todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
-        todo = {i: samples for i, samples in todo.items() if samples}
-        found_total += len(rows) * n_samples - sum(map(len, todo.values()))
-        bar.update(len(rows) * n_samples - sum(map(len, todo.values())))
-        bar.set_postfix(found=found_total, computed=bar.n - found_total)
-        if todo:
-            embeddings = None if isinstance(prompt, str) else prompt.embeddings
-            with torch.no_grad(), model.soft_tokens(embeddings):
-                for batch in _batches(model, rows, todo, n_samples, max_new_tokens):
-                    done = _sample_batch(model, rows, batch, settings)
-                    for (i, s), response in done.items():
-                        got[i][s] = response
-                    if store is not None:
-                        about = {"model": model.fingerprint, "model_name": model.name, "prompts": [name], **settings.parts()}
-                        new = {keys[i][s]: response for (i, s), response in done.items()}  # queries may render alike
-                        store.write_responses(list(new), list(new.values()), about=about)
-                    bar.update(len(done))
-                    bar.set_postfix(found=found_total, computed=bar.n - found_total)
+        embeddings = None if isinstance(prompt, str) else prompt.embeddings
+        got = sample_rows(model, rows, n_samples, settings, name=name, embeddings=embeddings, store=store, done=done)
         for query_id, responses in zip(ids, got):
-            for s, r in enumerate(responses):
-                assert r is not None
-                table.append((query_id, name, s, r["response"], r["end"]))
+            table.extend((query_id, name, s, r["response"], r["end"]) for s, r in enumerate(responses))
     bar.close()
     return pd.DataFrame(table, columns=["query_id", "prompt", "sample", "response", "end"])
+
+
+def sample_rows(
+    model: ChatModel,
+    rows: Sequence[Rendered],
+    n_samples: int,
+    settings: Settings,
+    *,
+    name: str,
+    embeddings: NDArray[np.float32] | None = None,
+    store: Store | None = None,
+    done: Callable[..., None] = lambda **new: None,
+) -> list[list[dict[str, str]]]:
+    """n_samples {"response", "end"} for each rendered row: found in the store, or computed and kept batch by batch.
+
+    name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand for. done(found=n) or
+    done(computed=n) is called as they come.
+    """
+    got: list[list[Any]] = [[None] * n_samples for _ in rows]
+    keys: list[list[str]] = []
+    if store is not None:
+        fixed = {"kind": "response", "model": model.fingerprint, "dtype": model.dtype_name, **settings.parts()}
+        fixed |= {"stop_ids": sorted(model.stop_ids), "stop_strings": list(model.stop_strings)}
+        keys = [
+            [row_key(row=key, sample=i) for i in range(n_samples)]
+            for key in (row_key(ids=r.ids, soft=r.soft, **fixed) for r in rows)
+        ]
+        found = store.read_responses([k for row in keys for k in row])
+        got = [[found.get(k) for k in row] for row in keys]
+    todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
+    todo = {i: samples for i, samples in todo.items() if samples}
+    done(found=len(rows) * n_samples - sum(map(len, todo.values())))
+    if todo:
+        with torch.no_grad(), model.soft_tokens(embeddings):
+            for batch in _batches(model, rows, todo, n_samples, settings.max_new_tokens):
+                new = _sample_batch(model, rows, batch, settings)
+                for (i, s), response in new.items():
+                    got[i][s] = response
+                if store is not None:
+                    about = {"model": model.fingerprint, "model_name": model.name, "prompts": [name], **settings.parts()}
+                    kept = {keys[i][s]: response for (i, s), response in new.items()}  # queries may render alike
+                    store.write_responses(list(kept), list(kept.values()), about=about)
+                done(computed=len(new))
+    return got
 
 
 Jobs = dict[int, list[int]]  # row -> sample indices
@@ -147,7 +171,7 @@ def _batches(model: ChatModel, rows: Sequence[Rendered], todo: Jobs, n_samples: 
     return [{i: todo[i] for i in order[at : at + size]} for at in range(0, len(order), size)]
 
 
-def _sample_batch(model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: _Settings) -> dict[tuple[int, int], dict]:
+def _sample_batch(model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings) -> dict[tuple[int, int], dict]:
     """All samples of some rows; halves the batch when the device runs out of memory."""
     try:
         return _Tree(model, rows, jobs, settings).run()
@@ -166,7 +190,7 @@ def _sample_batch(model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settin
 class _Tree:
     """The distinct continuations of some rows, one token a step; a node is one distinct unfinished continuation."""
 
-    def __init__(self, model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: _Settings):
+    def __init__(self, model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings):
         self.model, self.settings = model, settings
         self.row_of = list(jobs)
         self.ids = [rows[i].ids for i in self.row_of]
@@ -388,7 +412,7 @@ class _PlainStep:
         return self.first()
 
 
-def _uniforms(row: Rendered, samples: Sequence[int], settings: _Settings) -> NDArray[np.float64]:
+def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDArray[np.float64]:
     """Uniform numbers (len(samples), max_new_tokens) in [0, 1) fixed by the row's tokens, the seed and the sample.
 
     Soft tokens count by their ids, not by their embeddings: soft prompts of one length are compared on the same random
@@ -399,7 +423,7 @@ def _uniforms(row: Rendered, samples: Sequence[int], settings: _Settings) -> NDA
     return generator.random((max(samples) + 1, settings.max_new_tokens))[list(samples)]
 
 
-def _choose(logits: torch.Tensor, node: NDArray, uniform: NDArray, settings: _Settings) -> NDArray[np.int64]:
+def _choose(logits: torch.Tensor, node: NDArray, uniform: NDArray, settings: Settings) -> NDArray[np.int64]:
     """One token for each sample by inversion of its node's distribution: temperature, then top-k, then top-p."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if settings.temperature == 0:

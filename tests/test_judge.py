@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from analysis_lib import judge
 from analysis_lib.data import ROOT
-from analysis_lib.judge import is_refusal, judge_agreement, judge_responses, published_judge, refusal_rates
+from analysis_lib.judge import BatchJudge, is_refusal, judge_agreement, judge_responses, published_judge, refusal_rates
 
 
 def test_equals_the_published_verdicts():
@@ -205,9 +205,39 @@ def test_published_combination(query_id, response, unsafe, expected, guard_asked
         calls.append(query["query_id"])
         return None if unsafe is None else not unsafe
 
-    judged = judge_responses(asked((query_id, response)), published_judge(guard), queries=QUERIES)
-    np.testing.assert_array_equal(judged["refused"], [expected])
-    assert calls == [query_id] * guard_asked
+    at_once = BatchJudge(lambda responses, queries: [guard(r, q) for r, q in zip(responses, queries, strict=True)])
+    for one in (guard, at_once):
+        judged = judge_responses(asked((query_id, response)), published_judge(one), queries=QUERIES)
+        np.testing.assert_array_equal(judged["refused"], [expected])
+        assert published_judge(one)(response, QUERIES.set_index("query_id", drop=False).loc[query_id].to_dict()) in (
+            None if np.isnan(expected) else bool(expected),
+        )
+        assert calls == [query_id] * guard_asked * 2
+        calls.clear()
+
+
+def test_a_batch_judge_is_asked_once_for_all_distinct_responses():
+    calls = []
+
+    def many(responses, queries):
+        calls.append([(r, q["query_id"]) for r, q in zip(responses, queries, strict=True)])
+        return [None if r == "?" else r == "no" for r in responses]
+
+    table = asked(("h", "no"), ("g", "no"), ("h", "yes"), ("h", "no"), ("g", "?"), ("g", None))
+    with pytest.warns(UserWarning, match=r"2 of 6 responses are unscored .*1 x the judge returned None, 1 x missing response"):
+        judged = judge_responses(table, BatchJudge(many), queries=QUERIES)
+    assert calls == [[("no", "h"), ("no", "g"), ("yes", "h"), ("?", "g")]]
+    np.testing.assert_array_equal(judged["refused"], [1, 1, 0, 1, np.nan, np.nan])
+    with pytest.raises(TypeError, match="the judge returned 1; return True"):
+        judge_responses(table, BatchJudge(lambda responses, queries: [1] * len(responses)), queries=QUERIES)
+    with pytest.raises(ValueError, match="shorter"):
+        judge_responses(table, BatchJudge(lambda responses, queries: [True]), queries=QUERIES)
+
+    def fails(responses, queries):
+        raise OSError("the guard's server is gone")
+
+    with pytest.raises(OSError, match="server is gone"):
+        judge_responses(table, BatchJudge(fails), queries=QUERIES)
 
 
 def test_several_judges_and_their_agreement():

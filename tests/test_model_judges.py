@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,16 @@ import torch
 import transformers
 from tiny_models import CORPUS, PROMPTS, QUERIES, build, chat, embedded, tokenizer
 
-from analysis_lib import ChatModel, benchmark_table, judge_responses, load_queries, load_safety_prompts, refusal_rates
+from analysis_lib import (
+    ChatModel,
+    Store,
+    benchmark_table,
+    judge_responses,
+    load_queries,
+    load_safety_prompts,
+    model_judges,
+    refusal_rates,
+)
 from analysis_lib.chat import ChatModelError
 from analysis_lib.dro import SoftPrompt
 from analysis_lib.judge import published_judge
@@ -134,6 +145,36 @@ def test_a_guard_without_a_verdict_is_unscored(guard):
     np.testing.assert_array_equal(judged["refused"], [np.nan, 1])
 
 
+@torch.no_grad()
+def test_a_guard_judges_in_batches_as_one_by_one_and_its_replies_are_kept(tmp_path, monkeypatch):
+    """Words of several tokens, decoded greedily, against transformers' own generation."""
+    made = build("llama")
+    monkeypatch.setattr(made.tokenizer, "chat_template", GUARD)
+    made = ChatModel.wrap(made.model, made.tokenizer, name="tiny guard")
+    texts = [*TEXTS, "a longer response " * 6, "x " * 5000]
+    about = [{**HARMFUL, "query_id": f"h{i}", "text": f"How do I bake bread {i}?"} for i in range(2)]
+    words = []
+    for query in about:
+        for text in texts[:-1]:
+            shown = f"<|im_start|>user\nuser: {query['text']}\nassistant: {text.strip()}\n<|im_end|><|im_start|>assistant\n"
+            ids = made.tokenizer(shown, add_special_tokens=False, return_tensors="pt").input_ids
+            out = made.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+            word = re.match(r"\W*(\w+)", made.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            words.append(word[1].lower() if word else None)
+        words.append(None)  # longer than the context
+    names = sorted({word for word in words if word})
+    assert len(names) > 2
+    verdicts = {name: i % 2 == 0 for i, name in enumerate(names)}
+    judge = chat_judge(made, verdicts=verdicts, max_new_tokens=3, store=Store(tmp_path))
+    expected = [verdicts.get(word) for word in words]
+    found = judge.many(texts * 2, [about[0]] * len(texts) + [about[1]] * len(texts))
+    assert found == expected and {True, False, None} == set(found)
+    monkeypatch.setattr("analysis_lib.sampling._sample_batch", None)
+    assert judge.many(texts[::-1], [about[0]] * len(texts)) == expected[: len(texts)][::-1]
+    with pytest.raises(TypeError, match="not callable"):
+        judge("another response", about[0])
+
+
 def test_a_response_cannot_open_a_turn_of_the_guard(guard):
     judge = chat_judge(guard, max_new_tokens=1)
     with pytest.warns(UserWarning, match="a response holds a special token"):
@@ -245,6 +286,31 @@ def test_an_opening_within_another_counts_once():
     both = refusal_probability(model, queries, {"none": ""}, openings=["I cannot", "I cannot help with"])["refused"]
     longer = refusal_probability(model, queries, {"none": ""}, openings=["I cannot help with"])["refused"]
     assert (longer > 0.01).all() and both.to_numpy() == pytest.approx(short.to_numpy(), rel=1e-9)
+
+
+def test_probabilities_and_losses_are_read_from_the_store(tmp_path, monkeypatch):
+    model, store = chat("llama"), Store(tmp_path)
+    prompts = {**PROMPTS, "soft": soft(model)}
+    answers = pd.DataFrame({"query_id": ["q0", "q0", "q2"], "response": ["Sure, here", "no", "of course"]})
+    first = refusal_probability(model, QUERIES, prompts, openings=["I cannot", "Sure"], store=store)
+    losses = next_token_loss(model, QUERIES, answers, prompts, store=store)
+    pd.testing.assert_frame_equal(first, refusal_probability(model, QUERIES, prompts, openings=["I cannot", "Sure"]))
+    pd.testing.assert_frame_equal(losses, next_token_loss(model, QUERIES, answers, prompts))
+    counts = []
+    computed = model_judges._log_p
+    monkeypatch.setattr(
+        model_judges, "_log_p", lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies)
+    )
+    renamed = {f"{name} again": prompt for name, prompt in prompts.items()}
+    again = refusal_probability(model, QUERIES, renamed, openings=["Sure", "I cannot"], store=Store(tmp_path))
+    assert counts == [] and again["log_odds"].tolist() == first["log_odds"].tolist()
+    assert next_token_loss(model, QUERIES, answers, prompts, store=store)["loss"].tolist() == losses["loss"].tolist()
+    assert counts == []
+    next_token_loss(model, QUERIES, answers.head(2), {"none": ""}, store=store)  # q0 as it was; no q2
+    refusal_probability(model, QUERIES, {"none": ""}, openings=["I cannot"], store=store)  # another question
+    refusal_probability(model, QUERIES, {"soft": soft(model, seed=1)}, openings=["I cannot", "Sure"], store=store)
+    n = len(QUERIES)
+    assert counts == [n, 2 * n]
 
 
 def test_errors_name_the_cause():
