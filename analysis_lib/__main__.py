@@ -27,17 +27,12 @@ EXAMPLES = """examples:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from .data import DataError, load_queries, load_safety_prompts
+    from .data import load_anchor_queries, load_safety_prompts
 
     if args.prompt is not None:
         load_safety_prompts(args.prompt)
     if args.queries is not None:
-        labels = load_queries(args.queries)["harmful"]
-        if labels.isna().any() or labels.nunique() < 2:
-            raise DataError(
-                f"{args.queries}: {labels.isna().sum()} of {len(labels)} queries have no label, and both classes are needed; "
-                "fill the column harmful with true and false"
-            )
+        load_anchor_queries(args.queries)
     model = _model(args)
     from .reproduce import plan, reproduce
 
@@ -46,7 +41,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
         print(f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included")
         print(
-            "Not counted: prompt tuning (06, 09), wrapped queries and probabilities (09), consoles (05, 07), the notebooks' own work"
+            "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles (05, 07), the notebooks' own work"
         )
         return 0
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
@@ -57,7 +52,8 @@ def _reproduce(args: argparse.Namespace) -> int:
 def _model(args: argparse.Namespace) -> Any:
     from .chat import ChatModel
 
-    return ChatModel.load(args.model, template=args.template)
+    name = f"{args.model}@{args.revision}" if args.revision else args.model
+    return ChatModel.load(name, device=args.device, dtype=args.dtype, template=args.template)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -164,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def model_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model", default="organism", help="a hub id or a model folder; default: the embedded organism")
+        sub.add_argument("--revision", help="a branch, tag or commit of the hub id; --model ID@REVISION says the same")
+        sub.add_argument("--dtype", help="float32, bfloat16, float16, float64; default: float32 on a CPU, else bfloat16")
+        sub.add_argument("--device", help="cpu, cuda, cuda:1, auto for all GPUs; default: cuda where there is one")
         sub.add_argument(
             "--template", metavar="FILE", help="a chat template in place of the tokenizer's own: a .jinja file or a name"
         )

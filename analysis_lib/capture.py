@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def hidden_states(
     layers: Sequence[int] = (-1,),
     store: Store | None = None,
     n_check: int = 2,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> HiddenStates:
     """Captures the last-token state of every query under every prompt.
 
@@ -85,10 +86,9 @@ def hidden_states(
     store: found rows are read, computed rows are kept, prompt by prompt.
     n_check: rows of this call re-run plainly (batch 1, nothing shared), at least one of each prompt computed unless 0;
     ParityError past the dtype's tolerance.
+    progress: a bar, by default where a terminal or a notebook shows it and something is to be computed.
     Order of rows: prompts outer, queries inner.
     """
-    from tqdm.auto import tqdm
-
     layers = tuple(layers)
     wrong = [i for i in layers if not -1 <= i <= model.n_layers]
     if wrong or not layers or len(set(layers)) < len(layers):
@@ -112,14 +112,15 @@ def hidden_states(
     }
     rng = np.random.default_rng(0)
     start = time.perf_counter()
-    bar = tqdm(total=len(states), desc="states", disable=not progress)
+    bar = Progress(len(states), "states", progress)
     checks_left = n_check
     for number, (name, prompt) in enumerate(prompts.items()):
         rows = model.render(texts, prompt)
         block = states[number * len(texts) : (number + 1) * len(texts)]
         keys = _keys(model, rows, layers) if store is not None else []
-        missing = _fill(block, keys, store) if store is not None else np.arange(len(rows))
+        missing, held = _fill(block, keys, store) if store is not None else (np.arange(len(rows)), set())
         certificate["found"] += len(rows) - len(missing)
+        bar.add(found=len(rows) - len(missing))
         if store is not None:
             _recall(certificate, store, [keys[i] for i in np.setdiff1d(np.arange(len(rows)), missing)])
         for part in np.array_split(missing, -(-len(missing) // CHUNK_ROWS)) if len(missing) else []:
@@ -129,7 +130,7 @@ def hidden_states(
                 computed, way = _with_smaller_packs(model, last_states, model, [r.ids for r in wanted], layers)
                 block[part] = computed.float().cpu().numpy()
                 take = max(0, min(len(part), max(min(n_check, 1), -(-checks_left // (len(prompts) - number)))))
-                found = _certify(model, wanted, block[part], layers, rng.choice(len(part), take, replace=False))
+                found = _certify(model, wanted, block[part], layers, rng.choice(len(part), take, replace=False), texts, part)
             checks_left -= take
             certificate["computed"] += len(part)
             certificate["checked"] += take
@@ -145,10 +146,10 @@ def hidden_states(
                         "layer": layer,
                         "certificate": kept,
                     }
-                    new = {keys[i][j]: block[i, j] for i in part}  # queries may render alike
-                    store.write_states(list(new), np.stack(list(new.values())), dtype=kept_as, about=about)
-        bar.update(len(rows))
-        bar.set_postfix(found=certificate["found"], computed=certificate["computed"])
+                    new = {keys[i][j]: block[i, j] for i in part if keys[i][j] not in held}  # queries may render alike
+                    if new:
+                        store.write_states(list(new), np.stack(list(new.values())), dtype=kept_as, about=about)
+            bar.add(computed=len(part))
     bar.close()
     certificate["peak_bytes"] = peak_bytes(model) if certificate["computed"] else 0
     certificate["seconds"] = round(time.perf_counter() - start, 3)
@@ -156,6 +157,34 @@ def hidden_states(
     return HiddenStates(
         states, table[["query_id", "prompt", *[c for c in table if c not in ("query_id", "prompt")]]], layers, certificate
     )
+
+
+class Progress:
+    """A tqdm bar that says what was found and computed, the rate of computing and the time left; it opens at the first
+    computed row and goes when all is done. shown None: where a terminal or a notebook is there to show it."""
+
+    def __init__(self, total: int, what: str, shown: bool | None):
+        self._total, self._what, self._counts = total, what, {"found": 0, "computed": 0}
+        self._shown = ("ipykernel" in sys.modules or sys.stderr.isatty()) if shown is None else shown
+        self._bar: Any = None
+
+    def add(self, *, found: int = 0, computed: int = 0) -> None:
+        from tqdm.auto import tqdm
+
+        if self._shown and self._bar is None and self._counts["found"] + found < self._total:
+            with warnings.catch_warnings():  # a notebook without ipywidgets gets the plain bar
+                warnings.simplefilter("ignore")
+                self._bar = tqdm(total=self._total, desc=self._what, leave=False)
+        self._counts["found"] += found
+        self._counts["computed"] += computed
+        if self._bar is not None:
+            self._bar.initial = self._counts["found"]  # the rate is that of computing
+            self._bar.set_postfix(self._counts, refresh=False)
+            self._bar.update(sum(self._counts.values()) - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def last_states(model: ChatModel, rows: Sequence[Sequence[int]], layers: Sequence[int] = (-1,)) -> tuple[torch.Tensor, str]:
@@ -466,7 +495,13 @@ def _plain_states(model: ChatModel, rows: Sequence[Sequence[int]], layers: Seque
 
 
 def _certify(
-    model: ChatModel, rows: Sequence[Rendered], states: NDArray, layers: Sequence[int], chosen: NDArray
+    model: ChatModel,
+    rows: Sequence[Rendered],
+    states: NDArray,
+    layers: Sequence[int],
+    chosen: NDArray,
+    texts: Sequence[str],
+    part: NDArray,
 ) -> dict[str, float]:
     """Re-runs the chosen rows one by one; returns the largest differences or raises ParityError."""
     worst = {"max_abs": 0.0, "max_rel": 0.0}
@@ -475,8 +510,9 @@ def _certify(
         advice = (
             "load the model with dtype='float32' or 'bfloat16'" if model.dtype_name == "float16" else "its weights are damaged"
         )
+        named = ", ".join(repr(texts[part[i]][:40]) for i in bad[:3]) + ", ..." * (len(bad) > 3)
         raise ParityError(
-            f"{len(bad)} of {len(states)} states of {model.name!r} hold NaN or infinity in {model.dtype_name}; {advice}"
+            f"{len(bad)} of {len(states)} states of {model.name!r} hold NaN or infinity in {model.dtype_name} ({named}); {advice}"
         )
     for i in chosen:
         plain = _plain_states(model, [rows[i].ids], layers)[0].float().cpu()
@@ -539,20 +575,21 @@ def peak_bytes(model: ChatModel) -> int:
 
 
 def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> list[list[str]]:
-    common = {"kind": "state", "model": model.fingerprint, "dtype": model.dtype_name}
+    common = {"kind": "state", **model.key_parts()}
     return [[row_key(ids=r.ids, soft=r.soft, layer=i, **common) for i in layers] for r in rows]
 
 
-def _fill(block: NDArray, keys: list[list[str]], store: Store) -> NDArray:
-    """Writes the stored states into block; returns the positions of rows with any layer missing."""
-    found = store.read_states([k for row in keys for k in row])
+def _fill(block: NDArray, keys: list[list[str]], store: Store) -> tuple[NDArray, set[str]]:
+    """Writes the stored states into block; returns the positions of rows with any layer missing, and the keys that are kept."""
+    read = store.read_states([k for row in keys for k in row])
+    found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}
     missing = []
     for i, row in enumerate(keys):
         if all(k in found for k in row):
             block[i] = np.stack([found[k] for k in row])
         else:
             missing.append(i)
-    return np.array(missing, dtype=int)
+    return np.array(missing, dtype=int), set(found)
 
 
 def _recall(certificate: dict[str, Any], store: Store, keys: Sequence[Sequence[str]]) -> None:

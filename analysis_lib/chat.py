@@ -10,7 +10,7 @@ import re
 import threading
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,9 @@ _SYSTEM, _USER = "Xq7 system slot 7qX", "Xq7 user slot 7qX"
 
 TEMPLATES = tuple(sorted(path.stem for path in (ROOT / "templates").glob("*.jinja")))
 """Names of the study's chat templates."""
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 class ChatModelError(ValueError):
@@ -97,6 +100,7 @@ class ChatModel:
         self._said: set[str] = set()
         self._loaded: tuple | None = None  # the state of the weights when they were read from `source`
         self._hashed: tuple[tuple | None, str] | None = None  # that state and its fingerprint
+        self._files: dict[str, tuple[int, int, int]] = {}  # of a folder, as they were when it was opened
         self.system_role = self._finds_system_role()
 
     @classmethod
@@ -128,10 +132,10 @@ class ChatModel:
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import cached_file, extract_commit_hash
 
-        base, _, at = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
+        base, _, at = (name, "", "") if _folder(name) else name.partition("@")
         source = str(ROOT / "organism") if base == "organism" else base
-        folder, revision = Path(source).expanduser(), revision or at or None
-        local = folder.is_dir()
+        folder, revision = _folder(source), revision or at or None
+        local = folder is not None
         if local and revision:
             raise ChatModelError(f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that out")
         study = {} if local else study_models().set_index("model").to_dict("index")
@@ -139,7 +143,8 @@ class ChatModel:
             known = study[source]
             source, revision = str(known["hub_id"]), revision or known["revision"] or None
             template = template or known["template"]
-        if local:
+        files = _files(folder) if folder else {}  # before anything is read
+        if folder:
             source = str(folder)
             if not (folder / "config.json").is_file():
                 raise ChatModelError(
@@ -149,6 +154,15 @@ class ChatModel:
                 raise ChatModelError(
                     f"the folder {name} holds no *.safetensors; pickled weights can run code on load and are not read: "
                     "save the model again with save_pretrained(..., safe_serialization=True)"
+                )
+            if not any((folder / file).exists() for file in _VOCABULARIES):
+                raise ChatModelError(
+                    f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
+                )
+            if (folder / "adapter_config.json").exists():
+                raise ChatModelError(
+                    f"the folder {name} holds an adapter beside the model, and which of both is meant is not clear; merge the adapter "
+                    "(merge_and_unload) and save the model, or take adapter_config.json away"
                 )
         elif source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise ChatModelError(
@@ -163,6 +177,11 @@ class ChatModel:
         except Exception as error:
             meant = () if source in {model["hub_id"] for model in study.values()} else tuple(map(str, study))
             raise ChatModelError(_load_advice(name, error, meant=meant)) from error
+        if "/" in " ".join(str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")):
+            raise ChatModelError(
+                f"the configuration of {name!r} asks for compiled code of the hub, which is never run; take the entry "
+                '"attn_implementation" (or "experts_implementation") out of its config.json'
+            )
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ChatModelError(
                 f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
@@ -204,7 +223,11 @@ class ChatModel:
             dtype = named
         form = "tokenizer" if template is None else Path(template).name
         chat = cls(name, source, revision, device, dtype, tokenizer, config, template=form, quantization=quantization)
+        chat._files = files
         chat._frame("")  # a template that cannot be rendered is told now
+        if local:
+            chat._weight_map()
+            _ = chat.stop_ids
         return chat
 
     @classmethod
@@ -233,16 +256,19 @@ class ChatModel:
             options["device_map"] = "auto" if self._device == "auto" else {"": self._device}
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
+        self._weight_map()
+        options |= {"revision": self.revision, "dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.source, revision=self.revision, dtype=self.dtype, use_safetensors=True, trust_remote_code=False, **options
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.source, output_loading_info=True, **options)
         except Exception as error:
             raise ChatModelError(_load_advice(self.name, error)) from error
         finally:
             if bars:
                 logging.enable_progress_bar()
-        model = (model if options else model.to(self._device)).eval().requires_grad_(False)
+        model, report = loaded
+        _refuse_random_weights(self.name, report)
+        self._refuse_change()
+        model = (model if "device_map" in options else model.to(self._device)).eval().requires_grad_(False)
         self._loaded = _state_of(model)
         return model
 
@@ -321,18 +347,83 @@ class ChatModel:
         digest = hashlib.sha256((self.quantization or "").encode())
         if in_memory:
             digest.update(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
-            for key, tensor in sorted(self.model.state_dict().items()):
+            tensors = {**dict(self.model.named_buffers()), **self.model.state_dict()}  # with buffers that are not saved
+            for key, tensor in sorted(tensors.items()):
                 if tensor.is_meta:
                     raise ChatModelError(
                         f"weights of {self.name!r} are offloaded, so that its fingerprint cannot be taken; open it with ChatModel.load"
                     )
                 digest.update(key.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif Path(self.source).is_dir():
-            for file in sorted(Path(self.source).glob("*.safetensors")) + [Path(self.source) / "config.json"]:
+            for file in (Path(self.source) / name for name in _files(Path(self.source))):
                 digest.update(f"{file.name}:{_file_digest(file)}".encode())
+            self._refuse_change()
         else:
             digest.update(f"{self.source}@{self.revision}".encode())
         return digest.hexdigest()
+
+    def key_parts(self) -> dict[str, str]:
+        """What a stored row's key says of the model: fingerprint and dtype.
+
+        Raises ChatModelError where a forward hook changes what the model computes: the fingerprint does not cover it.
+        """
+        modules = self.model.named_modules() if "model" in self.__dict__ else ()
+        for name, module in modules:
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                owner = str(getattr(hook, "__module__", ""))
+                if owner.partition(".")[0] not in ("torch", "transformers", "accelerate", "analysis_lib"):
+                    raise ChatModelError(
+                        f"a forward hook on {name or 'the model'} of {self.name!r} changes what it computes, which no key in the store "
+                        "tells; remove the hook, or work without a store"
+                    )
+        return {"model": self.fingerprint, "dtype": self.dtype_name}
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of what turns token ids into text; "" for a hub model, whose commit stands for it."""
+        digest = hashlib.sha256()
+        if (folder := Path(self.source)).is_dir() and self.source:
+            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+                if (folder / name).is_file():
+                    digest.update(f"{name}:{_file_digest(folder / name)}".encode())
+        elif not self.source:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()  # left from the last call, and set anew by the next
+            backend.no_truncation()
+            digest.update(backend.to_str().encode())
+        else:
+            return ""
+        return digest.hexdigest()
+
+    def _refuse_change(self) -> None:
+        if self._files and _files(Path(self.source)) != self._files:
+            raise ChatModelError(
+                f"the files of {self.name!r} changed after the model was opened; open it again with ChatModel.load, so that what is "
+                "computed is kept as the new model's"
+            )
+
+    def _weight_map(self) -> dict[str, str] | None:
+        """{tensor: file} of a checkpoint in several files, None of one in a single file. Raises ChatModelError: see `load`."""
+        from transformers.utils import cached_file
+
+        found: dict[str, Any] = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
+        if not self.source or cached_file(self.source, "model.safetensors", **found):
+            return None
+        try:
+            if (index := cached_file(self.source, "model.safetensors.index.json", **found)) is None:
+                return None
+            files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ChatModelError(
+                f"model.safetensors.index.json of {self.name!r} names no files ({type(error).__name__}); copy or download the model again"
+            ) from error
+        for file in files.values():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ChatModelError(
+                    f"model.safetensors.index.json of {self.name!r} names {str(file)[:80]!r}, which is no *.safetensors beside it; only such "
+                    "files are read: copy or download the model again"
+                )
+        return files
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -350,10 +441,25 @@ class ChatModel:
 
         if not self.source:
             return self.model.generation_config
-        try:
-            return GenerationConfig.from_pretrained(self.source, revision=self.revision or "main")
-        except OSError:  # the file is optional
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            self.source, "generation_config.json", revision=self.revision, _raise_exceptions_for_missing_entries=False
+        )
+        if found is None:  # the file is optional
             return GenerationConfig()
+        try:
+            config = GenerationConfig.from_pretrained(self.source, revision=self.revision or "main")
+            strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+            ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+            if not all(isinstance(text, str) for text in strings) or not all(isinstance(i, int) for i in ids):
+                raise TypeError("stop_strings or eos_token_id are no texts and no numbers")
+            return config
+        except Exception as error:
+            raise ChatModelError(
+                f"generation_config.json of {self.name!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); mend it "
+                "or take it away: it says where a reply ends"
+            ) from error
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -435,6 +541,13 @@ class ChatModel:
         return out
 
     def _check_length(self, rows: list[Rendered], queries: Sequence[str]) -> list[Rendered]:
+        for row, query in zip(rows, queries):
+            ids = (*row.ids[: row.slot[0]], *row.ids[row.slot[1] :]) if row.soft else row.ids
+            if max(ids) >= self.n_embeddings:
+                raise ChatModelError(
+                    f"the query {query[:60]!r} has a token that {self.name!r} has no embedding for (its tokenizer knows more than "
+                    f"{self.n_embeddings} tokens); give the model its own tokenizer, or drop the query"
+                )
         longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
         context = getattr(self.text_config, "max_position_embeddings", None)
         if context and len(rows[longest].ids) > context:
@@ -570,18 +683,14 @@ class ChatModel:
         model = self._without_weights()
         weight = model.get_input_embeddings().weight
         name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-        found: dict[str, Any] = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
+        files = self._weight_map()
         try:
-            file = cached_file(self.source, "model.safetensors", **found)
-            if file is None and (index := cached_file(self.source, "model.safetensors.index.json", **found)):
-                shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][name]
-                file = cached_file(self.source, Path(shard).name, **found)
-            if file is None:
-                return None
+            file = cached_file(self.source, "model.safetensors" if files is None else files[name], revision=self.revision)
             with safe_open(file, framework="pt") as tensors:
                 table = tensors.get_tensor(name)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError):  # loading the whole model tells what is wrong
+        except (OSError, KeyError, SafetensorError):  # loading the whole model tells what is wrong
             return None
+        self._refuse_change()
         return table if table.shape == weight.shape else None
 
     @contextmanager
@@ -656,9 +765,13 @@ def load_classifier(name: str, *, revision: str | None = None, device: str | Non
     safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, **safe)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **safe
+        )
     except Exception as error:
         raise ChatModelError(_load_advice(name, error)) from error
+    model, report = loaded
+    _refuse_random_weights(name, report)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False), tokenizer
 
 
@@ -672,9 +785,36 @@ def _read_template(name_or_file: str | Path) -> str:
         ) from error
 
 
+def _folder(name: str) -> Path | None:
+    """The folder of that name, whole, so that a later change of the working folder does not move it; None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path.resolve() if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return None
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """{name: (bytes, modification time in ns, inode)} of what a model folder's fingerprint covers."""
+    paths = [*sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json", folder / "config.json"]
+    stats = {path.name: path.stat() for path in paths if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+
+def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
+    """transformers draws at random what a checkpoint does not hold, and goes on."""
+    lacking = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()})
+    if lacking:
+        raise ChatModelError(
+            f"the files of {name!r} do not hold {len(lacking)} of the model's tensors ({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), "
+            "which would be drawn at random; copy or download the model again, or mend its config.json"
+        )
+
+
 def _state_of(model: Any) -> tuple:
     """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in model.parameters() if not w.is_meta)
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in tensors if not w.is_meta)
 
 
 def soft_digest(embeddings: NDArray) -> str:

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1] / "data"
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
 PROMPTS = ("default", "short", "mistral")
 OPTIONAL = ("pair_id", "form", "answer")
+MIN_OF_EACH_CLASS = 5
+"""With so few queries of a class the notebooks' folds still hold both; queries of one pair_id count once."""
 MAX_BYTES = 64_000_000
 """The largest file of a user that is read."""
 MAX_CHARACTERS = 20_000
@@ -101,6 +103,36 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
     if (suffix := path.suffix.lower()) not in readers:
         raise DataError(f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these")
     return _query_table(path, readers[suffix](path, _read(path)), harmful)
+
+
+def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
+    """`load_queries` of what is to take the anchor set's place: every query labelled, MIN_OF_EACH_CLASS of both classes.
+
+    Raises DataError as `load_queries` does, and where labels lack.
+    """
+    queries = load_queries(name_or_path)
+    harmful = queries["harmful"]
+    if lacking := int(harmful.isna().sum()):
+        raise DataError(
+            f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query needs one; "
+            "fill the column harmful with true and false"
+        )
+    units = (
+        queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"]) if "pair_id" in queries else queries["query_id"]
+    )
+    found = {kind: units[harmful == label].nunique() for kind, label in (("harmful", True), ("harmless", False))}
+    if empty := next((kind for kind, n in found.items() if not n), None):
+        only = next(kind for kind in found if kind != empty)
+        raise DataError(
+            f"{name_or_path}: every query is labelled {only}, and both classes are needed; add at least {MIN_OF_EACH_CLASS} {empty} ones"
+        )
+    if few := next((kind for kind, n in found.items() if n < MIN_OF_EACH_CLASS), None):
+        pairs = " (queries of one pair_id count once)" if "pair_id" in queries else ""
+        raise DataError(
+            f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} of each class are needed; add "
+            f"{MIN_OF_EACH_CLASS - found[few]} or more"
+        )
+    return queries
 
 
 RESERVED_PROMPTS = ("dro", "tuned")

@@ -22,7 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from .capture import Pack, _backward_tokens, _check_queries, _line_tokens, last_states, plan_rows, run_plan, shares_prefixes
+from .capture import (
+    Pack,
+    Progress,
+    _backward_tokens,
+    _check_queries,
+    _line_tokens,
+    last_states,
+    plan_rows,
+    run_plan,
+    shares_prefixes,
+)
 from .chat import ChatModel, ChatModelError, _read_template, study_models
 from .data import load_safety_prompts
 from .space import AnchorSpace, Direction
@@ -243,7 +253,7 @@ def train_dro(
     name: str = "dro",
     store: Store | None = None,
     on_step: OnStep | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> SoftPrompt:
     """Trains a soft prompt that starts at the text `prompt`, on queries with a harmful label.
 
@@ -312,7 +322,7 @@ def train_prompt_tuning(
     name: str = "prompt_tuning",
     store: Store | None = None,
     on_step: OnStep | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> SoftPrompt:
     """The baseline: trains a soft prompt that starts at the text `prompt` on judged responses to the same queries.
 
@@ -408,17 +418,16 @@ def _train(
     step_of: Callable[[NDArray], dict[str, float]],
     kept: _Kept,
     on_step: OnStep | None,
-    progress: bool,
+    progress: bool | None,
     label: str,
 ) -> SoftPrompt:
     """AdamW on the soft embeddings over shuffled batches of 0 .. n - 1; gradients clipped after backward. A whole run is kept."""
-    from tqdm.auto import tqdm
-
     soft = torch.nn.Parameter(torch.tensor(start.embeddings, dtype=model.work_dtype, device=model.device))
     optimizer = torch.optim.AdamW([soft], lr=config.learning_rate)
     history: list[dict[str, float]] = []
     batches = list(_shuffled(n, config.batch_size, config.epochs, config.seed))
-    for step, (epoch, batch) in enumerate(bar := tqdm(batches, desc=label, disable=not progress), 1):
+    bar = Progress(len(batches), label, progress)
+    for step, (epoch, batch) in enumerate(batches, 1):
         optimizer.zero_grad()
         with model.soft_tokens(soft):
             losses = step_of(batch)
@@ -429,9 +438,10 @@ def _train(
             )
         optimizer.step()
         history.append({"step": step, "epoch": epoch, **losses, "gradient_norm": float(norm)})
-        bar.set_postfix(loss=f"{losses['loss']:.3f}")
+        bar.add(computed=1)
         if on_step is not None and on_step(history[-1], soft.detach().float().cpu().numpy().copy()):
             break
+    bar.close()
     learned = soft.detach().float().cpu().numpy()
     trained = replace(start, embeddings=learned, config={"method": label, **asdict(config)}, history=pd.DataFrame(history))
     if len(history) == len(batches):
@@ -448,7 +458,7 @@ class _Kept:
     def __init__(self, store: Store | None, method: str, model: ChatModel, prompt: str, config: Any, *inputs: Any):
         self.store, self.model = store, model
         if store is not None:
-            parts = {"kind": "soft_prompt", "method": method, "model": model.fingerprint, "dtype": model.dtype_name}
+            parts = {"kind": "soft_prompt", "method": method, **model.key_parts()}
             ids = model.render(["x"], prompt)[0].ids
             self.key = row_key(
                 ids=ids, prompt=prompt, config=json.dumps(asdict(config), sort_keys=True), inputs=json.dumps(inputs), **parts

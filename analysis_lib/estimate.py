@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 
 from .capture import CHUNK_ROWS, _line_tokens, _pack_tokens, hidden_states, last_states, peak_bytes, plan_rows, shares_prefixes
 from .chat import ChatModel, ChatModelError, Prompt
-from .dro import DROConfig, train_dro
+from .dro import DROConfig, OnStep, PromptTuningConfig, train_dro, train_prompt_tuning
+from .judge import judge_responses
 from .sampling import sample_responses
 from .space import AnchorSpace, Direction
 from .store import Store
@@ -23,6 +26,7 @@ from .store import Store
 PROBE_SECONDS = 0.5  # a probe of states grows until it took so long
 PROBE_TOKENS = 32  # new tokens of a probe of responses
 PROBE_QUERIES = 4  # queries of a probe of responses; twice as many of DRO
+MEMINFO = Path("/proc/meminfo")
 
 
 def estimate(
@@ -33,17 +37,19 @@ def estimate(
     layers: Sequence[int] = (-1,),
     sampling: Mapping[str, Any] | None = None,
     config: DROConfig | None = None,
+    tuning: PromptTuningConfig | None = None,
     store: Store | None = None,
     probe: bool = True,
 ) -> pd.DataFrame:
     """The cost of the states and the responses of queries under prompts, and of a DRO training from the first text prompt.
 
-    sampling: options of `sample_responses`. Returns [step, rows, found, tokens, seconds, memory_bytes], one row per step:
-    rows in all (for DRO: training steps) and those found in the store; tokens still to be computed, common ones once (for
-    responses: sampled, at most); the time they take, as measured on a few of them; the process's high-water mark of memory
+    sampling: options of `sample_responses`. tuning adds a prompt tuning on the responses under none and that prompt. Returns
+    [step, rows, found, tokens, seconds, memory_bytes], one row per step: rows in all (of a training: its steps) and those
+    found in the store; tokens still to be computed, common ones once (for responses: sampled, at most; for prompt tuning:
+    those of all replies, at most); the time they take, as measured on a few of them; the process's high-water mark of memory
     (a GPU's, where there is one), to which the cache of sampling adds up to 30 % of what is then free.
-    Responses are taken to be as long as allowed where the probe did not see their end. DRO is left out where it cannot run: a
-    quantized model, no text prompt, queries of one class. A finished training in the store is not looked for.
+    Responses are taken to be as long as allowed where the probe did not see their end. A training is left out where it cannot
+    run: a quantized model, no text prompt, queries of one class. A finished training in the store is not looked for.
     probe = False loads no weights: no seconds, and memory_bytes are the weights alone; tokens as if prefixes can be shared.
     Raises ChatModelError where the weights do not fit the free memory.
     """
@@ -103,6 +109,15 @@ def estimate(
             steps * a_batch,
             lambda: steps * a_batch * _seconds_a_trained_token(model, labelled, start, config, count),
         )
+        if tuning and shared:
+            trained = tuning.epochs * len(labelled)
+            add(
+                "prompt tuning",
+                tuning.epochs * max(1, round(len(labelled) / tuning.batch_size)),
+                0,
+                trained * 2 * options["n_samples"] * min(tuning.max_response_tokens, options["max_new_tokens"]),
+                lambda: trained * _seconds_a_tuned_query(model, labelled, start, options, tuning, count),
+            )
     return pd.DataFrame(table, columns=["step", "rows", "found", "tokens", "seconds", "memory_bytes"])
 
 
@@ -123,6 +138,9 @@ class _Asked:
         self.answers += [key in kept for key in keys]
         return dict.fromkeys(keys, {"response": "", "end": ""})
 
+    def certificates(self, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
     def lacking(self, *shape: int) -> NDArray[np.bool_]:
         """Which rows asked for since the last call are not in the real store."""
         answers, self.answers = ~np.array(self.answers), []
@@ -132,7 +150,7 @@ class _Asked:
 def _check_memory(model: ChatModel) -> None:
     if "model" in model.__dict__:
         return
-    free = _free_bytes()
+    free = _free_bytes(model._device)
     if free is not None and model.weight_bytes > free:
         raise ChatModelError(
             f"the weights of {model.name!r} take {model.weight_bytes / 1e9:.1f} GB in {model.quantization or model.dtype_name}, and "
@@ -141,10 +159,17 @@ def _check_memory(model: ChatModel) -> None:
         )
 
 
-def _free_bytes() -> int | None:
-    """Free memory of all GPUs, else of the machine; None where the system does not say."""
-    if torch.cuda.is_available():
+def _free_bytes(device: str) -> int | None:
+    """Memory that can be had on a model's device ("auto": all GPUs, where there are any); None where the system does not say."""
+    if device == "auto" and torch.cuda.is_available():
         return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    if torch.device("cpu" if device == "auto" else device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:  # the pages that the system would give up for it count as well
+        if found := re.search(r"^MemAvailable:\s*(\d+) kB$", MEMINFO.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    except OSError:
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -199,15 +224,43 @@ def _seconds_a_response(
 
 def _seconds_a_trained_token(model: ChatModel, labelled: pd.DataFrame, prompt: str, config: DROConfig, count: Count) -> float:
     """Of a step's distinct tokens, forward and backward; the directions it trains along do not matter for the time."""
-    some = labelled.groupby("harmful", sort=False).head(PROBE_QUERIES)
+    some = _some_of_each(labelled)
     space = AnchorSpace(np.zeros(model.hidden_size), np.eye(model.hidden_size), 2, np.ones(2))
     along = Direction("probe", np.ones(2), 0.0)
+    one_batch = replace(config, batch_size=len(some), epochs=3)
+    seconds = _seconds_a_step(lambda stop: train_dro(model, some, prompt, space, along, along, one_batch, on_step=stop))
+    return seconds / count(model, [row.ids for row in model.render(some["text"].tolist(), prompt)])
+
+
+def _seconds_a_tuned_query(
+    model: ChatModel, labelled: pd.DataFrame, prompt: str, options: Mapping[str, Any], config: PromptTuningConfig, count: Count
+) -> float:
+    some = _some_of_each(labelled).head(config.batch_size)
+    longest = options["max_new_tokens"]
+    short = min(longest, PROBE_TOKENS, config.max_response_tokens)
+    responses = sample_responses(model, some, {"none": "", "start": prompt}, **{**options, "max_new_tokens": short})
+    one_batch, judged = replace(config, batch_size=len(some), epochs=3), judge_responses(responses)
+    seconds = _seconds_a_step(lambda stop: train_prompt_tuning(model, some, judged, prompt, one_batch, on_step=stop))
+    heads = dict(zip(some["query_id"], (row.ids for row in model.render(some["text"].tolist(), prompt))))
+    replies = model.tokenizer(responses["response"].tolist(), add_special_tokens=False)["input_ids"]
+    rows = [(*heads[query_id], *reply) for query_id, reply in zip(responses["query_id"], replies)]
+    of_heads = count(model, list(heads.values())) / count(model, rows)  # which are not longer where replies are
+    grown = [len(ids) * longest / short if end == "length" else len(ids) for ids, end in zip(replies, responses["end"])]
+    longer = sum(min(n, config.max_response_tokens) for n in grown) / sum(map(len, replies))
+    return seconds / len(some) * (of_heads + (1 - of_heads) * longer)
+
+
+def _some_of_each(labelled: pd.DataFrame) -> pd.DataFrame:
+    return labelled.groupby("harmful", sort=False).head(PROBE_QUERIES)
+
+
+def _seconds_a_step(train: Callable[[OnStep], object]) -> float:
+    """Of the second and the third step: what runs for the first time is slow."""
     ends: list[float] = []
 
     def stop(losses: dict[str, float], embeddings: NDArray[np.float32]) -> bool:
         ends.append(time.perf_counter())
         return len(ends) == 3
 
-    one_batch = replace(config, batch_size=len(some), epochs=3)
-    train_dro(model, some, prompt, space, along, along, one_batch, on_step=stop)
-    return (ends[2] - ends[0]) / 2 / count(model, [row.ids for row in model.render(some["text"].tolist(), prompt)])
+    train(stop)
+    return (ends[2] - ends[0]) / 2

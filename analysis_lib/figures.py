@@ -8,7 +8,6 @@ of four hues that hold under colour-blindness.
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 860, 560  # pixels
 GREY = "#808080"
-PROMPT_COLORS = ("#E69F00", "#56B4E9", "#228833", "#AA3377")
+# At least 3:1 against white and near-black, points of OPACITY too, and 30 apart in Lab under each colour-blindness.
+PROMPT_COLORS = ("#CC7100", "#0089FC", "#517444", "#ED23A0")
+OPACITY = 0.9
 CLASSES = ("harmless", "harmful", "unlabelled")
 # One row per round through the colours: the fifth prompt has the first one's hue and other shapes.
 SYMBOLS = (
@@ -38,8 +39,9 @@ SYMBOLS = (
 )
 DASHES = {"harmless": "dot", "harmful": "solid", "unlabelled": "dashdot"}
 # Blue to orange through magenta, never darker or lighter than both a white and a black page can bear.
-SCALE = ((0.0, "#2F76D2"), (0.5, "#B4568F"), (1.0, "#D97700"))
-UNKNOWN = "rgba(128,128,128,0.35)"  # the colour of a point without a value
+SCALE = ((0.0, "#2F76D2"), (0.5, "#B4568F"), (1.0, "#CC7100"))
+UNKNOWN = GREY  # the colour of a point without a value
+HALO = dict(color="#333333", shadow=", ".join(f"{x}px {y}px 2px #FFFFFF" for x in (-1, 0, 1) for y in (-1, 0, 1)))  # over points
 UNIT_COLUMNS = ("refusal_rate", "predicted_refusal", "harmful")  # coloured on [0, 1] whatever their values
 
 _AXIS = dict(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.4)", linecolor=GREY, ticks="outside")
@@ -53,7 +55,7 @@ TEMPLATE = go.layout.Template(
         yaxis=_AXIS,
         legend=dict(bgcolor="rgba(0,0,0,0)", itemsizing="constant", tracegroupgap=0),
         hoverlabel=dict(bgcolor="#333333", font=dict(color="#FFFFFF"), align="left"),
-        modebar=dict(bgcolor="rgba(0,0,0,0)", color=GREY, activecolor="#E69F00"),
+        modebar=dict(bgcolor="rgba(0,0,0,0)", color=GREY, activecolor=PROMPT_COLORS[0]),
     )
 )
 pio.templates["analysis_lib"] = TEMPLATE  # by name for users' own figures; plotly's default stays as it is
@@ -99,8 +101,9 @@ def plot_groups(
     points: query_id, prompt, harmful, pc1..pck and perhaps refusal_rate, text. direction: its boundary (logit 0, the other
     components at their mean over the points) and an arrow along the gradient of its logit. color: "prompt", or a numeric
     column such as "refusal_rate". arrows: "mean_shift" from each class's mean under `base` to its mean under every other
-    prompt, or None. prompts: those to show; the others are kept hidden, so that colours and view stay. explained: variance
-    ratios per component. Raises ValueError on a missing column, prompt or component.
+    prompt, or None; those of a class are drawn LANE pixels apart, side by side, since they often coincide: length and way
+    are true, the hover text has the true ends. prompts: those to show; the others are kept hidden, so that colours and view
+    stay. explained: variance ratios per component. Raises ValueError on a missing column, prompt or component.
     """
     where = "plot_groups"
     if arrows not in ("mean_shift", None):
@@ -122,19 +125,20 @@ def plot_groups(
         classes = [c for c in CLASSES if (base, c) in means]
         for cls in classes:
             heads = [name for name in names if name != base and (name, cls) in means]
-            # Longest first and widest, so that arrows along the same way stay visible.
-            for below, name in enumerate(sorted(heads, key=lambda n: -math.dist(means[base, cls], means[n, cls]))):
-                fig.add_trace(
-                    _arrow(
-                        means[base, cls],
-                        means[name, cls],
-                        color=_style(names, name)[0],
-                        dash=DASHES[cls],
-                        hover=f"mean of {cls} queries: {base} to {name}",
-                        visible=name in shown,
-                        width=4 + 3 * max(0, min(len(heads), 3) - 1 - below),
-                    )
+            tail = np.array(means[base, cls])
+            offsets = _lanes(np.reshape([means[name, cls] for name in heads], (-1, 2)) - tail, _view(xy))
+            drawn = [
+                _arrow(
+                    tail + offset,
+                    means[name, cls] + offset,
+                    color=_style(names, name)[0],
+                    dash=DASHES[cls],
+                    hover=f"mean of {cls} queries: {base} {_at(tail)} to {name} {_at(means[name, cls])}",
+                    visible=name in shown,
                 )
+                for name, offset in zip(heads, offsets, strict=True)
+            ]
+            fig.add_traces([_edge(drawn), *drawn])
         for cls in classes if len(names) > 1 else ():
             line = dict(color=GREY, dash=DASHES[cls], width=3)
             fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=f"mean shift, {cls}"))
@@ -171,19 +175,20 @@ def plot_dro(
     fig = go.Figure()
     _add_points(fig, points, xy, names, set(names), "prompt")
     means = _group_means(points, xy)
-    for step, (tail, head) in enumerate(zip(names, names[1:], strict=False)):
-        for cls in CLASSES:
-            if (tail, cls) in means and (head, cls) in means:
-                fig.add_trace(
-                    _arrow(
-                        means[tail, cls],
-                        means[head, cls],
-                        color=_style(names, head)[0],
-                        dash="dash" if step == 0 else "solid",
-                        hover=f"mean of {cls} queries: {tail} to {head}",
-                        tip=cls if step == len(names) - 2 else "",
-                    )
-                )
+    drawn = [
+        _arrow(
+            means[tail, cls],
+            means[head, cls],
+            color=_style(names, head)[0],
+            dash="dash" if step == 0 else "solid",
+            hover=f"mean of {cls} queries: {tail} {_at(means[tail, cls])} to {head} {_at(means[head, cls])}",
+            tip=cls if step == len(names) - 2 else "",
+        )
+        for step, (tail, head) in enumerate(zip(names, names[1:], strict=False))
+        for cls in CLASSES
+        if (tail, cls) in means and (head, cls) in means
+    ]
+    fig.add_traces([_edge(drawn), *drawn])
     for step, (tail, head) in enumerate(zip(names, names[1:], strict=False)):
         line = dict(color=_style(names, head)[0], dash="dash" if step == 0 else "solid", width=3)
         fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=label(f"{tail} to {head}")))
@@ -223,7 +228,7 @@ def plot_calibration(
             x=_round(table[x]),
             y=_round(table["observed"]),
             mode="markers",
-            marker=dict(color=PROMPT_COLORS[1], size=6, opacity=0.4),
+            marker=dict(color=PROMPT_COLORS[1], size=5, symbol="circle-open", opacity=OPACITY),
             hovertext=_hover(table),
             hoverinfo="text+x+y",
             name="query under a prompt",
@@ -274,7 +279,7 @@ def plot_truth(table: pd.DataFrame, *, title: str = "Predicted and true refusal 
                         x=_round(part["true_logit"]),
                         y=_round(part["predicted_logit"]),
                         mode="markers",
-                        marker=dict(color=hue, symbol=symbols.get(cls, "circle"), size=7, opacity=0.7),
+                        marker=dict(color=hue, symbol=symbols.get(cls, "circle"), size=7, opacity=OPACITY),
                         hovertext=_hover(part),
                         hoverinfo="text+x+y",
                         name=label(", ".join(filter(None, [cls, str(name)]))),
@@ -306,11 +311,14 @@ def plot_losses(history: pd.DataFrame, *, title: str = "Losses by step", note: s
     return _finish(fig, title, note, height=180 + 170 * nrows, right=30, top=85)
 
 
-def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str | None = None) -> go.Figure:
+def plot_benchmark(
+    table: pd.DataFrame, *, title: str = "Benchmark, with 95 % intervals over queries", note: str | None = None
+) -> go.Figure:
     """Dots with intervals: one panel per metric and query set, one line per method and prompt, one hue per model.
 
-    table: model, method, prompt, query_set, metric, value, low, high and perhaps n_queries, n_samples, judge; where a
-    panel has more than one judge, the line names it. Raises ValueError where two rows would lie on the same dot.
+    Panels of one metric have one scale. table: model, method, prompt, query_set, metric, value, low, high (95 % intervals over
+    queries, as the default title says) and perhaps n_queries, n_samples, judge; where a panel has more than one judge, the line
+    names it. Raises ValueError where two rows would lie on the same dot.
     """
     where = "plot_benchmark"
     _need(table, ["model", "method", "prompt", "query_set", "metric", "value", "low", "high"], where)
@@ -339,8 +347,11 @@ def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str |
         shared_yaxes=True,
         horizontal_spacing=0.03,
         vertical_spacing=BETWEEN / plots,
-        subplot_titles=[text(query_set) for _, query_set in facets],
+        subplot_titles=[f"{text(metric).replace('_', ' ')}<br>{text(query_set)}" for metric, query_set in facets],
     )
+    fig.update_annotations(font_size=12)
+    drawn = table[["value", "low", "high"]]
+    least, most = drawn.min(axis=1).groupby(table["metric"]).min(), drawn.max(axis=1).groupby(table["metric"]).max()
     for at, (metric, query_set) in enumerate(facets):
         row, col = at // ncols + 1, at % ncols + 1
         for m, model in enumerate(models):
@@ -357,15 +368,18 @@ def plot_benchmark(table: pd.DataFrame, *, title: str = "Benchmark", note: str |
                 hoverinfo="text",
                 name=label(model, 40),
                 legendgroup=text(model),
+                cliponaxis=False,
                 showlegend=at == 0 and len(models) > 1,
             )
             fig.add_trace(trace, row=row, col=col)
-        fig.update_xaxes(title_text=text(metric).replace("_", " "), rangemode="tozero", row=row, col=col)
+        low, high = min(0.0, least[metric]), max(0.0, most[metric])
+        room = 0.04 * (high - low) or 0.04  # a dot at an end is drawn in full
+        fig.update_xaxes(range=_round([low - room, high + room]), row=row, col=col)
     ticks = dict(tickvals=list(range(len(lines))), ticktext=[label(line, 40) for line in lines])
     fig.update_yaxes(range=[len(lines) - 0.5, -0.5], **ticks)
     # Set by hand: a margin that plotly grows by itself would push the note out of the picture.
     left = 30 + int(6.5 * min(40, max(map(len, lines))))
-    legend = dict(orientation="h", x=1, xanchor="right", y=1 + 30 / plots, yanchor="bottom")
+    legend = dict(orientation="h", x=1, xanchor="right", y=1 + 38 / plots, yanchor="bottom")
     fig.update_layout(legend=legend)
     return _finish(fig, title, note, height=int(95 + plots + BOTTOM), left=left, right=30, top=95)
 
@@ -375,14 +389,14 @@ def plot_by_model(
     *,
     start: str | None = None,
     axis: str = "",
-    title: str = "Models and their average",
+    title: str = "Models and their average, with 95 % intervals",
     note: str | None = None,
 ) -> go.Figure:
     """Dots with intervals: one panel per query set, one line per model, one hue per method and prompt; a slider over metrics.
 
     table: model, method, prompt, query_set, metric, value, low, high, one row of each. The slider is there where metrics are
-    several, begins at `start` (the first) and needs no kernel. axis: what the values are. Raises ValueError on a repeated or missing row, an unknown
-    metric, and more conditions than hues.
+    several, begins at `start` (the first) and needs no kernel. axis: what the values are. Raises ValueError on a repeated or
+    missing row, an unknown metric, and more conditions than hues.
     """
     where = "plot_by_model"
     keys = ["query_set", "method", "prompt", "model", "metric"]
@@ -601,12 +615,13 @@ def plot_tradeoff(
         go.Scatter(
             x=_round(table[x], 2),
             y=_round(table[y], 2),
-            error_x=_interval(table, x),
-            error_y=_interval(table, y),
+            error_x=_interval(table, x, color=GREY),  # without it black, as the markers have many colours
+            error_y=_interval(table, y, color=GREY),
             mode="markers+text",
             marker=marker,
             text=[label(name) for name in names],
-            textposition=["middle left" if v > np.nanmax(table[x]) / 2 else "middle right" for v in table[x]],
+            textfont=HALO,
+            textposition=["top left" if v > np.nanmax(table[x]) / 2 else "top right" for v in table[x]],
             hovertext=[
                 "<br>".join([text(name), *(f"{text(c)}: {row[c]:.1f} {text(unit)}" for c in (x, y, color))])
                 for name, (_, row) in zip(names, table.iterrows(), strict=True)
@@ -695,13 +710,13 @@ def _round(values: Any, decimals: int = 4) -> np.ndarray:
     return np.round(np.asarray(values, dtype=float), decimals)
 
 
-def _interval(table: pd.DataFrame, column: str, name: str | None = None) -> dict[str, Any] | None:
+def _interval(table: pd.DataFrame, column: str, name: str | None = None, **style: Any) -> dict[str, Any] | None:
     """Plotly's error bars of `column`, from the columns "`name` low" and "`name` high"; None where the table lacks them."""
     low, high = (f"{column if name is None else name} {end}".strip() for end in ("low", "high"))
     if not {low, high} <= set(table.columns):
         return None
     up, down = _round(table[high] - table[column]), _round(table[column] - table[low])
-    return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1.5, width=3)
+    return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1.5, width=3, **style)
 
 
 def _plane(points: pd.DataFrame, components: tuple[int, int], where: str) -> pd.DataFrame:
@@ -785,7 +800,7 @@ def _add_points(
                     y=xy.loc[keep, "y"].to_numpy(),
                     mode="markers",
                     marker=marker,
-                    opacity=0.7,
+                    opacity=OPACITY,
                     hovertext=hover[keep].tolist(),
                     hoverinfo="text",
                     name=label(f"{cls}, {name}" if color == "prompt" else cls),
@@ -827,7 +842,7 @@ def _add_strips(
                     x=np.round(centre + half * spread, 4),
                     y=_round(part[column]),
                     mode="markers",
-                    marker=dict(color=hue, symbol=symbols[cls], size=6, opacity=0.7),
+                    marker=dict(color=hue, symbol=symbols[cls], size=6, opacity=OPACITY),
                     hovertext=_hover(part),
                     hoverinfo="text" if column == "refusal_rate" else "text+y",
                     name=label(f"{cls}, {name}"),
@@ -851,33 +866,52 @@ def _add_strips(
     fig.update_xaxes(tickvals=list(range(len(names))), ticktext=[label(n) for n in names], title_text="safety prompt")
 
 
+def _at(point: Sequence[float] | np.ndarray) -> str:
+    return "({:.2f}, {:.2f})".format(*point)
+
+
+def _lanes(ways: np.ndarray, view: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Offsets (m, 2) of arrows with one tail and `ways` (m, 2), across their common way: LANE pixels apart, and none crosses."""
+    pixel = (view[1] - view[0])[0] / (WIDTH - LEFT - RIGHT)
+    along = ways.sum(axis=0) / (np.linalg.norm(ways.sum(axis=0)) or 1)
+    across = np.array([-along[1], along[0]])
+    places = np.argsort(np.argsort(np.arctan2(ways @ across, ways @ along), kind="stable"))
+    return np.outer(places - (len(ways) - 1) / 2, across) * LANE * pixel
+
+
+def _edge(arrows: Sequence[go.Scatter]) -> go.Scatter:
+    """A white edge under the visible arrows: it parts them, in both themes, from points of their own colour."""
+    x, y = ([v for t in arrows if t.visible for v in (*t[axis], None)] or [None] for axis in "xy")
+    line = dict(color="#FFFFFF", width=ARROW + 3)
+    return go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
+
+
 def _arrow(
-    tail: tuple[float, float],
-    head: tuple[float, float],
+    tail: Sequence[float] | np.ndarray,
+    head: Sequence[float] | np.ndarray,
     *,
     color: str,
     dash: str = "solid",
     hover: str,
     tip: str = "",
     visible: bool = True,
-    width: int = 4,
 ) -> go.Scatter:
     """An arrow in data coordinates; a trace, because annotations have no dashes."""
     return go.Scatter(
         x=_round([tail[0], head[0]]),
         y=_round([tail[1], head[1]]),
         mode="lines+markers+text",
-        line=dict(color=color, dash=dash, width=width),
-        # The head's white edge parts it, in both themes, from points of its own colour.
+        line=dict(color=color, dash=dash, width=ARROW),
         marker=dict(
             symbol="arrow",
             angleref="previous",
-            size=[0, 9 + 2 * width],
+            size=[0, 16],
             color=color,
             opacity=1,
             line=dict(width=[0, 1.5], color="#FFFFFF"),
         ),
         text=["", label(tip)],
+        textfont=HALO,
         textposition="top center" if head[1] >= tail[1] else "bottom center",
         hovertext=text(hover),
         hoverinfo="text",
@@ -928,8 +962,10 @@ def _add_directions(
         )
         # Towards an end of the line, where few points lie; the second direction takes the other end.
         tail = (low + high) / 2 if line is None else line[0] + (line[1] - line[0]) * (0.85 if at % 2 == 0 else 0.15)
-        length = 0.16 * (high - low).min() / np.linalg.norm(w) if w.any() else np.nan  # no gradient, no arrow
-        head = tail + w * length
+        way = w / np.linalg.norm(w) * 0.16 * (high - low).min() if w.any() else np.nan * w  # no gradient, no arrow
+        margin = 0.08 * (high - low)  # for the head, which plotly hides outside of the view, and its label
+        head = np.clip(tail + way, low + margin, high - margin)
+        tail = head - way
         adjective = {"refusal": "refusal", "harmfulness": "harmful"}.get(d.name, d.name)
         hover = f"gradient of the {d.name} logit"
         fig.add_trace(_arrow(tuple(tail), tuple(head), color=GREY, hover=hover, tip=f"more {adjective}"))
@@ -956,6 +992,7 @@ def _clip(w: np.ndarray, offset: float, low: np.ndarray, high: np.ndarray) -> np
 
 # Layout --------------------------------------------------------------------------------------------------------------------
 
+ARROW, LANE = 3, 7  # width of an arrow and distance between two that lie side by side, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 65, 218, 55, 60  # margins in pixels
 ASPECT = (WIDTH - LEFT - RIGHT) / (HEIGHT - TOP - BOTTOM)  # of a plane's plotting area
 BETWEEN = 85  # pixels between two rows of panels: ticks, the upper one's axis title and the lower one's title

@@ -64,7 +64,7 @@ def train_methods(
     methods: Sequence[Method],
     *,
     store: Store | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, SoftPrompt]:
     """Trains every row on the anchor data: {method.prompt: soft prompt}.
 
@@ -115,7 +115,8 @@ def cross_validate_unlikelihood(
     weight of the least error is the choice.
     """
     config = config or PromptTuningConfig()
-    groups = queries["pair_id"].fillna(queries["query_id"]) if "pair_id" in queries else queries["query_id"]
+    pairs = queries["pair_id"].fillna("") if "pair_id" in queries else pd.Series("", index=queries.index)
+    groups = queries["query_id"].where(pairs == "", pairs)
     folds = grouped_folds(groups.to_numpy(), n_splits, config.seed)
     harmful = queries.set_index("query_id")["harmful"]
     rows = []

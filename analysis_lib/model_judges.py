@@ -201,7 +201,7 @@ def _reply_log_p(
     keys = [""] * len(rows)
     found: dict[int, np.ndarray] = {}
     if store is not None:
-        fixed = {"kind": "log_probability", "model": model.fingerprint, "dtype": model.dtype_name}
+        fixed = {"kind": "log_probability", **model.key_parts()}
         keys = [row_key(ids=row.ids, soft=row.soft, replies=own, **fixed) for row, own in zip(rows, replies, strict=True)]
         kept = store.read_responses(keys)
         found = {i: np.array(kept[key]["log_p"]) for i, key in enumerate(keys) if key in kept}

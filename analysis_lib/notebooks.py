@@ -72,12 +72,13 @@ def run_notebooks(
     template: str | Path | None = None,
     folder: str | Path = FOLDER,
     jobs: int = 2,
+    env: Mapping[str, str] | None = None,
 ) -> tuple[Run, ...]:
     """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html`, and the tables that the notebooks write.
 
     `model`, `prompt` (a file), `queries` (a name or a file), `template` (a name or a file) and `out` replace MODEL, PROMPT,
-    QUERIES, TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `jobs` notebooks run at a
-    time; lines are printed in order.
+    QUERIES, TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `env` joins the environment
+    of their kernels (ANALYSIS_LIB_DEVICE and ANALYSIS_LIB_DTYPE, say). `jobs` notebooks run at a time; lines are printed in order.
     A failing notebook does not stop the others: look at `Run.error`. Raises NotebookError where nothing can be run.
     """
     out = Path(out).resolve()
@@ -105,7 +106,7 @@ def run_notebooks(
 
     async def run_all() -> tuple[Run, ...]:
         runs: list[Run] = []
-        async for run in _execute(list(zip(paths, notebooks, strict=True)), jobs, {}):
+        async for run in _execute(list(zip(paths, notebooks, strict=True)), jobs, env or {}):
             clean(run.nb)
             nbformat.write(run.nb, out / run.notebook.name)
             print(_line(run, len(runs) + 1, len(paths)), flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,8 +76,12 @@ def as_printed(table: pd.DataFrame, query_set: str) -> pd.DataFrame:
         raise ValueError(f"no query set {query_set!r}; there are {', '.join(table['query_set'].unique())}")
     conditions = pd.MultiIndex.from_frame(part[["method", "prompt"]].drop_duplicates())
     wide = 100 * part.pivot(index=["method", "prompt"], columns="model", values="value").loc[conditions, list(MODELS.values())]
-    average = np.floor(10 * wide.mean(axis=1).round(6) + 0.5) / 10
-    return wide.round().astype(int).assign(average=average)
+    return wide.round().astype(int).assign(average=halves_up(wide.mean(axis=1)))
+
+
+def halves_up(values: pd.DataFrame | pd.Series) -> Any:
+    """Values to one decimal, halves up as the paper rounds: 10.25 is 10.3 (pandas' own `round` takes it to the even 10.2)."""
+    return np.floor(10 * values.round(6) + 0.5) / 10
 
 
 ANY = {f"any of {m}": m for m in range(1, N_SAMPLES + 1)}

@@ -13,18 +13,22 @@ from typing import Any
 import pandas as pd
 
 from .chat import ChatModel
-from .data import load_queries, load_safety_prompts
-from .dro import DROConfig, SoftPrompt
+from .data import load_anchor_queries, load_queries, load_safety_prompts
+from .dro import DROConfig, PromptTuningConfig, SoftPrompt
 from .estimate import estimate
 from .export import export
 from .judge import verdict_is_final
-from .notebooks import run_notebooks, write_figures
 from .store import Store
 
 PACKAGES = ("analysis-lib", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "plotly")
 
-# What notebook 09 trains in its stored run: rows of DRO and their epochs; every which held-out query it samples, how often.
-ABLATIONS, ABLATION_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = 7, 10, 4, 5
+# What notebook 09 trains in its stored run: rows of DRO and their epochs; epochs of prompt tuning (its row, and two weights on
+# one half of the queries and on the other); every which held-out query it samples, how often.
+ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = 7, 10, 3, 4, 5
+
+
+class ReproduceError(Exception):
+    """The notebooks cannot be run here; the message says what to do."""
 
 
 def reproduce(
@@ -40,11 +44,18 @@ def reproduce(
     """Runs every notebook on the model into `out`, exports the soft prompts and writes `summary.json`.
 
     What was computed lies in the store: after an interruption the same call goes on from there. forms: see `export`.
-    Returns whether every notebook ran and every form was written.
+    Returns whether every notebook ran and every form was written. Raises ReproduceError where what runs notebooks lacks.
     """
+    try:
+        from .notebooks import run_notebooks, write_figures
+    except ModuleNotFoundError as error:
+        raise ReproduceError(
+            f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e '.[notebooks]'"
+        ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
     name = None if model.name == "organism" else model.name
-    runs = run_notebooks(out, model=name, prompt=prompt, queries=queries, template=template, jobs=jobs)
+    env = {"ANALYSIS_LIB_DEVICE": model._device, "ANALYSIS_LIB_DTYPE": model.dtype_name}
+    runs = run_notebooks(out, model=name, prompt=prompt, queries=queries, template=template, jobs=jobs, env=env)
     figures = write_figures(runs, out / "figures")
     exports: dict[str, dict[str, Any]] = {}
     for path in _soft_prompts(out):
@@ -60,7 +71,7 @@ def reproduce(
                 "config": dict(soft.config),
             }
             soft.history.to_csv(_folder(out / "tables") / f"{path.stem}_history.csv", index=False)
-            written = export(soft, model, out / "export" / path.stem, forms)
+            written = export(soft, model, out / "exports" / path.stem, forms)
             entry["exports"] = {form: str(folder.relative_to(out)) for form, folder in written.items()}
             print(f"Exported {path.stem}: " + ", ".join(str(folder) for folder in written.values()))
         except Exception as failure:  # a full disk, say: hours of work are not to end without their summary
@@ -89,7 +100,8 @@ def plan(model: ChatModel, out: Path, *, prompt: Path | None = None, queries: st
 
     Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are counted on the held-out
     queries as two more that nothing is known of, and those of notebook 09, for which its short run is taken, as eight. Not
-    counted: prompt tuning, wrapped queries, the probabilities and losses of replies, the widgets' consoles.
+    counted: replies to wrapped queries and of the trials of a weight, the probabilities and losses of replies, the widgets'
+    consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
     start = next((name for name in prompts if name not in load_safety_prompts()), "default")  # what DRO starts from
@@ -101,16 +113,20 @@ def plan(model: ChatModel, out: Path, *, prompt: Path | None = None, queries: st
     heldout = heldout.drop(columns="harmful")  # nothing is trained on them
     forms = heldout[heldout["query_set"] == "heldout_forms"].iloc[::ABLATION_EVERY]
     every_layer = (*range(model.n_layers + 1), -1)
+    anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
     costs = {
-        "anchor": estimate(model, load_queries(queries or "anchor"), anchor, layers=every_layer, sampling=sampling, store=store),
+        "anchor": estimate(model, anchors, anchor, layers=every_layer, sampling=sampling, tuning=tuning, store=store),
         "held out": estimate(model, heldout, {**prompts, **two}, sampling=sampling, store=store),
         "ablations": estimate(model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store),
     }
-    dro = costs["anchor"].query("step == 'DRO'").copy()
-    more = ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs  # trainings of the same steps
+    more = {  # trainings of the same steps
+        "DRO": ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs,
+        "prompt tuning": ABLATION_TUNING_EPOCHS / tuning.epochs,
+    }
+    trainings = costs["anchor"][costs["anchor"]["step"].isin(more)].copy()
     for column in ("rows", "tokens", "seconds"):
-        dro[column] = (dro[column] * more).astype(dro[column].dtype)
-    costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), dro])
+        trainings[column] = (trainings[column] * trainings["step"].map(more)).astype(trainings[column].dtype)
+    costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), trainings])
     table = pd.concat([cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True)
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()

@@ -9,6 +9,7 @@ order of floating-point rounding, about one token in a million).
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.nn.functional import pad
 
 from .capture import (
     TOLERANCE,
+    Progress,
     _check_prompts,
     _check_queries,
     _pack_tokens,
@@ -32,7 +34,7 @@ from .capture import (
     run_plan,
     shares_prefixes,
 )
-from .chat import ChatModel, Prompt, Rendered
+from .chat import ChatModel, ChatModelError, Prompt, Rendered
 from .store import Store, row_key
 
 ROOM = 16  # tokens
@@ -50,8 +52,22 @@ class Settings:
     stop_when: Callable[[str], bool] | None
 
     def parts(self) -> dict[str, Any]:
-        stop = f"{self.stop_when.__module__}.{self.stop_when.__qualname__}" if self.stop_when else ""
-        return {**{k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}, "stop_when": stop}
+        settings = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
+        return {**settings, "stop_when": "" if self.stop_when is None else _identity(self.stop_when)}
+
+
+def _identity(function: Callable) -> str:
+    """A function's name and, unless it is this library's, the SHA-256 of its source: what a key knows of it."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    if function.__module__.startswith("analysis_lib."):
+        return name
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"the source of stop_when {name!r} cannot be read ({error}), and is part of the stored responses' key; put it into a module"
+        ) from error
+    return f"{name}:{hashlib.sha256(source.encode()).hexdigest()}"
 
 
 def sample_responses(
@@ -67,43 +83,36 @@ def sample_responses(
     seed: int = 0,
     stop_when: Callable[[str], bool] | None = None,
     store: Store | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Samples n_samples responses to every query under every prompt.
 
     The defaults are the study's settings. top_p = 1 and top_k = 0 switch the cuts off; temperature = 0 is greedy.
     stop_when: a named function of the text so far; sampling of a response ends where it says True (for example
-    `judge.verdict_is_final`, once nothing to come can change the verdict).
+    `judge.verdict_is_final`, once nothing to come can change the verdict). Its source is part of what a stored response is
+    found by, but not the source of what it calls.
+    progress: a bar, by default where a terminal or a notebook shows it and something is to be computed.
+    ChatModelError where the model's logits hold NaN or infinity.
 
     Returns [query_id, prompt, sample, response, end]; end is "eos", "stop_string", "length" or "stop_when". Prompts outer,
     queries inner, then samples 0 .. n_samples - 1.
     """
-    from tqdm.auto import tqdm
-
     _check_queries(queries)
     _check_prompts(prompts)
     if n_samples < 1 or max_new_tokens < 1:
         raise ValueError("n_samples and max_new_tokens must be at least 1")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")
-    if stop_when is not None and "<" in stop_when.__qualname__:
+    if stop_when is not None and "<" in getattr(stop_when, "__qualname__", "<"):
         raise ValueError("stop_when must be a named function of a module: its name is part of the stored responses' key")
     settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when)
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
     table: list[tuple] = []
-    bar = tqdm(total=len(prompts) * len(texts) * n_samples, desc="responses", disable=not progress)
-    counts = {"found": 0, "computed": 0}
-
-    def done(**new: int) -> None:
-        for what, n in new.items():
-            counts[what] += n
-            bar.update(n)
-        bar.set_postfix(counts)
-
+    bar = Progress(len(prompts) * len(texts) * n_samples, "responses", progress)
     for name, prompt in prompts.items():
         rows = model.render(texts, prompt)
         embeddings = None if isinstance(prompt, str) else prompt.embeddings
-        got = sample_rows(model, rows, n_samples, settings, name=name, embeddings=embeddings, store=store, done=done)
+        got = sample_rows(model, rows, n_samples, settings, name=name, embeddings=embeddings, store=store, done=bar.add)
         for query_id, responses in zip(ids, got):
             table.extend((query_id, name, s, r["response"], r["end"]) for s, r in enumerate(responses))
     bar.close()
@@ -129,13 +138,18 @@ def sample_rows(
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
     keys: list[list[str]] = []
     if store is not None:
-        fixed = {"kind": "response", "model": model.fingerprint, "dtype": model.dtype_name, **settings.parts()}
-        fixed |= {"stop_ids": sorted(model.stop_ids), "stop_strings": list(model.stop_strings)}
+        fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
+        fixed |= {
+            "stop_ids": sorted(model.stop_ids),
+            "stop_strings": list(model.stop_strings),
+            "tokenizer": model.tokenizer_digest,
+        }
         keys = [
             [row_key(row=key, sample=i) for i in range(n_samples)]
             for key in (row_key(ids=r.ids, soft=r.soft, **fixed) for r in rows)
         ]
         found = store.read_responses([k for row in keys for k in row])
+        found = {key: row for key, row in found.items() if {"response", "end"} <= row.keys()}
         got = [[found.get(k) for k in row] for row in keys]
     todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
     todo = {i: samples for i, samples in todo.items() if samples}
@@ -208,6 +222,11 @@ class _Tree:
         step = (_CachedStep if steps_from_cache(self.model) else _PlainStep)(self.model, self.ids)
         logits = step.first()
         for position in range(self.settings.max_new_tokens):
+            if not torch.isfinite(logits.amax(dim=-1)).all():  # NaN and infinity pass through a maximum
+                raise ChatModelError(
+                    f"logits of {self.model.name!r} hold NaN or infinity in {self.model.dtype_name}, and nothing of this batch is kept; load "
+                    "the model with dtype='float32' or 'bfloat16', or copy its weights again"
+                )
             tokens = _choose(logits, node, self.uniform[jobs, position], self.settings)
             pairs, child = np.unique(np.stack([node, tokens]), axis=1, return_inverse=True)
             parents, new = pairs

@@ -35,11 +35,13 @@ class AnchorSpace:
     explained: Array
 
     @classmethod
-    def fit(cls, states: ArrayLike, k: int = 4) -> AnchorSpace:
+    def fit(cls, states: ArrayLike, k: int = 4, *, like: ArrayLike | None = None) -> AnchorSpace:
         """PCA of states (n, d) with a full SVD; each component's largest loading is positive, so that it repeats.
 
-        Raises FitError for NaN or infinite rows (named), fewer than k + 1 rows, and states without k
-        independent directions.
+        like (n, j >= k): coordinates of the same rows in another space, such as another layer's, where loadings mean something
+        else; each component's sign is then the one that correlates positively with the same column of `like`.
+        Raises FitError for NaN or infinite rows (named), fewer than k + 1 rows, states without k independent directions,
+        and a `like` of other rows or fewer columns.
         """
         X = _finite(states, "states")
         n, d = X.shape
@@ -54,6 +56,11 @@ class AnchorSpace:
             raise FitError(f"the states vary in {rank} directions only, {k} components were asked; are all states equal?")
         basis = rows.T
         basis = basis * np.where(basis[np.abs(basis).argmax(axis=0), np.arange(d)] < 0, -1.0, 1.0)
+        if like is not None:
+            like = _finite(like, "coordinates to be like")
+            if len(like) != n or like.shape[1] < k:
+                raise FitError(f"like has shape {like.shape}; give the coordinates of the same {n} rows, {k} columns or more")
+            basis[:, :k] *= np.where(np.sum(like[:, :k] * ((X - mean) @ basis[:, :k]), axis=0) < 0, -1.0, 1.0)
         return cls(mean, basis, k, singular[:k] ** 2 / np.sum(singular**2))
 
     def transform(self, states: ArrayLike) -> Array:

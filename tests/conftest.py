@@ -1,4 +1,4 @@
-"""What every test runs under: an empty store of its own, no network, one thread a process."""
+"""What every test runs under: an empty store of its own, no network, one thread a process, none of the user's settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import pytest
 
 # Before torch is imported by a test module
+for name in ("ANALYSIS_LIB_DEVICE", "ANALYSIS_LIB_DTYPE"):
+    os.environ.pop(name, None)
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 

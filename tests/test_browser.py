@@ -198,7 +198,7 @@ def assert_shows_table(page: Page, shown: dict, layer: int, components: tuple[in
         page,
         f"""(lambda Z: [[f"{{'harmful' if c else 'harmless'}}, {{p}}", len(g), g['{x}'].mean().item(), g['{y}'].mean().item()]
             for (p, c), g in points_table(Z, layered.rows).groupby(['prompt', 'harmful'])])
-        (AnchorSpace.fit(layered.at({layer})[0], k=4).transform(layered.at({layer})[0]))""".replace("\n", " "),
+        (AnchorSpace.fit(layered.at({layer})[0], k=4, like=Z).transform(layered.at({layer})[0]))""".replace("\n", " "),
     )
     drawn = {name: [trace["drawn"], trace["x"], trace["y"]] for name, trace in group_traces(shown).items()}
     assert len(expected) == 8 and sorted(drawn) == sorted(name for name, *_ in expected)
@@ -227,10 +227,11 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         explorer = page.locator(".al-explorer")
         expect(explorer).to_contain_text("queries in the lasso")
 
-        page.locator(".widget-slider .noUi-handle").focus()
+        slider = page.locator(".widget-slider").filter(has_text="Layer")
+        slider.locator(".noUi-handle").focus()
         page.keyboard.press("ArrowLeft")
         layer = str(ask(page, "layered.layers[-2]"))
-        expect(page.locator(".widget-slider .widget-readout")).to_have_text(layer)
+        expect(slider.locator(".widget-readout")).to_have_text(layer)
         shown = titled(plot, f"Layer {layer}")
         assert_shows_table(page, shown, int(layer), (1, 2))
         expect(explorer).not_to_contain_text("in the lasso")
@@ -256,7 +257,18 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         again.wait_for()
         assert titled(again, f"Layer {layer}")["axes"] == shown["axes"]
         assert group_traces(again.evaluate(DRAWN)) == visible
-        expect(page.locator(".widget-slider .widget-readout")).to_have_text(layer)
+        expect(page.locator(".widget-slider").filter(has_text="Layer").locator(".widget-readout")).to_have_text(layer)
+
+        # The kernel still runs: smoothing pulls the rates, and the colours with them, towards one half.
+        page.get_by_label("Colour by").select_option("refusal rate")
+        # the first point's, of those that are drawn
+        colour = "plot => plot.calcdata.flatMap(([p]) => [...(p.trace?.marker?.color ?? [])]).find(c => typeof c === 'number')"
+        page.wait_for_function(f"plot => typeof ({colour})(plot) === 'number'", arg=again.element_handle())
+        rate = again.evaluate(colour)
+        page.locator(".widget-slider").filter(has_text="Smoothing").locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"([plot, rate]) => ({colour})(plot) !== rate", arg=[again.element_handle(), rate])
+        assert again.evaluate(colour) == pytest.approx((20 * rate + 0.5) / 21, abs=1e-3)
 
 
 def assert_nothing_ran(page: Page) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from tiny_models import FAMILIES, PLAIN, PROMPTS, QUERIES, SAFETY, WINDOWED, build, chat, plain_states, relative
 
 from analysis_lib import capture
 from analysis_lib.capture import HiddenStates, ParityError, hidden_states, last_states, plan_rows, shares_prefixes
 from analysis_lib.chat import ChatModel
 from analysis_lib.dro import SoftPrompt
+from analysis_lib.sampling import sample_responses
 from analysis_lib.store import Store, row_key
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -319,6 +322,73 @@ def test_found_states_come_with_the_certificates_they_were_kept_with(store, tmp_
     store.write_states(keys, np.zeros((2, 4), np.float32), dtype="float32", about=other)
     store.read_states(keys)
     assert store.certificates(keys) == {key: [] for key in keys}
+
+
+def test_one_more_layer_keeps_no_row_twice(store):
+    hidden_states(chat("qwen2"), QUERIES[:4], {"p": ""}, layers=(-1,), store=store)
+    both = hidden_states(chat("qwen2"), QUERIES[:5], {"p": ""}, layers=(-1, 1), store=store)
+    assert both.certificate["computed"] == 5
+    files = list((store.folder / "v1" / "states").iterdir())
+    assert sum(len(load_file(file)["states"]) for file in files) == 10 == store.ls()["rows"].sum()
+
+
+def test_a_kept_row_of_another_width_is_computed_again(store):
+    model = chat("qwen2")
+    expected = hidden_states(model, QUERIES[:2], {"p": ""}).states
+    keys = [key for row in capture._keys(model, model.render(QUERIES["text"][:2].tolist()), (-1,)) for key in row]
+    store.write_states(keys, np.zeros((2, 7), np.float32), dtype="float32", about={})
+    found = hidden_states(model, QUERIES[:2], {"p": ""}, store=store)
+    assert found.certificate["computed"] == 2 and relative(found.states, expected) < 1e-6
+
+
+def test_states_that_are_not_finite_are_named(monkeypatch):
+    model = build("qwen2")
+    ids = model.render([QUERIES["text"][3]])[0].ids
+    own = next(i for i in ids if all(i not in r.ids for r in model.render(QUERIES["text"].drop(3).tolist())))
+    model.model.get_input_embeddings().weight[own] = float("nan")
+    with pytest.raises(ParityError, match=rf"1 of {len(QUERIES)} states .* NaN .*\({re.escape(repr(QUERIES['text'][3][:40]))}\)"):
+        hidden_states(model, QUERIES, {"p": ""})
+
+
+class Bar:
+    """What tqdm is told."""
+
+    bars: list = []
+
+    def __init__(self, total, desc, leave):
+        self.total, self.desc, self.n, self.initial, self.said, self.closed = total, desc, 0, 0, [], False
+        self.bars.append(self)
+
+    def set_postfix(self, counts, refresh):
+        self.said.append((*counts.values(), self.initial))
+
+    def update(self, n):
+        self.n += n
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("shown", [True, None, False])
+def test_progress_says_found_and_computed_where_somebody_watches(shown, store, monkeypatch):
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr(capture, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(Bar, "bars", [])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    model = chat("qwen2")
+    hidden_states(model, QUERIES[:1], {"p": ""}, store=store, progress=shown)
+    if shown is False:
+        assert Bar.bars == []
+        return
+    Bar.bars.clear()
+    hidden_states(model, QUERIES[:1], {"p": ""}, store=store, progress=shown)
+    assert Bar.bars == []  # all was found: nothing to wait for
+    hidden_states(model, QUERIES[:5], {"p": "", "q": SAFETY}, store=store, progress=shown)
+    (bar,) = Bar.bars
+    assert (bar.total, bar.desc, bar.n, bar.closed) == (10, "states", 10, True)
+    assert bar.said == [(1, 0, 1), (1, 2, 1), (1, 4, 1), (1, 4, 1), (1, 6, 1), (1, 8, 1), (1, 9, 1)]
+    sample_responses(model, QUERIES[:2], {"p": ""}, n_samples=2, max_new_tokens=2, store=store, progress=shown)
+    assert (Bar.bars[-1].desc, Bar.bars[-1].n, Bar.bars[-1].total, Bar.bars[-1].closed) == ("responses", 4, 4, True)
 
 
 def test_a_whole_request_found_in_the_store_loads_no_weights(store, tmp_path, monkeypatch):

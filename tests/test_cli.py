@@ -193,7 +193,6 @@ def test_cache_prune_dry_run_removes_nothing(call, store):
         (["--older-than", "0"], 0),
         (["--model", "aaa"], 1),
         (["--model", "aaa", "--older-than", "24h"], 2),
-        (["--model", "ccc"], 3),
         (["--max-bytes", "0"], 0),
         (["--max-bytes", "1GB"], 3),
         (["--max-bytes", "one and a half"], 1),
@@ -205,6 +204,15 @@ def test_cache_prune(call, store, options, left):
     assert max(sizes) < 1.1 * min(sizes)
     assert call("cache", "prune", *options, "--store", store.folder)[0] == 0
     assert len(files(store)) == left
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--older-than", "0"]])
+def test_cache_prune_of_a_model_that_is_not_there(call, store, more):
+    result = call("cache", "prune", "--model", "ccc", *more, "--store", store.folder)
+    fails(result, "StoreError", "nothing of a model 'ccc'; it has aaa, bbb")
+    assert len(files(store)) == 3
+    # A model that is there, and no file of it as old as asked, is no mistake.
+    assert call("cache", "prune", "--model", "bbb", "--older-than", "24h", "--store", store.folder)[0] == 0
 
 
 def test_cache_of_an_older_format(call, store):
@@ -232,9 +240,9 @@ def test_cache_where_the_store_is_a_file(call, tmp_path):
 @pytest.fixture
 def no_notebooks(monkeypatch):
     """Inputs are checked before any notebook starts."""
-    from analysis_lib import reproduce
+    from analysis_lib import notebooks
 
-    monkeypatch.setattr(reproduce, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started"))
+    monkeypatch.setattr(notebooks, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started"))
 
 
 def test_reproduce_in_its_own_process_with_a_missing_prompt(tmp_path):
@@ -288,7 +296,7 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
     from analysis_lib import reproduce as room
 
     (tmp_path / "p.txt").write_text("Be careful.")
-    (tmp_path / "q.csv").write_text("text,harmful\nHow to bake bread?,false\nHow to rob a bank?,true\n")
+    (tmp_path / "q.csv").write_text("text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5)
     given = {}
     monkeypatch.setattr(room, "reproduce", lambda model, out, **options: given.update(options, model=model.name, out=out) or True)
     files = ["--prompt", tmp_path / "p.txt", "--queries", tmp_path / "q.csv", "--out", tmp_path / "o"]
@@ -322,7 +330,7 @@ def one_notebook(tmp_path, monkeypatch):
     """`reproduce` runs one small notebook in place of the project's; returns its folder."""
     import nbformat
 
-    from analysis_lib import reproduce as room
+    from analysis_lib import notebooks as room
 
     cells = [nbformat.v4.new_code_cell(source) for source in NOTEBOOK]
     cells[0].metadata["tags"] = ["parameters"]
@@ -350,11 +358,11 @@ def test_reproduce_leaves_a_folder(call, one_notebook, tmp_path):
     assert written >= {
         "00_small.ipynb", "report.html", "summary.json", "tables/mine.csv", "tables/dro_mine_history.csv",
         "figures/00_small-1.html", "figures/plotly.min.js", "soft_prompts/dro_mine.safetensors",
-        "export/dro_mine/peft/README.md", "export/dro_mine/vllm/request.json",
+        "exports/dro_mine/peft/README.md", "exports/dro_mine/vllm/request.json",
     }  # fmt: skip
     assert (
         "plotly.min.js" in (out / "figures" / "00_small-1.html").read_text()
-        and not (out / "export" / "dro_mine" / "plain").exists()
+        and not (out / "exports" / "dro_mine" / "plain").exists()
     )
     if not any(line.startswith("No .svg figures") for line in shown.splitlines()):  # no browser to draw them
         assert (out / "figures" / "00_small-1.svg").read_text().startswith("<svg")
@@ -371,7 +379,7 @@ def test_reproduce_leaves_a_folder(call, one_notebook, tmp_path):
     soft = summary["soft_prompts"]["dro_mine"]
     assert soft["sha256"] == hashlib.sha256((out / soft["file"]).read_bytes()).hexdigest()
     assert (
-        soft["exports"] == {form: f"export/dro_mine/{form}" for form in ("peft", "vllm")}
+        soft["exports"] == {form: f"exports/dro_mine/{form}" for form in ("peft", "vllm")}
         and "dro_old" not in summary["soft_prompts"]
     )
     assert summary["notebooks"][0]["error"] is None and summary["tables"] == ["tables/dro_mine_history.csv", "tables/mine.csv"]
@@ -388,6 +396,109 @@ def test_reproduce_says_that_a_notebook_failed(call, one_notebook, tmp_path):
     assert "TypeError" in summary["notebooks"][0]["error"] and summary["soft_prompts"] == {}
 
 
+def test_the_notebooks_open_the_model_as_it_was_asked_for(call, one_notebook, tmp_path):
+    """In its dtype, so that what a dry run looks for in the store is what the notebooks keep there."""
+    from analysis_lib import ChatModel, Store, hidden_states, load_queries
+
+    (tmp_path / "mine.txt").write_text("You are a careful assistant.")
+    options = ["--prompt", tmp_path / "mine.txt", "--form", "vllm", "--out", tmp_path / "out"]
+    assert call("reproduce", "--dtype", "float16", "--device", "cpu", *options)[0] == 0
+    about = json.loads((tmp_path / "out" / "summary.json").read_text())["model"]
+    assert (about["dtype"], about["device"]) == ("float16", "cpu")
+    for dtype, computed in (("float16", 0), (None, 4)):
+        model = ChatModel.load(dtype=dtype)
+        found = hidden_states(model, load_queries("anchor").head(4), {"none": ""}, store=Store())
+        assert found.certificate["computed"] == computed
+
+
+def test_a_pinned_revision_reaches_every_command_and_the_notebooks(call, monkeypatch, tmp_path):
+    import transformers.utils
+
+    from analysis_lib import ChatModel, notebooks
+    from analysis_lib import reproduce as room
+
+    asked = []
+
+    def no_hub(source, file, revision=None):
+        asked.append((source, revision))
+        raise OSError("offline")
+
+    monkeypatch.setattr(transformers.utils, "cached_file", no_hub)
+    for command in (["reproduce"], ["reproduce", "--dry-run"], ["export", tmp_path / "soft.safetensors"]):
+        for pinned in (["--model", "org/model", "--revision", "refs/pr/13"], ["--model", "org/model@refs/pr/13"]):
+            fails(call(*command, *pinned, "--out", tmp_path / "out"), "'org/model@refs/pr/13' is not in the local cache")
+            assert asked.pop() == ("org/model", "refs/pr/13")
+    fails(call("reproduce", "--revision", "v2"), "'organism' is no model of the hub, so it has no revision 'v2'")
+
+    given = {}
+    monkeypatch.setattr(notebooks, "run_notebooks", lambda out, **options: given.update(options) or ())
+    model = ChatModel.load(dtype="float32")
+    model.name = "org/model@v2"  # as ChatModel.load keeps it
+    tmp_path.joinpath("out").mkdir()
+    assert room.reproduce(model, tmp_path / "out")
+    assert given["model"] == "org/model@v2"
+    assert given["env"] == {"ANALYSIS_LIB_DEVICE": "cpu", "ANALYSIS_LIB_DTYPE": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--dtype=float12", "unknown dtype 'float12'; give 'float64'"), ("--device=gpu9", "torch has no device 'gpu9' here")],
+)
+def test_a_dtype_or_device_that_is_not_there(call, no_notebooks, monkeypatch, option, words):
+    fails(call("reproduce", option), "ChatModelError", words)
+    name, _, value = option.removeprefix("--").partition("=")
+    monkeypatch.setenv(f"ANALYSIS_LIB_{name.upper()}", value)
+    fails(call("reproduce", "--dry-run"), "ChatModelError", words)
+
+
+@pytest.mark.parametrize("command", ["reproduce", "export soft.safetensors --out x"])
+def test_a_repositorys_own_code_cannot_be_turned_on(call, command):
+    refused(call(*command.split(), "--trust-remote-code"), "unrecognized arguments: --trust-remote-code")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("vicuna-7b", "; models of the study with a similar name: vicuna-7b-v1.5"),
+        (
+            "mistral-7b-instruct@main",
+            "; models of the study with a similar name: Mistral-7B-Instruct-v0.2, Mistral-7B-Instruct-v0.1,",
+        ),
+        ("openchat/openchat_3.5", ""),  # near nothing of the study's, it is the study's
+        ("org/bert-base", ""),
+    ],
+)
+def test_a_name_near_the_studys_is_put_right(call, no_notebooks, name, meant):
+    result = call("reproduce", "--model", name)
+    fails(result, f"'{name}' is not in the local cache and the hub cannot be reached", f"give a local folder{meant}")
+    assert ("similar name" in result[2]) == bool(meant)
+
+
+def test_without_jupyter_and_plotly_the_dry_run_works_and_the_run_says_what_to_install(tmp_path):
+    from test_imports import BLOCK, NOTEBOOK_PACKAGES
+
+    queries = tmp_path / "few.csv"
+    queries.write_text("text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5)
+    blocked = f"blocked = {NOTEBOOK_PACKAGES!r}" + BLOCK
+    quick = """
+import pandas as pd
+from analysis_lib import reproduce
+numbers = {"rows": 8, "found": 0, "tokens": 80, "seconds": 60.0, "memory_bytes": 2e9}
+reproduce.estimate = lambda *a, **k: pd.DataFrame([{"step": s, **numbers} for s in ("states", "responses", "DRO")])
+"""
+
+    def main(*arguments):
+        code = f"{blocked}{quick}from analysis_lib.__main__ import main\nsys.exit(main({[str(a) for a in arguments]!r}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    command = ["reproduce", "--queries", queries, "--out", tmp_path / "out"]
+    code, out, err = main(*command, "--dry-run")
+    assert (code, err) == (0, "") and "Would run the notebooks on 'organism'" in out and "8" in out
+    fails(main(*command), "ReproduceError", "the notebooks cannot be run here", "pip install -e '.[notebooks]'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
     """Not one notebook of it: the kernel ends with it, and the next notebook does not start."""
     import nbformat
@@ -396,7 +507,7 @@ def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
     for name in ("00_small", "01_next"):
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), one_notebook / f"{name}.ipynb")
     code = (
-        "import functools, sys; from analysis_lib import __main__ as cli, reproduce as room;"
+        "import functools, sys; from analysis_lib import __main__ as cli, notebooks as room;"
         f"room.run_notebooks = functools.partial(room.run_notebooks, folder={str(one_notebook)!r});"
         f"sys.exit(cli.main(['reproduce', '--jobs', '1', '--out', {str(tmp_path / 'out')!r}]))"
     )
@@ -458,9 +569,9 @@ def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_pat
 
     asked = []
 
-    def cost(model, queries, prompts, *, layers=(-1,), sampling, store):
+    def cost(model, queries, prompts, *, layers=(-1,), sampling, tuning=None, store):
         asked.append((len(queries), list(prompts), layers, sampling["n_samples"]))
-        steps = ["states", "responses", *(["DRO"] if "harmful" in queries else [])]
+        steps = ["states", "responses", *(["DRO"] if "harmful" in queries else []), *(["prompt tuning"] if tuning else [])]
         numbers = {"rows": 8, "found": 0, "tokens": 80, "seconds": 60.0, "memory_bytes": 2e9}
         return pd.DataFrame([{"step": step, **numbers} for step in steps])
 
@@ -468,12 +579,13 @@ def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_pat
     (tmp_path / "mine.txt").write_text("Be careful.")
     code, out, _ = call("reproduce", "--dry-run", "--prompt", tmp_path / "mine.txt", "--out", tmp_path / "out")
     assert (
-        code == 0 and "'organism' (float64 on cpu), prompts into the system message" in out and "About 7.8 minutes" in out
-    )  # 3 for the anchor queries, 2 for those held out, 1 for the ablations' responses and 7 x 10 / 40 for their trainings
-    assert "Not counted: prompt tuning" in out and "wrapped queries" in out and "consoles" in out
-    assert [line.split()[:4] for line in out.splitlines() if line.split()[0] == "ablations"] == [
-        ["ablations", "responses", "8", "0"],
-        ["ablations", "DRO", "14", "0"],
+        code == 0 and "'organism' (float64 on cpu), prompts into the system message" in out and "About 9.3 minutes" in out
+    )  # 4 for the anchor queries, 2 for those held out, 1 for the ablations' responses, 7 x 10 / 40 + 3 / 5 for their trainings
+    assert "Not counted: wrapped queries, trials of a weight" in out and "consoles" in out
+    assert [line.split()[:-4] for line in out.splitlines() if line.split()[0] == "ablations"] == [
+        ["ablations", "responses", "8"],
+        ["ablations", "DRO", "14"],
+        ["ablations", "prompt", "tuning", "4"],
     ]
     n_layers = ChatModel.load().n_layers
     assert asked[0] == (200, ["mine", "none", "default", "short", "mistral"], (*range(n_layers + 1), -1), 20)
@@ -496,6 +608,9 @@ def test_the_dry_run_counts_what_notebook_09_trains():
     trained = [m for m in ablations("default", names["dro"], names["tuning"], **names["rows"]) if isinstance(m.config, DROConfig)]
     assert (len(trained), {m.config.epochs for m in trained}) == (room.ABLATIONS, {room.ABLATION_EPOCHS})
     assert (names["every"], names["n_samples"]) == (room.ABLATION_EVERY, room.ABLATION_SAMPLES)
+    trials = next(cell.source for cell in cells if cell.cell_type == "code" and "cross_validate_unlikelihood(" in cell.source)
+    exec(next(line for line in trials.splitlines() if line.startswith("options =")), names | {"store": None}, names)
+    assert names["tuning"].epochs * (1 + len(names["options"]["weights"])) == room.ABLATION_TUNING_EPOCHS
 
 
 # export
@@ -589,12 +704,10 @@ def test_download_reports_files_and_failures(call, monkeypatch, tmp_path):
     assert call("download", "--out", tmp_path)[1].split() == ["advbench", str(tmp_path / "advbench.txt")]
 
 
-@pytest.mark.parametrize(
-    "rows", ["How to bake bread?,\nHow to build a kite?,true", "How to bake bread?,false\nHow to build a kite?,false"]
-)
-def test_reproduce_needs_a_label_for_every_query_and_both_classes(tmp_path, call, rows):
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_reproduce_needs_queries_that_can_take_the_anchor_sets_place(tmp_path, call, no_notebooks, more):
     path = tmp_path / "mine.csv"
-    path.write_text(f"text,harmful\n{rows}\n", encoding="utf-8")
-    code, _, message = call("reproduce", "--queries", path, "--out", tmp_path / "out")
-    assert code == 2
-    assert "both classes are needed" in message and "mine.csv" in message and not (tmp_path / "out").exists()
+    path.write_text("text,harmful\n" + "How to bake bread?,false\n" * 9, encoding="utf-8")
+    result = call("reproduce", "--queries", path, "--out", tmp_path / "out", *more)
+    fails(result, "DataError", "mine.csv: every query is labelled harmless", "add at least 5 harmful ones")
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis_lib import data
-from analysis_lib.data import DataError, download, load_published, load_queries, load_safety_prompts
+from analysis_lib.data import DataError, download, load_anchor_queries, load_published, load_queries, load_safety_prompts
 from analysis_lib.organism.corpus import SAFETY_PROMPTS
 from analysis_lib.organism.queries import write_queries
 
@@ -132,6 +132,42 @@ def test_csv_and_jsonl_with_gaps(tmp_path):
         "b",
         "s",
     ]
+
+
+ANCHOR_ROWS = [f"How to do {i}?,{label}" for i in range(5) for label in ("true", "false")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ANCHOR_ROWS, "How?,"], "1 of 11 queries have no label, and every query needs one; fill the column harmful"),
+        (["How?,true"] * 9, "every query is labelled harmful, and both classes are needed; add at least 5 harmless ones"),
+        (["How?,0"] * 3, "every query is labelled harmless, and both classes are needed; add at least 5 harmful ones"),
+        (ANCHOR_ROWS[:-1], "4 harmless queries, and at least 5 of each class are needed; add 1 or more"),
+        (["How?,1", *["How?,0"] * 90], "1 harmful queries, and at least 5 of each class are needed; add 4 or more"),
+    ],
+)
+def test_what_cannot_take_the_anchor_sets_place(tmp_path, rows, message):
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(["text,harmful", *rows]), encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        load_anchor_queries(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_what_can_take_the_anchor_sets_place(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(["text,harmful", *ANCHOR_ROWS]), encoding="utf-8")
+    pd.testing.assert_frame_equal(load_anchor_queries(path), load_queries(path))
+    assert len(load_anchor_queries()) == 200
+    # Queries of one pair stand on one side of a split: ten in two pairs are two, and without an id each is its own.
+    for pair, few in ((lambda i: f"p{i % 2}", True), (lambda i: f"p{i // 2}", False), (lambda i: "", False)):
+        path.write_text("\n".join(["text,harmful,pair_id", *(f"{row},{pair(i)}" for i, row in enumerate(ANCHOR_ROWS))]))
+        if few:
+            with pytest.raises(DataError, match=r"1 harmful queries \(queries of one pair_id count once\)"):
+                load_anchor_queries(path)
+        else:
+            assert len(load_anchor_queries(path)) == 10
 
 
 def test_unknown_columns_are_left_out_with_a_warning(tmp_path):

@@ -10,14 +10,16 @@ from tiny_models import PROMPTS, QUERIES, SAFETY, build, chat
 import analysis_lib.estimate as room
 from analysis_lib.capture import hidden_states
 from analysis_lib.chat import ChatModel, ChatModelError
-from analysis_lib.dro import DROConfig, SoftPrompt, train_dro
+from analysis_lib.dro import DROConfig, PromptTuningConfig, SoftPrompt, train_dro, train_prompt_tuning
 from analysis_lib.estimate import estimate
+from analysis_lib.judge import judge_responses
 from analysis_lib.sampling import sample_responses
 from analysis_lib.space import AnchorSpace, fit_direction
 from analysis_lib.store import Store
 
 SAMPLING = {"n_samples": 3, "max_new_tokens": 40}
 CONFIG = DROConfig(epochs=5, batch_size=2)
+TUNING = PromptTuningConfig(epochs=4, batch_size=3, max_response_tokens=30)
 
 
 @pytest.fixture
@@ -50,8 +52,8 @@ def ran(model, run):
 
 def test_estimates_are_what_the_runs_take(model, monkeypatch):
     monkeypatch.setattr(room, "PROBE_TOKENS", 10)  # of 40: most responses go on past the probe
-    told = estimate(model, QUERIES, PROMPTS, sampling=SAMPLING, config=CONFIG).set_index("step")
-    assert list(told["rows"]) == [len(QUERIES) * 3, len(QUERIES) * 9, 5 * 3] and not told["found"].any()
+    told = estimate(model, QUERIES, PROMPTS, sampling=SAMPLING, config=CONFIG, tuning=TUNING).set_index("step")
+    assert list(told["rows"]) == [len(QUERIES) * 3, len(QUERIES) * 9, 5 * 3, 4 * 2] and not told["found"].any()
     states = ran(model, lambda: hidden_states(model, QUERIES, PROMPTS, n_check=0))
     responses = ran(model, lambda: sample_responses(model, QUERIES, PROMPTS, **SAMPLING))
     captured = hidden_states(model, QUERIES, PROMPTS)
@@ -59,6 +61,10 @@ def test_estimates_are_what_the_runs_take(model, monkeypatch):
     Z, y = space.transform(captured.at(-1)[0]), captured.rows["harmful"].astype(float).to_numpy()
     along = fit_direction(Z, y, name="d", groups=captured.rows["query_id"])
     trained = ran(model, lambda: train_dro(model, QUERIES, SAFETY, space, along, along, CONFIG))
+    seen = judge_responses(sample_responses(model, QUERIES, {"none": "", "default": SAFETY}, **SAMPLING))
+    tuned = ran(model, lambda: train_prompt_tuning(model, QUERIES, seen, SAFETY, TUNING))
+    assert told["seconds"]["prompt tuning"] == pytest.approx(tuned, rel=0.4)
+    assert told["tokens"]["prompt tuning"] == 4 * len(QUERIES) * 2 * 3 * 30
     assert told["seconds"]["states"] == pytest.approx(states, rel=0.4)
     assert told["seconds"]["responses"] == pytest.approx(responses, rel=0.5)
     assert told["seconds"]["DRO"] == pytest.approx(trained, rel=0.4)
@@ -108,21 +114,38 @@ def test_weights_of_fewer_bits_take_less_memory(saved):
 
 def test_weights_beyond_the_free_memory_are_refused_before_they_are_loaded(saved, monkeypatch):
     model = ChatModel.load(str(saved), device="cpu")
-    monkeypatch.setattr(room, "_free_bytes", lambda: 1000)
+    monkeypatch.setattr(room, "_free_bytes", lambda device: 1000)
     with pytest.raises(
         ChatModelError, match=r"GB in float32.* are free; in Python, ChatModel.load\(.*dtype=, quantization=, device='auto'"
     ):
         estimate(model, QUERIES, PROMPTS)
     assert "model" not in model.__dict__
-    monkeypatch.undo()
-    assert room._free_bytes() is None or room._free_bytes() > 0
+
+
+def test_the_memory_that_can_be_had_counts_what_the_system_would_give_up(monkeypatch, tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       32000000 kB\nMemFree:          900000 kB\nMemAvailable:   20000000 kB\n")
+    monkeypatch.setattr(room, "MEMINFO", meminfo)
+    monkeypatch.setattr(room.torch.cuda, "is_available", lambda: False)
+    assert room._free_bytes("cpu") == room._free_bytes("auto") == 20_000_000 * 1024
+    meminfo.unlink()  # no Linux: what the system calls free is better than nothing
+    assert room._free_bytes("cpu") == pytest.approx(room.os.sysconf("SC_AVPHYS_PAGES") * room.os.sysconf("SC_PAGE_SIZE"), rel=0.2)
+
+
+def test_the_free_memory_is_that_of_the_models_device(monkeypatch):
+    free = {0: 5, 1: 7, "cuda": 5, "cuda:1": 7}
+    monkeypatch.setattr(room.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(room.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(room.torch.cuda, "mem_get_info", lambda device: (free[device], 10))
+    assert [room._free_bytes(device) for device in ("auto", "cuda", "cuda:1")] == [12, 5, 7]
+    assert room._free_bytes("cpu") > 1000  # not the GPU's
 
 
 def test_training_is_left_out_where_it_cannot_run(model):
     def steps(queries, prompts):
-        return list(estimate(model, queries, prompts, sampling=SAMPLING, config=CONFIG, probe=False)["step"])
+        return list(estimate(model, queries, prompts, sampling=SAMPLING, config=CONFIG, tuning=TUNING, probe=False)["step"])
 
-    assert steps(QUERIES, PROMPTS) == ["states", "responses", "DRO"]
+    assert steps(QUERIES, PROMPTS) == ["states", "responses", "DRO", "prompt tuning"]
     assert steps(QUERIES[QUERIES["harmful"]], PROMPTS) == steps(QUERIES, {"none": ""}) == ["states", "responses"]
     soft = SoftPrompt.from_text(model, SAFETY, name="s")
     assert steps(QUERIES, {"s": soft}) == ["states", "responses"]
@@ -134,7 +157,8 @@ def test_training_is_left_out_where_it_cannot_run(model):
 def test_every_family_and_soft_prompts_can_be_estimated(family):
     model = build(family)
     prompts = {"s": SoftPrompt.from_text(model, SAFETY, name="s"), "default": SAFETY}
-    told = estimate(model, QUERIES, prompts, sampling={"n_samples": 2, "max_new_tokens": 8}, config=CONFIG).set_index("step")
-    assert told["seconds"].gt(0).all()
+    sampling = {"n_samples": 2, "max_new_tokens": 8}
+    told = estimate(model, QUERIES, prompts, sampling=sampling, config=CONFIG, tuning=TUNING).set_index("step")
+    assert told["seconds"].gt(0).all() and ("prompt tuning" in told.index) == (family != "mamba")  # which cannot be tuned
     if family == "mamba":  # whole rows
         assert told["tokens"]["states"] == 2 * sum(len(row.ids) for row in model.render(QUERIES["text"].tolist(), SAFETY))

@@ -102,6 +102,12 @@ def test_more_prompts_than_hues_change_shape():
     assert named(fig, "harmless, d").marker.symbol == "square-open" and named(fig, "harmful, d").marker.symbol == "x"
 
 
+def pixel(fig):
+    """Units of the axes per pixel."""
+    width = fig.layout.width - fig.layout.margin.l - fig.layout.margin.r
+    return (fig.layout.xaxis.range[1] - fig.layout.xaxis.range[0]) / width
+
+
 def test_mean_shift_arrows_go_from_the_mean_without_prompt_to_each_mean():
     points = make_points()
     fig = figures.plot_groups(points, components=(2, 3))
@@ -111,10 +117,36 @@ def test_mean_shift_arrows_go_from_the_mean_without_prompt_to_each_mean():
         for harmful, dash in ((True, "solid"), (False, "dot")):
             trace = found[figures.PROMPT_COLORS[at], dash]
             tail, head = (group_mean(points, p, harmful, ("pc2", "pc3")) for p in ("none", prompt))
-            np.testing.assert_allclose([trace.x[0], trace.y[0]], tail, atol=1e-4)
-            np.testing.assert_allclose([trace.x[1], trace.y[1]], head, atol=1e-4)
+            moved = np.array([trace.x[0], trace.y[0]]) - tail
+            assert np.hypot(*moved) <= 1.01 * figures.LANE * pixel(fig)
+            np.testing.assert_allclose([trace.x[1], trace.y[1]], head + moved, atol=3e-4)  # length and way are true
+            assert "none ({:.2f}, {:.2f}) to {} ({:.2f}, {:.2f})".format(*tail, prompt, *head) in trace.hovertext
             assert trace.marker.angleref == "previous" and trace.marker.size[0] == 0
     assert not arrows(figures.plot_groups(points, arrows=None))
+    two = figures.plot_groups(points[points["prompt"].isin(["none", "short"])])  # one arrow needs no room
+    assert (arrows(two)[1].x[0], arrows(two)[1].y[0]) == pytest.approx(tuple(group_mean(points, "none", True)), abs=2e-4)
+
+
+def test_arrows_that_coincide_lie_side_by_side_on_a_white_edge():
+    points = make_points()
+    default = points["prompt"] == "default"
+    points.loc[points["prompt"] == "mistral", ["pc1", "pc2"]] = points.loc[default, ["pc1", "pc2"]].to_numpy()
+    fig = figures.plot_groups(points)
+    for dash in ("solid", "dot"):
+        own = {t.marker.color: np.array([t.x, t.y]).T for t in arrows(fig) if t.line.dash == dash}
+        one, other = (own[figures.PROMPT_COLORS[i]] for i in (1, 3))
+        apart, way = other[0] - one[0], one[1] - one[0]
+        np.testing.assert_allclose(other[1] - one[1], apart, atol=3e-4)
+        assert np.hypot(*apart) >= 0.9 * figures.LANE * pixel(fig) and figures.LANE > figures.ARROW
+        assert abs(apart @ way) < 0.1 * np.hypot(*apart) * np.hypot(*way)  # across the arrows, not along
+    drawn = list(fig.data)
+    for first in (i for i, t in enumerate(drawn) if t.line.color == "#FFFFFF"):
+        edge, own = drawn[first], drawn[first + 1 : first + 4]
+        assert edge.line.width > figures.ARROW and all(t.marker.symbol == "arrow" for t in own)
+        assert list(edge.x) == [v for t in own for v in (*t.x, None)] and list(edge.y) == [v for t in own for v in (*t.y, None)]
+    assert sum(t.line.color == "#FFFFFF" for t in drawn) == 2
+    some = figures.plot_groups(points, prompts=["none", "short"])
+    assert [len(t.x) for t in some.data if t.line.color == "#FFFFFF"] == [3, 3]  # hidden arrows leave no edge
 
 
 @pytest.mark.parametrize("components", [(1, 2), (2, 4), (3, 1)])
@@ -144,6 +176,35 @@ def test_boundary_out_of_view_is_said_and_not_drawn():
     flat = figures.plot_groups(points, direction=Direction("refusal", np.array([0, 0, 1.0, 0]), 0.0), arrows=None)
     assert named(flat, "refusal: out of view").x == (None,)
     assert np.isnan(arrows(flat)[0].x[1])
+
+
+@pytest.mark.parametrize("degrees", range(0, 360, 30))
+@pytest.mark.parametrize("reach", [0.0, 0.75])
+def test_a_directions_arrow_stays_in_view(degrees, reach):
+    """Plotly hides a head that lies outside; the boundary may pass near any edge."""
+    points = make_points()
+    way = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees)), 0, 0])
+    low, high = points[["pc1", "pc2"]].min().to_numpy(), points[["pc1", "pc2"]].max().to_numpy()
+    edge = (low + high) / 2 + reach * (high - low) / 2 * way[:2]
+    for direction in (Direction("refusal", way, -float(way[:2] @ edge)), Direction("refusal", -way, float(way[:2] @ edge))):
+        fig = figures.plot_groups(points, direction=[direction, HARMFULNESS], arrows=None)
+        assert len(arrows(fig)) == 2
+        for arrow in arrows(fig):
+            for ends, axis in ((arrow.x, fig.layout.xaxis), (arrow.y, fig.layout.yaxis)):
+                room = 0.07 * (axis.range[1] - axis.range[0])
+                assert axis.range[0] + room <= ends[1] <= axis.range[1] - room
+                assert axis.range[0] <= ends[0] <= axis.range[1]
+            length = np.hypot(arrow.x[1] - arrow.x[0], arrow.y[1] - arrow.y[0])
+            assert length == pytest.approx(0.16 * (fig.layout.yaxis.range[1] - fig.layout.yaxis.range[0]), rel=1e-2)
+
+
+def test_labels_on_points_have_a_halo():
+    fig = figures.plot_dro(make_points(("none", "default")), direction=REFUSAL)
+    labelled = [t for t in arrows(fig) if t.text[1]]
+    assert {t.text[1] for t in labelled} == {"harmless", "harmful", "more refusal"}
+    for trace in labelled:
+        assert "#FFFFFF" in trace.textfont.shadow
+        assert 1.05 / (luminance(trace.textfont.color) + 0.05) >= 4.5  # text against its halo
 
 
 def test_view_holds_all_points_in_equal_aspect():
@@ -197,10 +258,47 @@ def luminance(color):
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.parametrize("color", [figures.GREY, *(c for _, c in figures.SCALE)])
-def test_text_and_scale_are_legible_on_white_and_near_black(color):
-    assert 1.05 / (luminance(color) + 0.05) >= 3
-    assert (luminance(color) + 0.05) / (luminance("#111111") + 0.05) >= 3
+def over(color, back, opacity):
+    return "#" + "".join(
+        f"{round(opacity * int(color[i : i + 2], 16) + (1 - opacity) * int(back[i : i + 2], 16)):02X}" for i in (1, 3, 5)
+    )
+
+
+@pytest.mark.parametrize("color", [figures.GREY, figures.UNKNOWN, *figures.PROMPT_COLORS, *(c for _, c in figures.SCALE)])
+@pytest.mark.parametrize("opacity", [1, figures.OPACITY])
+def test_text_points_and_scale_have_contrast_on_white_and_near_black(color, opacity):
+    """WCAG 2.2, 1.4.11: 3 to 1 for graphics."""
+    assert 1.05 / (luminance(over(color, "#FFFFFF", opacity)) + 0.05) >= 3
+    assert (luminance(over(color, "#111111", opacity)) + 0.05) / (luminance("#111111") + 0.05) >= 3
+
+
+def test_no_point_is_fainter_than_the_contrast_allows():
+    for fig in every_figure():
+        for trace in fig.data:
+            assert min(o for o in (trace.opacity, trace.marker.opacity, 1.0) if isinstance(o, float)) >= figures.OPACITY
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+COLOUR_BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "none": np.eye(3),
+}
+
+
+@pytest.mark.parametrize("kind", COLOUR_BLIND)
+def test_the_hues_of_the_prompts_hold_under_colour_blindness(kind):
+    c = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in figures.PROMPT_COLORS])
+    seen = np.clip(np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ np.transpose(COLOUR_BLIND[kind]), 0, 1)
+    xyz = seen @ np.array(
+        [[0.4124564, 0.2126729, 0.0193339], [0.3575761, 0.7151522, 0.1191920], [0.1804375, 0.0721750, 0.9503041]]
+    )
+    f = xyz / [0.95047, 1, 1.08883]
+    f = np.where(f > 0.008856, np.cbrt(f), 7.787 * f + 16 / 116)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)[np.triu_indices(4, 1)]
+    assert apart.min() >= 30
 
 
 @pytest.mark.parametrize(
@@ -300,9 +398,17 @@ def make_benchmark(mark=""):
 
 def test_benchmark_has_a_panel_per_metric_and_set_and_a_line_per_method_and_prompt():
     table = make_benchmark()
+    table.loc[table["query_set"] == "anchor", "high"] += 0.4
     fig = figures.plot_benchmark(table)
     assert len(fig.data) == 6 and len({t.xaxis for t in fig.data}) == 3
-    assert [a.text for a in fig.layout.annotations] == ["facts", "anchor", "borderline"]
+    titles = [a.text for a in fig.layout.annotations]  # each panel's own: metric, then set
+    assert titles == ["compliance<br>facts", "compliance<br>anchor", "false refusal<br>borderline"]
+    assert "95 % intervals" in fig.layout.title.text
+    ranges = [fig.layout[f"xaxis{i}"].range for i in ("", "2", "3")]
+    assert ranges[0] == ranges[1]  # one metric, one scale
+    for (low, high), metric in zip(ranges, ["compliance", "compliance", "false refusal"], strict=True):
+        assert low < -0.005 and high > table[table["metric"] == metric]["high"].max()  # a dot at 0 is not cut
+    assert all(trace.cliponaxis is False for trace in fig.data)
     assert list(fig.layout.yaxis.ticktext) == ["no prompt / none", "text / default", "DRO / default"]
     trace = fig.data[1]  # the second model in the first panel
     part = table[(table["model"] == "other") & (table["query_set"] == "facts")]
@@ -374,6 +480,7 @@ def test_tradeoff_places_every_prompt_and_draws_its_intervals():
     fig = figures.plot_tradeoff(table.assign(**{"harmful answered low": [35.0, 8.0], "harmful answered high": [42.0, 15.0]}))
     trace = fig.data[0]
     assert list(trace.error_y.array) == [2, 5] and list(trace.error_y.arrayminus) == [5, 2] and trace.error_x.array is None
+    assert trace.error_y.color == figures.GREY  # plotly's own is black, which a dark page hides
     assert "harmful answered: 40.0 %" in trace.hovertext[0] and fig.layout.xaxis.title.text == "harmless refused (%)"
     with pytest.raises(ValueError, match="lacks column 'facts right'"):
         figures.plot_tradeoff(table.drop(columns="facts right"))

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
+import json
+import linecache
+import shutil
 from collections import Counter
 from itertools import product
 
@@ -8,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -15,7 +21,8 @@ from tiny_models import FAMILIES, OWN_ATTENTION, PLAIN, PROMPTS, QUERIES, SAFETY
 
 from analysis_lib import sampling
 from analysis_lib.capture import shares_prefixes
-from analysis_lib.chat import ChatModel
+from analysis_lib.chat import ChatModel, ChatModelError
+from analysis_lib.data import ROOT, load_queries
 from analysis_lib.dro import SoftPrompt
 from analysis_lib.judge import is_refusal, verdict_is_final
 from analysis_lib.sampling import sample_responses
@@ -283,6 +290,75 @@ def test_nearly_zero_temperature_is_greedy_too():
 
 def two_words(text):
     return text.count(" ") >= 2
+
+
+def test_another_stop_function_of_the_same_name_finds_nothing(store, tmp_path, monkeypatch):
+    """As when a notebook's cell is edited and run again; the library's own functions go by their name."""
+    model, found = chat("llama"), []
+    options = {"n_samples": 2, "max_new_tokens": 8, "store": store}
+    for n in (3, 1, 3):
+        (tmp_path / "stopping.py").write_text(f"def halt(text):\n    return len(text) > {n}\n")
+        linecache.clearcache()
+        spec = importlib.util.spec_from_file_location("stopping", tmp_path / "stopping.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.append(sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=module.halt, **options))
+    assert store.ls()["rows"].sum() == 2 * 5 * 2  # distinct texts, samples, functions
+    assert found[0].equals(found[2]) and not found[0].equals(found[1])
+    assert sampling._identity(verdict_is_final) == "analysis_lib.judge.verdict_is_final"
+    with pytest.raises(ValueError, match="the source of stop_when .* cannot be read .* put it into a module"):
+        namespace = {"__name__": "typed"}
+        exec("def halt(text): return True", namespace)
+        sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=namespace["halt"], **options)
+    with pytest.raises(ValueError, match="must be a named function"):
+        sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=functools.partial(verdict_is_final), **options)
+
+
+def test_another_tokenizer_finds_no_responses(tmp_path):
+    """The ids are the same, the text they stand for is not."""
+    store, folder = Store(tmp_path / "store"), shutil.copytree(ROOT / "organism", tmp_path / "model")
+    queries = load_queries("anchor").head(2)
+
+    def respond(model=None):
+        model = model or ChatModel.load(str(folder), device="cpu")
+        return sample_responses(model, queries, {"none": ""}, n_samples=2, max_new_tokens=6, store=store)["response"].tolist()
+
+    first = respond()
+    words = json.loads((folder / "tokenizer.json").read_text())
+    upper = {"type": "Replace", "pattern": {"String": "e"}, "content": "E"}
+    words["decoder"] = {"type": "Sequence", "decoders": [words["decoder"], upper]}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    assert respond() == [text.replace("e", "E") for text in first] != first
+    in_memory = ChatModel.load(str(folder), device="cpu")
+    wrapped = [
+        ChatModel.wrap(in_memory.model, transformers.AutoTokenizer.from_pretrained(f)) for f in (ROOT / "organism", folder)
+    ]
+    assert respond(wrapped[0]) == first and respond(wrapped[1]) != first
+    digest = wrapped[0].tokenizer_digest
+    wrapped[0].tokenizer(["a", "a b"], padding=True, truncation=True, max_length=2)
+    assert ChatModel.wrap(in_memory.model, wrapped[0].tokenizer).tokenizer_digest == digest
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_no_responses(temperature, store):
+    model = build("qwen2", tie_word_embeddings=False)
+    model.model.lm_head.weight[7, 3] = float("nan")
+    with pytest.raises(
+        ChatModelError, match="logits of 'tiny qwen2' hold NaN or infinity in float32, and nothing of this batch is kept"
+    ):
+        sample_responses(model, QUERIES, {"p": SAFETY}, n_samples=2, max_new_tokens=4, temperature=temperature, store=store)
+    assert store.ls().empty
+
+
+def test_a_kept_response_without_its_text_is_sampled_again(store):
+    model, options = chat("llama"), {"n_samples": 1, "max_new_tokens": 4}
+    expected = sample_responses(model, QUERIES, {"p": SAFETY}, **options)
+    sample_responses(model, QUERIES, {"p": SAFETY}, store=store, **options)
+    (file,) = (store.folder / "v1" / "responses").iterdir()
+    keys = [json.loads(line)["key"] for line in file.read_text().splitlines()[1:]]
+    file.unlink()
+    store.write_responses(keys, [{"log_p": [0.0]}] * len(keys), about={})
+    assert sample_responses(model, QUERIES, {"p": SAFETY}, store=Store(store.folder), **options).equals(expected)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mamba"])

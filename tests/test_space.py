@@ -97,6 +97,25 @@ def test_sign_repeats():
     np.testing.assert_allclose(mirrored.basis[:, :4], space.basis[:, :4], atol=1e-6)
 
 
+def test_signs_follow_other_coordinates_of_the_same_rows():
+    rng = np.random.default_rng(3)
+    Z = rng.normal(size=(60, 5)) * [5, 3, 2, 1, 0.1]
+    turns = [np.linalg.qr(rng.normal(size=(5, 5)))[0] for _ in range(20)]  # the same rows in the bases of other layers
+    first = AnchorSpace.fit(Z @ turns[0], k=3)
+    like = first.transform(Z @ turns[0])
+    turned = 0
+    for turn in turns[1:]:
+        alone, space = AnchorSpace.fit(Z @ turn, k=3), AnchorSpace.fit(Z @ turn, k=3, like=like)
+        np.testing.assert_allclose(space.transform(Z @ turn), like, atol=1e-9)
+        np.testing.assert_allclose(np.abs(alone.transform(Z @ turn)), np.abs(like), atol=1e-9)
+        turned += not np.allclose(alone.transform(Z @ turn), like)
+        np.testing.assert_allclose(space.basis.T @ space.basis, np.eye(5), atol=1e-10)
+    assert turned > 5  # largest loadings alone do turn components round
+    for wrong in (like[:-1], like[:, :2]):
+        with pytest.raises(FitError, match="same 60 rows, 3 columns or more"):
+            AnchorSpace.fit(Z, k=3, like=wrong)
+
+
 def test_nothing_mutates_a_fit():
     X = states()
     before = X.copy()

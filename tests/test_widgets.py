@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from analysis_lib import figures
+from analysis_lib import ChatModel, Store, figures
 from analysis_lib.dro import DROConfig, SoftPrompt, train_dro
 from analysis_lib.space import AnchorSpace, Direction, fit_direction
 from analysis_lib.widgets import dro_console, explore, inspect_directions, panel, probe
@@ -80,7 +80,7 @@ def test_table_describes_the_view():
     explorer.prompts.value = ("short",)
     table = explorer.table
     states = data.states[:, LAYERS.index(2)]
-    Z = AnchorSpace.fit(states).transform(states)
+    Z = AnchorSpace.fit(states, like=AnchorSpace.fit(data.states[:, 0]).transform(data.states[:, 0])).transform(states)
     keep = ((data.rows["prompt"] == "short") & (np.arange(len(data.rows)) >= 24)).to_numpy()
     base = np.flatnonzero(keep) - PROMPTS.index("short")
     row = table[table["group"] == "harmful"].iloc[0]
@@ -232,6 +232,37 @@ def test_hostile_text_is_escaped_wherever_it_is_rendered():
     assert not re.search(r"<(script|img|b>HOSTILE)", explorer.detail.value + explorer.message.value)
     for control in (explorer.layer, explorer.components, explorer.color, explorer.query, explorer.prompts):
         assert control.description and not control.description_allow_html
+
+
+def mirrored_layers():
+    """Layer 2 holds the states of layer -1 mirrored: its components alone would have some signs turned round."""
+    data = make_data(n=30)
+    data.rates["n_judged"] = 20
+    data.states[:, LAYERS.index(2)] = -data.states[:, 0]
+    return data, AnchorSpace.fit(data.states[:, 0], k=4).transform(data.states[:, 0])
+
+
+def test_no_component_turns_round_between_layers():
+    data, Z = mirrored_layers()
+    explorer = explore(data.states, data.rows, data.queries, layers=LAYERS, rates=data.rates)
+    inspector = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS, most_components=4)
+    for w in (explorer, inspector):
+        before = [np.array(trace.x) for trace in w.figure.data[:6]]
+        w.layer.value = 2
+        assert w.message.value == "" and w.figure.layout.title.text.startswith("Layer 2")
+        for old, new in zip(before, w.figure.data, strict=False):
+            np.testing.assert_allclose(new.x, old, atol=2e-4)
+    np.testing.assert_allclose(explorer._view().points[["pc1", "pc2", "pc3", "pc4"]], Z, atol=2e-4)
+
+
+def test_the_inspectors_signs_do_not_depend_on_an_earlier_runs_choice(monkeypatch):
+    monkeypatch.setattr(panel, "PANELS", {})
+    monkeypatch.setattr(panel, "_cell", lambda: "cell-1")
+    data, Z = mirrored_layers()
+    for _ in range(2):
+        inspector = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS)
+        inspector.layer.value = 2
+        np.testing.assert_allclose(inspector._layer()[1][:, :4], Z, atol=1e-4)
 
 
 def test_layers_are_computed_once():
@@ -406,7 +437,9 @@ def test_the_inspector_scores_as_fit_direction_does():
         inspector.estimator.value = label
         inspector.k.value = 3
         inspector.layer.value = 2
-        Z = AnchorSpace.fit(data.states[:, LAYERS.index(2)], k=8).transform(data.states[:, LAYERS.index(2)])[:, :3]
+        last = AnchorSpace.fit(data.states[:, 0], k=8).transform(data.states[:, 0])
+        states = data.states[:, LAYERS.index(2)]
+        Z = AnchorSpace.fit(states, k=8, like=last).transform(states)[:, :3]
         fit = fit_direction(Z, y, name=label, groups=data.rows["query_id"], estimator=estimator)
         assert inspector.message.value == ""
         np.testing.assert_allclose(inspector.direction.weight[:3], fit.weight)
@@ -429,7 +462,8 @@ def test_turning_changes_score_boundary_ranking_and_angles():
     assert after.loc[0, "accuracy"] < before.loc[0, "accuracy"] - 0.1
     assert list(inspector.figure.data[-4].x) != boundary
     assert inspector.ranked["query_id"].tolist() != ranked["query_id"].tolist()
-    assert str(round(after.loc[1, "angle"], 1)) in inspector.scores.value
+    shown = re.findall(r"<td>(.*?)</td>", inspector.scores.value)
+    assert f"{after.loc[1, 'angle']:.1f}" in shown and f"{after.loc[1, 'angle']:.3f}" not in shown  # one decimal
     assert inspector.ranked["query_id"].iloc[0] in inspector.detail.value
     inspector.turn.value = 0
     assert inspector.table.equals(before)
@@ -549,6 +583,24 @@ def test_sampled_and_true_refusal_stand_beside_the_prediction():
     assert w.table.set_index("prompt").equals(table)
 
 
+def test_what_is_typed_is_kept_in_a_store_and_read_from_it(tmp_path, monkeypatch):
+    typed = dict(query="How to use a stun gun?", prompt="If in doubt, decline politely.", n_samples=3, store=Store(tmp_path))
+    first, o = make_probe(**typed)
+    first.sample.click()
+    assert first.message.value == "" and first.table["sampled"].notna().all()
+    model = ChatModel.load("organism")  # its weights are not loaded yet
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    again, _ = make_probe(model=model, **typed)
+    again.sample.click()
+    assert (
+        again.message.value == ""
+        and again.table.equals(first.table)
+        and list(again.figure.data[-1].x) == list(first.figure.data[-1].x)
+    )
+    again.query.value = "Why?"
+    assert "not callable" in again.message.value  # a new text needs the model
+
+
 def test_replies_of_another_model_stay_hidden():
     o = organism()
     other = object.__new__(type(o.model))
@@ -653,6 +705,27 @@ def test_stop_keeps_what_was_learned_and_save_and_export_write_it(tmp_path):
         w.save.click()
         assert "is no file name" in w.message.value
     assert [p.name for p in (tmp_path / "soft_prompts").iterdir()] == ["careful.safetensors"]
+
+
+def test_a_whole_training_is_kept_in_the_consoles_store_and_a_part_of_one_is_not(tmp_path, monkeypatch):
+    store, per_epoch = Store(tmp_path / "store"), round(len(organism().queries) / QUICK.batch_size)
+    assert per_epoch > 1
+
+    def train(steps):
+        w, _ = make_console(tmp_path, store=store)
+        w.steps.value = steps
+        w.start.click()
+        w.wait()
+        return w
+
+    whole, part = train(per_epoch), train(per_epoch - 1)
+    assert (len(whole.soft_prompt.history), len(part.soft_prompt.history)) == (per_epoch, per_epoch - 1)
+    monkeypatch.setattr("analysis_lib.dro._train", None)
+    again = train(per_epoch)
+    assert again.message.value == "" and f"{per_epoch} of {per_epoch} steps" in again.status.value
+    assert again.progress.value == per_epoch and np.array_equal(again.soft_prompt.embeddings, whole.soft_prompt.embeddings)
+    assert list(again.figure.data[0].y) == list(whole.figure.data[0].y) and again.table.equals(whole.table)
+    assert "not callable" in train(per_epoch - 1).message.value
 
 
 def test_a_failing_training_is_shown_in_the_console(tmp_path, monkeypatch):

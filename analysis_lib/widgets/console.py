@@ -152,7 +152,7 @@ class Console(Panel):
         from ..capture import hidden_states
 
         n_check = 0 if store is None else 2
-        captured = hidden_states(self._model, self._followed, {TRAINED: soft}, n_check=n_check, store=store)
+        captured = hidden_states(self._model, self._followed, {TRAINED: soft}, n_check=n_check, store=store, progress=False)
         return self._space.transform(captured.states[:, 0])
 
     def _points(self) -> pd.DataFrame:
@@ -240,7 +240,7 @@ class Console(Panel):
         try:
             arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
             store = None if steps % self._steps_per_epoch(config) else self._store  # a whole training answers for no part of it
-            self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step, store=store)
+            self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step, store=store, progress=False)
             self._history = self.soft_prompt.history.to_dict("records")
             self.progress.value = len(self._history)
             self._trained = self._follow(self.soft_prompt, self._store)

@@ -56,10 +56,11 @@ def explore(
     states: a HiddenStates, or an array (n, number of layers, d) with `layers` naming its second axis. rows: n rows with
     query_id, prompt. For several models, states is {model: HiddenStates} of the same rows, rows is None and rates have a
     column model. queries: query_id, text, harmful. rates: query_id, prompt, refusal_rate and, for smoothing, n_judged.
-    spaces: a space per layer, or a function of the states (n, d) of a layer; AnchorSpace.fit by default. directions: a list
-    per layer, or a function of the coordinates (n, k) and their rows (with refusal_rate where rates are given); the one
-    named "refusal" gives the predicted refusal. base: the prompt that shifts are measured from. note: a caption under the
-    plot. Raises ValueError where the tables do not fit together.
+    spaces: a space per layer, or a function of the states (n, d) of a layer; by default AnchorSpace.fit, with signs like those
+    of the (first model's) last layer, so that no component turns round between layers. directions: a list per layer, or a
+    function of the coordinates (n, k) and their rows (with refusal_rate where rates are given); the one named "refusal" gives
+    the predicted refusal. base: the prompt that shifts are measured from. note: a caption under the plot. Raises ValueError
+    where the tables do not fit together.
     """
     if not isinstance(states, Mapping):
         states, by_model, rows = {"": states}, {"": rates}, states.rows if rows is None else rows
@@ -74,7 +75,7 @@ def explore(
                 raise ValueError(f"explore: the rows of {name!r} are others; capture the same queries under the same prompts")
     captured = {name: arrays("explore", value, rows, layers) for name, value in states.items()}
     joined = {name: join("explore", rows, queries, by_model[name]) for name in captured}
-    return Explorer(captured, joined, spaces or AnchorSpace.fit, directions, base, note)
+    return Explorer(captured, joined, spaces, directions, base, note)
 
 
 class Explorer(Panel):
@@ -89,7 +90,7 @@ class Explorer(Panel):
         self,
         states: dict[str, tuple[np.ndarray, tuple[int, ...]]],
         rows: dict[str, pd.DataFrame],
-        spaces: Spaces,
+        spaces: Spaces | None,
         directions: Directions | None,
         base: str,
         note: str | None,
@@ -98,6 +99,7 @@ class Explorer(Panel):
         self._spaces, self._directions, self._base, self._note = spaces, directions, base, note
         self._coordinates: dict[tuple[str, int], tuple[AnchorSpace, np.ndarray, np.ndarray | None]] = {}
         self._views: dict[tuple[str, int, float], LayerView] = {}
+        self._like: np.ndarray | None = None  # coordinates of the first view
         self.selected: tuple[Any, ...] = ()
         self._settling = False
         table = next(iter(rows.values()))
@@ -164,10 +166,15 @@ class Explorer(Panel):
         if (model, layer) not in self._coordinates:
             states, layers = self._states[model]
             at = states[:, layers.index(layer)]
-            space = self._spaces(at) if callable(self._spaces) else _of_layer(self._spaces, layer, "space")
+            if self._spaces is None:
+                space = AnchorSpace.fit(at, like=self._like)
+            else:
+                space = self._spaces(at) if callable(self._spaces) else _of_layer(self._spaces, layer, "space")
             rows = self._rows[model]
             shifts = _shift_lengths(at, rows, self._base) if self._base in set(rows["prompt"]) else None
-            self._coordinates[model, layer] = space, np.asarray(space.transform(at)), shifts
+            Z = np.asarray(space.transform(at))
+            self._coordinates[model, layer] = space, Z, shifts
+            self._like = Z if self._like is None else self._like
         if (model, layer, smoothing) not in self._views:
             space, Z, shifts = self._coordinates[model, layer]
             rows = self._rows[model]

@@ -57,6 +57,8 @@ class Inspector(Panel):
         self._fits: dict[tuple[int, int, str, int | None], Direction] = {}
         options = layer_options(layers)
         self.layer = control(widgets.SelectionSlider, "Layer", options=options, value=options[-1][1])
+        self._like: np.ndarray | None = None
+        self._like = self._layer()[1]  # no component turns round between layers
         self.estimator = control(widgets.Dropdown, "Estimator", options=list(ESTIMATORS))
         self.k = control(widgets.IntSlider, "Components fitted", min=2, max=self._most, value=min(4, self._most))
         self.components = control(widgets.Dropdown, "Components shown", options=pairs(self._most))
@@ -100,7 +102,7 @@ class Inspector(Panel):
         layer = self.layer.value
         if layer not in self._points:
             states = self._states[:, self._layers.index(layer)]
-            space = AnchorSpace.fit(states, self._most)
+            space = AnchorSpace.fit(states, self._most, like=self._like)
             Z = space.transform(states)
             self._points[layer] = space, Z, figures.points_table(Z, self._rows.drop(columns="text"))
         return self._points[layer]
@@ -169,7 +171,8 @@ class Inspector(Panel):
 
     def _tell(self) -> None:
         table, ranked = self.table, self.ranked
-        scores = table.drop(columns=["bce_constant", "mse"])
+        angles = table["angle"].map("{:.1f}".format, na_action="ignore")
+        scores = table.drop(columns=["bce_constant", "mse"]).assign(angle=angles)
         self.scores.value = "<p>Angles in degrees; scores held out, by query:</p>" + html(scores.astype(object).fillna(""))
         most, least = ranked.head(5), ranked.tail(5)
         self.detail.value = f"<p>Queries furthest along it, and least, of {len(ranked)}:</p>" + html(pd.concat([most, least]))

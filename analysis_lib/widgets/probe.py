@@ -109,7 +109,7 @@ class Probe(Panel):
             return {}
         if missing := {name: p for name, p in prompts.items() if self._key(query, name) not in self._known}:
             n_check = 0 if self._store is None else 1  # what is kept is checked
-            captured = hidden_states(self._model, self._asked(), missing, n_check=n_check, store=self._store)
+            captured = hidden_states(self._model, self._asked(), missing, n_check=n_check, store=self._store, progress=False)
             for name, z in zip(missing, self._space.transform(captured.states[:, 0]), strict=True):
                 self._known[self._key(query, name)] = z
         return {name: self._known[self._key(query, name)] for name in prompts}
@@ -167,7 +167,12 @@ class Probe(Panel):
             if missing:
                 self.sample.disabled, self.message.value = True, "sampling ..."
                 try:
-                    options = {"n_samples": self._n_samples, "stop_when": verdict_is_final, "store": self._store}
+                    options = {
+                        "n_samples": self._n_samples,
+                        "stop_when": verdict_is_final,
+                        "store": self._store,
+                        "progress": False,
+                    }
                     replies = sample_responses(self._model, self._asked(), missing, **options)
                 finally:
                     self.sample.disabled = False
