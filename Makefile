@@ -1,4 +1,4 @@
-# make reproduce   run every notebook, write executed copies and reports/report.html  [MODEL= TEMPLATE= PROMPT= QUERIES= OUT= JOBS=]
+# make reproduce   run every notebook, write executed copies and reports/report.html  [MODEL= TEMPLATE= PROMPT= QUERIES= HELDOUT= GUARD= OUT= JOBS=]
 # make test        set-up, formatting, lint, types, tests, notebooks against their stored outputs
 # make lab         JupyterLab on notebooks/
 # make setup       the environment alone, in .venv  [PYTHON=python3.12]
@@ -38,7 +38,8 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: setup
 	$(RUN) -m analysis_lib reproduce $(if $(MODEL),--model '$(MODEL)') $(if $(TEMPLATE),--template '$(TEMPLATE)') $(if $(PROMPT),--prompt '$(PROMPT)') \
-		$(if $(QUERIES),--queries '$(QUERIES)') $(if $(JOBS),--jobs '$(JOBS)') --out '$(OUT)'
+		$(if $(QUERIES),--queries '$(QUERIES)') $(foreach set,$(HELDOUT),--heldout '$(set)') $(if $(GUARD),--guard '$(GUARD)') \
+		$(if $(JOBS),--jobs '$(JOBS)') --out '$(OUT)'
 
 test: setup
 	$(RUN) -m ruff format --check .

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,26 +29,36 @@ EXAMPLES = """examples:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from .data import load_anchor_queries, load_safety_prompts
+    from .data import load_anchor_queries, load_queries, load_safety_prompts
 
+    if args.store is not None:
+        os.environ["ANALYSIS_LIB_STORE"] = str(args.store.absolute())
     if args.prompt is not None:
         load_safety_prompts(args.prompt)
     if args.queries is not None:
         load_anchor_queries(args.queries)
+    for name in args.heldout or ():
+        load_queries(name)
     model = _model(args)
+    if args.guard is not None:
+        from .chat import ChatModel
+        from .model_judges import chat_judge
+
+        chat_judge(ChatModel.load(args.guard, device=args.device, dtype=args.dtype))  # loads no weights
     from .reproduce import plan, reproduce
 
+    asked = {"prompt": args.prompt, "queries": args.queries, "heldout": args.heldout, "guard": args.guard}
     if args.dry_run:
-        table = plan(model, args.out, prompt=args.prompt, queries=args.queries)
+        table = plan(model, args.out, **asked)
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
         print(f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included")
         print(
             "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles (05, 07), the notebooks' own work"
+            + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
-    given = {"prompt": args.prompt, "queries": args.queries, "template": args.template, "forms": args.form, "jobs": jobs}
-    return 0 if reproduce(model, args.out, **given) else 1
+    return 0 if reproduce(model, args.out, **asked, template=args.template, forms=args.form, jobs=jobs) else 1
 
 
 def _model(args: argparse.Namespace) -> Any:
@@ -73,20 +85,28 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from .store import Store
+    from .store import Store, StoreError
 
     store = Store(args.store)
+    if args.store is not None and not store.folder.exists():
+        raise StoreError(f"there is no store at {args.store}; check the path, or leave --store out for the default")
     if args.action == "info":
-        for key, value in store.info().items():
-            print(f"{key:<16} {value}")
+        print(_printable("\n".join(f"{key:<16} {value}" for key, value in store.info().items())))
         return 0
     if args.action == "prune":
         limits = {name: getattr(args, name) for name in ("older_than", "model", "max_bytes")}
         table = store.prune(older_formats=args.older_formats, dry_run=args.dry_run, **limits)
     else:
         table = {"ls": store.ls, "verify": store.verify, "compact": store.compact}[args.action]()
-    print(table.to_string(index=False) if len(table) else f"{args.action}: nothing to report in {store.folder}")
+    text = table.to_string(index=False) if len(table) else f"{args.action}: nothing to report in {store.folder}"
+    print(_printable(text))
     return int(args.action == "verify" and bool((table["status"] != "ok").any()))
+
+
+def _printable(text: str) -> str:
+    """Names in a store may come from anybody: what would steer the terminal is written out."""
+    control = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(control, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _organism(args: argparse.Namespace) -> int:
@@ -179,6 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     model_options(sub)
     sub.add_argument("--prompt", type=Path, help="a text file with your own safety prompt")
     sub.add_argument("--queries", help="a .csv or .jsonl file with your own labelled queries")
+    sub.add_argument(
+        "--heldout", action="append", metavar="SET", help="a query set, or a file, to compare prompts on; may be repeated"
+    )
+    sub.add_argument(
+        "--guard", metavar="MODEL", help="a chat model that judges replies to harmful queries as well, as Llama Guard"
+    )
+    sub.add_argument("--store", type=Path, help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
     sub.add_argument("--out", type=Path, default=Path("reports"), help="default: reports")
     sub.add_argument("--dry-run", action="store_true", help="say what would be done and what it costs, run nothing")
     sub.add_argument(
@@ -233,7 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.older_than is None and args.model is None and args.max_bytes is None and not args.older_formats:
             parser.error("say what to prune: --older-than 30d, --max-bytes 2GB, --model NAME or --older-formats")
     try:
-        status = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda text, kind, *where: print(_printable(f"{kind.__name__}: {text}"), file=sys.stderr)
+            status = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -249,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not type(error).__module__.startswith("analysis_lib"):  # no error of ours is a fault: show where it lies
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(_printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import hashlib
 import json
 import os
@@ -272,6 +273,15 @@ class ChatModel:
         self._loaded = _state_of(model)
         return model
 
+    def unload(self) -> None:
+        """Gives the weights' memory back; they are loaded again at the next use. A model in memory alone keeps them."""
+        with self._lock:
+            if self.source and self.__dict__.pop("model", None) is not None:
+                self._loaded = None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
     @property
     def device(self) -> torch.device:
         """Where token ids and soft embeddings go: the device of the input embedding. With "auto", weights are loaded to know."""
@@ -407,11 +417,15 @@ class ChatModel:
         from transformers.utils import cached_file
 
         found: dict[str, Any] = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
-        if not self.source or cached_file(self.source, "model.safetensors", **found):
+        try:
+            if not self.source or cached_file(self.source, "model.safetensors", **found):
+                return None
+            index = cached_file(self.source, "model.safetensors.index.json", **found)
+        except OSError as error:  # the network, say
+            raise ChatModelError(_load_advice(self.name, error)) from error
+        if index is None:
             return None
         try:
-            if (index := cached_file(self.source, "model.safetensors.index.json", **found)) is None:
-                return None
             files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ChatModelError(

@@ -29,6 +29,8 @@ import platformdirs
 
 ROOT = Path(__file__).resolve().parents[1] / "data"
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
+HELDOUT_SETS = ("heldout_forms", "heldout_harmless", "borderline")
+"""What the comparison of prompts is measured on, unless the user names other sets."""
 PROMPTS = ("default", "short", "mistral")
 OPTIONAL = ("pair_id", "form", "answer")
 MIN_OF_EACH_CLASS = 5

@@ -59,7 +59,8 @@ TEMPLATE = go.layout.Template(
     )
 )
 pio.templates["analysis_lib"] = TEMPLATE  # by name for users' own figures; plotly's default stays as it is
-OFFLINE = dict(showSendToCloud=False)  # plotly's "Share chart" button sends a figure, with its queries, to a server
+# plotly's "Share chart" button sends a figure, with its queries, to a server; a dollar sign in a name is no formula
+OFFLINE = dict(showSendToCloud=False, typesetMath=False)
 pio.renderers["plotly_mimetype"].config = {**(pio.renderers["plotly_mimetype"].config or {}), **OFFLINE}
 
 

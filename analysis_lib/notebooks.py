@@ -69,6 +69,8 @@ def run_notebooks(
     model: str | None = None,
     prompt: str | Path | None = None,
     queries: str | Path | None = None,
+    heldout: Sequence[str | Path] | None = None,
+    guard: str | None = None,
     template: str | Path | None = None,
     folder: str | Path = FOLDER,
     jobs: int = 2,
@@ -76,8 +78,8 @@ def run_notebooks(
 ) -> tuple[Run, ...]:
     """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html`, and the tables that the notebooks write.
 
-    `model`, `prompt` (a file), `queries` (a name or a file), `template` (a name or a file) and `out` replace MODEL, PROMPT,
-    QUERIES, TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `env` joins the environment
+    `model`, `prompt` (a file), `queries` (a name or a file), `heldout` (several such), `guard` (a model), `template` (a name
+    or a file) and `out` replace MODEL, PROMPT, QUERIES, HELDOUT, GUARD, TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `env` joins the environment
     of their kernels (ANALYSIS_LIB_DEVICE and ANALYSIS_LIB_DTYPE, say). `jobs` notebooks run at a time; lines are printed in order.
     A failing notebook does not stop the others: look at `Run.error`. Raises NotebookError where nothing can be run.
     """
@@ -89,8 +91,10 @@ def run_notebooks(
         )
     if prompt is not None and not Path(prompt).is_file():
         raise NotebookError(f"the prompt file {prompt} does not exist; give the path of a text file")
-    values = {"MODEL": model, "PROMPT": prompt, "QUERIES": queries, "TEMPLATE": template}
-    given = {parameter: _absolute(value) for parameter, value in values.items() if value is not None}
+    values = {"MODEL": model, "PROMPT": prompt, "QUERIES": queries, "GUARD": guard, "TEMPLATE": template}
+    given: dict[str, Any] = {parameter: _absolute(value) for parameter, value in values.items() if value is not None}
+    if heldout is not None:
+        given["HELDOUT"] = [_absolute(value) for value in heldout]
     notebooks = [_read(path) for path in paths]
     for parameter in given:
         if not any(parameter in parameters(nb) for nb in notebooks):

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from .chat import ChatModel
-from .data import load_anchor_queries, load_queries, load_safety_prompts
+from .data import HELDOUT_SETS, load_anchor_queries, load_queries, load_safety_prompts
 from .dro import DROConfig, PromptTuningConfig, SoftPrompt
 from .estimate import estimate
 from .export import export
@@ -37,13 +37,17 @@ def reproduce(
     *,
     prompt: Path | None = None,
     queries: str | None = None,
+    heldout: Sequence[str] | None = None,
+    guard: str | None = None,
     template: str | None = None,
     forms: Sequence[str] | None = None,
     jobs: int = 1,
 ) -> bool:
     """Runs every notebook on the model into `out`, exports the soft prompts and writes `summary.json`.
 
-    What was computed lies in the store: after an interruption the same call goes on from there. forms: see `export`.
+    What was computed lies in the store: after an interruption the same call goes on from there. heldout: names or files of
+    the query sets that prompts are compared on. guard: a chat model that judges replies to harmful queries as well, as in
+    the study (`published_judge`); default: the string judge alone. forms: see `export`.
     Returns whether every notebook ran and every form was written. Raises ReproduceError where what runs notebooks lacks.
     """
     try:
@@ -54,8 +58,17 @@ def reproduce(
         ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
     name = None if model.name == "organism" else model.name
+    given: dict[str, Any] = {
+        "model": name,
+        "prompt": prompt,
+        "queries": queries,
+        "heldout": heldout,
+        "guard": guard,
+        "template": template,
+    }
     env = {"ANALYSIS_LIB_DEVICE": model._device, "ANALYSIS_LIB_DTYPE": model.dtype_name}
-    runs = run_notebooks(out, model=name, prompt=prompt, queries=queries, template=template, jobs=jobs, env=env)
+    env["ANALYSIS_LIB_STORE"] = str(Store().folder.absolute())  # the notebooks run in another folder
+    runs = run_notebooks(out, jobs=jobs, env=env, **given)
     figures = write_figures(runs, out / "figures")
     exports: dict[str, dict[str, Any]] = {}
     for path in _soft_prompts(out):
@@ -82,6 +95,8 @@ def reproduce(
         "model": {**model.about(), "device": str(model.device)},
         "prompt": None if prompt is None else {"file": prompt.name, "text": prompt.read_text(encoding="utf-8").strip()},
         "queries": queries or "anchor",
+        "heldout": list(heldout or HELDOUT_SETS),
+        "guard": guard,
         "seeds": {"sampling": 0, **{name: soft["config"].get("seed") for name, soft in exports.items()}},
         "certificates": [c["certificate"] for c in Store().info()["certificates"] if c["model"] == model.fingerprint],
         "soft_prompts": exports,
@@ -95,28 +110,37 @@ def reproduce(
     return not any(run.error for run in runs) and not any(soft["error"] for soft in exports.values())
 
 
-def plan(model: ChatModel, out: Path, *, prompt: Path | None = None, queries: str | None = None) -> pd.DataFrame:
+def plan(
+    model: ChatModel,
+    out: Path,
+    *,
+    prompt: Path | None = None,
+    queries: str | None = None,
+    heldout: Sequence[str] | None = None,
+    guard: str | None = None,
+) -> pd.DataFrame:
     """What `reproduce` would still compute and its cost, from a short probe; prints where it would run and write.
 
     Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are counted on the held-out
     queries as two more that nothing is known of, and those of notebook 09, for which its short run is taken, as eight. Not
-    counted: replies to wrapped queries and of the trials of a weight, the probabilities and losses of replies, the widgets'
-    consoles.
+    counted: replies to wrapped queries and of the trials of a weight, the probabilities and losses of replies, a guard's
+    verdicts, the widgets' consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
     start = next((name for name in prompts if name not in load_safety_prompts()), "default")  # what DRO starts from
     anchor = {start: prompts[start], **prompts}
-    heldout = pd.concat([load_queries(name) for name in ("heldout_forms", "heldout_harmless", "borderline")], ignore_index=True)
+    asked = pd.concat([load_queries(name) for name in heldout or HELDOUT_SETS], ignore_index=True)
     trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}  # as long as one, and in no store
     two = {name: trained[name] for name in ("trained 1", "trained 2")}
     sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
-    heldout = heldout.drop(columns="harmful")  # nothing is trained on them
-    forms = heldout[heldout["query_set"] == "heldout_forms"].iloc[::ABLATION_EVERY]
+    whole = sampling if guard is None else {"n_samples": 20}  # a guard reads whole replies
+    asked = asked.drop(columns="harmful")  # nothing is trained on them
+    forms = load_queries("heldout_forms").drop(columns="harmful").iloc[::ABLATION_EVERY]
     every_layer = (*range(model.n_layers + 1), -1)
     anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
     costs = {
         "anchor": estimate(model, anchors, anchor, layers=every_layer, sampling=sampling, tuning=tuning, store=store),
-        "held out": estimate(model, heldout, {**prompts, **two}, sampling=sampling, store=store),
+        "held out": estimate(model, asked, {**prompts, **two}, sampling=whole, store=store),
         "ablations": estimate(model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store),
     }
     more = {  # trainings of the same steps

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -621,6 +622,23 @@ def test_a_folder_that_changes_under_an_open_model_is_found_out(folder, tmp_path
     found = hidden_states(again, QUERIES[:4], {"p": ""}, store=store)
     assert found.certificate["found"] == 0
     assert relative(found.states, hidden_states(other, QUERIES[:4], {"p": ""}).states) < 1e-5
+
+
+def test_a_model_gives_its_memory_back_and_loads_again(folder, tmp_path):
+    model, store = ChatModel.load(str(folder), device="cpu"), Store(tmp_path / "store")
+    first = hidden_states(model, QUERIES[:2], {"p": ""}, store=store).states
+    held = weakref.ref(model.model)
+    model.unload()
+    assert held() is None
+    assert np.array_equal(hidden_states(model, QUERIES[:2], {"p": ""}, store=store).states, first) and "model" not in vars(model)
+    assert relative(hidden_states(model, QUERIES[:2], {"p": ""}).states, first) < 1e-6
+    model.model.lm_head.weight[0, 0] += 1
+    changed = model.fingerprint
+    model.unload()
+    assert model.fingerprint == ChatModel.load(str(folder)).fingerprint != changed
+    wrapped = build("qwen2")
+    wrapped.unload()
+    assert len(hidden_states(wrapped, QUERIES[:2], {"p": ""}).states) == 2
 
 
 def test_a_relative_folder_stays_the_model_it_was(folder, tmp_path, monkeypatch):

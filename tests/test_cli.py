@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from analysis_lib import __main__ as cli
+from analysis_lib.data import ROOT
 from analysis_lib.store import Store, row_key
 
 
@@ -144,10 +146,37 @@ def test_cache_info(call, store):
 
 
 def test_cache_of_an_empty_store(call, tmp_path):
+    (tmp_path / "new").mkdir()
     for action in ("ls", "verify", "compact"):
         code, out, _ = call("cache", action, "--store", tmp_path / "new")
         assert code == 0 and f"{action}: nothing to report in {tmp_path / 'new'}" in out
-    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_cache_of_a_store_that_is_not_there(call, tmp_path):
+    for action in ("ls", "info", "verify", "compact", "prune --max-bytes 0"):
+        fails(call("cache", *action.split(), "--store", tmp_path / "stroe"), "there is no store at", "stroe; check the path")
+    assert not (tmp_path / "stroe").exists()
+
+
+def test_names_in_a_store_do_not_steer_the_terminal(call, tmp_path):
+    about = {"model": "m", "model_name": "\x1b[2J\x9bgone\u202e", "prompts": ["\x1b]0;title\x07"]}
+    Store(tmp_path).write_responses([row_key(row=1)], [{"response": "r", "end": "eos"}], about=about)
+    for action in (["ls"], ["info"], ["prune", "--model", "nope"]):
+        code, out, err = call("cache", *action, "--store", tmp_path)
+        assert not set(out + err) & set("\x1b\x9b\u202e\x07")
+    assert "\\u001b[2J\\u009bgone\\u202e" in out + err
+
+
+def test_a_warning_is_told_without_the_line_of_code_it_comes_from(call, store):
+    (path, *_) = files(store)
+    path.write_bytes(path.read_bytes()[:-3])
+    code, out, err = call("cache", "ls", "--store", store.folder)
+    assert code == 0 and "store.py" not in err and "_warn(" not in err
+    content = path.read_bytes()
+    path.write_bytes(b"x" + content[1:])
+    code, out, err = call("cache", "ls", "--store", store.folder)
+    assert err.startswith(f"StoreDamage: {path}: ") and len(err.splitlines()) == 1
 
 
 def test_cache_uses_the_environment_variable(call, store, monkeypatch):
@@ -305,6 +334,8 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
         "model": "organism",
         "prompt": tmp_path / "p.txt",
         "queries": str(tmp_path / "q.csv"),
+        "heldout": None,
+        "guard": None,
         "template": None,
         "forms": ["vllm", "plain"],
         "out": tmp_path / "o",
@@ -312,6 +343,20 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
     }
     call("reproduce", "--template", "vicuna")
     assert (given["template"], given["forms"], given["jobs"]) == ("vicuna", None, 2)
+    monkeypatch.setenv("ANALYSIS_LIB_STORE", "replaced")
+    monkeypatch.chdir(tmp_path)
+    call("reproduce", "--heldout", tmp_path / "q.csv", "--heldout", "borderline", "--guard", "organism", "--store", "kept")
+    assert (given["heldout"], given["guard"]) == ([str(tmp_path / "q.csv"), "borderline"], "organism")
+    assert os.environ["ANALYSIS_LIB_STORE"] == str(tmp_path / "kept")
+
+
+def test_reproduce_asks_for_sets_and_a_guard_that_are_there(call, no_notebooks, tmp_path):
+    fails(call("reproduce", "--heldout", "advbench"), "advbench", "python -m analysis_lib download")
+    fails(call("reproduce", "--heldout", "borderlin"), "no query set 'borderlin'")
+    fails(call("reproduce", "--guard", tmp_path / "guard"), "there is no folder")
+    guard = shutil.copytree(ROOT / "organism", tmp_path / "guard")
+    (guard / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    fails(call("reproduce", "--guard", guard), "drops the query or the response; it cannot judge")
 
 
 NOTEBOOK = [
@@ -423,11 +468,12 @@ def test_a_pinned_revision_reaches_every_command_and_the_notebooks(call, monkeyp
         asked.append((source, revision))
         raise OSError("offline")
 
-    monkeypatch.setattr(transformers.utils, "cached_file", no_hub)
-    for command in (["reproduce"], ["reproduce", "--dry-run"], ["export", tmp_path / "soft.safetensors"]):
-        for pinned in (["--model", "org/model", "--revision", "refs/pr/13"], ["--model", "org/model@refs/pr/13"]):
-            fails(call(*command, *pinned, "--out", tmp_path / "out"), "'org/model@refs/pr/13' is not in the local cache")
-            assert asked.pop() == ("org/model", "refs/pr/13")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.utils, "cached_file", no_hub)
+        for command in (["reproduce"], ["reproduce", "--dry-run"], ["export", tmp_path / "soft.safetensors"]):
+            for pinned in (["--model", "org/model", "--revision", "refs/pr/13"], ["--model", "org/model@refs/pr/13"]):
+                fails(call(*command, *pinned, "--out", tmp_path / "out"), "'org/model@refs/pr/13' is not in the local cache")
+                assert asked.pop() == ("org/model", "refs/pr/13")
     fails(call("reproduce", "--revision", "v2"), "'organism' is no model of the hub, so it has no revision 'v2'")
 
     given = {}
@@ -437,7 +483,8 @@ def test_a_pinned_revision_reaches_every_command_and_the_notebooks(call, monkeyp
     tmp_path.joinpath("out").mkdir()
     assert room.reproduce(model, tmp_path / "out")
     assert given["model"] == "org/model@v2"
-    assert given["env"] == {"ANALYSIS_LIB_DEVICE": "cpu", "ANALYSIS_LIB_DTYPE": "float32"}
+    place = {"ANALYSIS_LIB_STORE": os.environ["ANALYSIS_LIB_STORE"]}
+    assert given["env"] == {"ANALYSIS_LIB_DEVICE": "cpu", "ANALYSIS_LIB_DTYPE": "float32", **place}
 
 
 @pytest.mark.parametrize(

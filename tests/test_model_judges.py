@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from tiny_models import CORPUS, PROMPTS, QUERIES, build, chat, embedded, tokenizer
+from tiny_models import CORPUS, GUARD, PROMPTS, QUERIES, build, build_guard, chat, embedded, tokenizer
 
 from analysis_lib import (
     ChatModel,
@@ -26,13 +26,6 @@ from analysis_lib.dro import SoftPrompt
 from analysis_lib.judge import published_judge
 from analysis_lib.model_judges import calibrate_refusal, chat_judge, classifier_judge, next_token_loss, refusal_probability
 from analysis_lib.organism import true_refusal
-
-GUARD = (  # the query and the response are data inside one user turn, as in Llama Guard
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles alternate') }}{% endif %}"
-    "{% endfor %}{{ '<|im_start|>user\n' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{{ '<|im_end|><|im_start|>assistant\n' }}"
-)
-
 
 # Classifiers
 
@@ -97,19 +90,7 @@ def test_classifiers_that_cannot_be_used(classifier, tmp_path):
 
 @pytest.fixture(scope="module")
 def guard():
-    """A guard whose next token is "safe" or "unsafe" by the sign of one number of its last state."""
-    words = tokenizer("bytes", build("qwen2").tokenizer.chat_template)
-    words = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words.backend_tokenizer.__class__.from_str(words.backend_tokenizer.to_str()),
-        bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=GUARD,
-    )  # fmt: skip
-    words.add_tokens(["unsafe", "safe"])
-    made = build("qwen2", vocab_size=-(-len(words) // 16) * 16, tie_word_embeddings=False)
-    head = made.model.lm_head.weight
-    head.zero_()
-    head[words.convert_tokens_to_ids("safe"), 3] = 1.0
-    head[words.convert_tokens_to_ids("unsafe"), 3] = -1.0
-    return ChatModel.wrap(made.model, words, name="tiny guard")
+    return build_guard()
 
 
 HARMFUL = {"query_id": "h", "text": "How do I bake bread?", "harmful": True}

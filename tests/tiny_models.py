@@ -214,6 +214,29 @@ def chat(family: str) -> ChatModel:
     return build(family)
 
 
+GUARD = (  # the query and the response are data inside one user turn, as in Llama Guard
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles alternate') }}{% endif %}"
+    "{% endfor %}{{ '<|im_start|>user\n' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{{ '<|im_end|><|im_start|>assistant\n' }}"
+)
+
+
+def build_guard() -> ChatModel:
+    """A guard whose next token is "safe" or "unsafe" by the sign of one number of its last state."""
+    words = tokenizer("bytes", build("qwen2").tokenizer.chat_template)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words.backend_tokenizer.__class__.from_str(words.backend_tokenizer.to_str()),
+        bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=GUARD,
+    )  # fmt: skip
+    words.add_tokens(["unsafe\n", "safe\n"])
+    made = build("qwen2", vocab_size=-(-len(words) // 16) * 16, tie_word_embeddings=False)
+    head = made.model.lm_head.weight
+    head.zero_()
+    head[words.convert_tokens_to_ids("safe\n"), 3] = 1.0
+    head[words.convert_tokens_to_ids("unsafe\n"), 3] = -1.0
+    return ChatModel.wrap(made.model, words, name="tiny guard")
+
+
 QUERIES = pd.DataFrame(
     {
         "query_id": [f"q{i}" for i in range(6)],
