@@ -238,7 +238,9 @@ def test_prompts_are_compared_on_the_users_sets_and_judged_by_a_guard_as_well(tm
         out = tmp_path / f"out {name is None}"
         (run,) = run_notebooks(out, queries=mine, heldout=[harmful, both], guard=name and str(name), folder=source)
         assert run.error is None
-        found[name] = pd.read_csv(out / "tables" / "benchmark.csv").set_index(["query_set", "metric", "prompt"])["value"]
+        table = pd.read_csv(out / "tables" / "benchmark.csv")
+        assert set(table["judge"]) == {"published" if name else "string", "exact"}
+        found[name] = table.set_index(["query_set", "metric", "prompt"])["value"]
     string, judged = found.values()
     assert string.index.equals(judged.index)
     assert {name for name, _, _ in string.index} == {"harmful", "both", "facts"}
