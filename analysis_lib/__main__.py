@@ -259,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.command, getattr(args, "action", "")) == ("cache", "prune"):
         if args.older_than is None and args.model is None and args.max_bytes is None and not args.older_formats:
             parser.error("say what to prune: --older-than 30d, --max-bytes 2GB, --model NAME or --older-formats")
+        if args.older_formats and not (args.older_than is None and args.model is None and args.max_bytes is None):
+            parser.error("--older-formats goes alone: it removes whole formats; prune by the other conditions in a second call")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda text, kind, *where: print(_printable(f"{kind.__name__}: {text}"), file=sys.stderr)

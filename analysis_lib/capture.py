@@ -89,6 +89,7 @@ def hidden_states(
     progress: a bar, by default where a terminal or a notebook shows it and something is to be computed.
     Order of rows: prompts outer, queries inner.
     """
+    store = usable(store, model)
     layers = tuple(layers)
     wrong = [i for i in layers if not -1 <= i <= model.n_layers]
     if wrong or not layers or len(set(layers)) < len(layers):
@@ -572,6 +573,18 @@ def peak_bytes(model: ChatModel) -> int:
     except ImportError:
         return 0
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def usable(store: Store | None, model: ChatModel) -> Store | None:
+    """The store, or None with a warning where a forward hook may change what the model computes: no key knows of it."""
+    if store is not None and (name := model.hooked):
+        warnings.warn(
+            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: nothing is read from the store and "
+            "nothing kept; remove the hook for that",
+            stacklevel=3,
+        )
+        return None
+    return store
 
 
 def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> list[list[str]]:

@@ -373,20 +373,18 @@ class ChatModel:
         return digest.hexdigest()
 
     def key_parts(self) -> dict[str, str]:
-        """What a stored row's key says of the model: fingerprint and dtype.
-
-        Raises ChatModelError where a forward hook changes what the model computes: the fingerprint does not cover it.
-        """
-        modules = self.model.named_modules() if "model" in self.__dict__ else ()
-        for name, module in modules:
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                owner = str(getattr(hook, "__module__", ""))
-                if owner.partition(".")[0] not in ("torch", "transformers", "accelerate", "analysis_lib"):
-                    raise ChatModelError(
-                        f"a forward hook on {name or 'the model'} of {self.name!r} changes what it computes, which no key in the store "
-                        "tells; remove the hook, or work without a store"
-                    )
+        """What a stored row's key says of the model: fingerprint and dtype."""
         return {"model": self.fingerprint, "dtype": self.dtype_name}
+
+    @property
+    def hooked(self) -> str:
+        """The first module with a forward hook of the user's, which may change what the model computes; "" without one."""
+        for name, module in self.model.named_modules() if "model" in self.__dict__ else ():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                owner = str(getattr(hook, "__module__", "")).partition(".")[0]
+                if owner not in ("torch", "transformers", "accelerate", "analysis_lib"):
+                    return name or "the model"
+        return ""
 
     @cached_property
     def tokenizer_digest(self) -> str:

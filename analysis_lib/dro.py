@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,12 +33,14 @@ from .capture import (
     plan_rows,
     run_plan,
     shares_prefixes,
+    usable,
 )
 from .chat import ChatModel, ChatModelError, _read_template, study_models
 from .data import load_safety_prompts
 from .space import AnchorSpace, Direction
 from .store import Store, StoreError, row_key
 
+CHECKPOINT_SECONDS = 30.0  # the least time between two checkpoints of a training
 # Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.
 _PUBLISHED = re.compile(r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors")
 
@@ -259,8 +262,9 @@ def train_dro(
 
     Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model). on_step(losses, embeddings) is called after
     each step; when it returns True, training ends and what was learned is returned. Equal inputs give equal results
-    on one machine; with a store, a finished training of equal inputs is read instead of repeated: no weights are loaded and
-    no step is taken.
+    on one machine; with a store, a finished training of equal inputs is read instead of repeated (no weights are loaded and
+    no step is taken), and one that was killed or stopped goes on from the last epoch that ended CHECKPOINT_SECONDS or more after
+    the one kept before it.
     """
     config = config or DROConfig()
     _check_queries(queries, "harmful")
@@ -427,7 +431,10 @@ def _train(
     history: list[dict[str, float]] = []
     batches = list(_shuffled(n, config.batch_size, config.epochs, config.seed))
     bar = Progress(len(batches), label, progress)
-    for step, (epoch, batch) in enumerate(batches, 1):
+    history.extend(kept.resume(config.epochs, soft, optimizer))
+    bar.add(found=len(history))
+    last = time.monotonic()
+    for step, (epoch, batch) in enumerate(batches[len(history) :], len(history) + 1):
         optimizer.zero_grad()
         with model.soft_tokens(soft):
             losses = step_of(batch)
@@ -441,6 +448,13 @@ def _train(
         bar.add(computed=1)
         if on_step is not None and on_step(history[-1], soft.detach().float().cpu().numpy().copy()):
             break
+        ended = step < len(batches) and batches[step][0] > epoch
+        if ended and time.monotonic() - last >= CHECKPOINT_SECONDS:
+            try:
+                kept.keep(epoch, soft, optimizer, history, start.name)
+            except StoreError as error:
+                warnings.warn(f"no checkpoint of the training of {start.name!r} is kept: {error}", stacklevel=3)
+            last = time.monotonic()
     bar.close()
     learned = soft.detach().float().cpu().numpy()
     trained = replace(start, embeddings=learned, config={"method": label, **asdict(config)}, history=pd.DataFrame(history))
@@ -453,10 +467,14 @@ def _train(
 
 
 class _Kept:
-    """A trained soft prompt in the store, under the key of all that its training depends on: its embeddings, then all else."""
+    """A trained soft prompt in the store, under the key of all that its training depends on: its embeddings, then all else.
+
+    While it trains, a checkpoint: soft tokens and the optimizer's two moments, bit for bit, after a row with the history.
+    """
 
     def __init__(self, store: Store | None, method: str, model: ChatModel, prompt: str, config: Any, *inputs: Any):
-        self.store, self.model = store, model
+        self.store, self.model = store, model = usable(store, model), model
+        self.checkpoint: list[str] = []  # keys of the last one
         if store is not None:
             parts = {"kind": "soft_prompt", "method": method, **model.key_parts()}
             ids = model.render(["x"], prompt)[0].ids
@@ -478,6 +496,46 @@ class _Kept:
         row["history"] = pd.DataFrame(**row["history"])
         return SoftPrompt(name, np.stack([found[key] for key in keys]), model=self.model.fingerprint, **row)
 
+    def _checkpoint_key(self, epoch: int) -> str:
+        return row_key(training=self.key, checkpoint=epoch)
+
+    def _checkpoint_keys(self, epoch: int, shape: Sequence[int]) -> list[str]:
+        return [row_key(checkpoint=self._checkpoint_key(epoch), row=i) for i in range(3 * shape[0])]
+
+    def resume(self, epochs: int, soft: torch.Tensor, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+        """Puts the last checkpoint into soft and optimizer; returns the history until there, empty without one."""
+        if self.store is None:
+            return []
+        epoch_of = {self._checkpoint_key(epoch): epoch for epoch in range(epochs, 0, -1)}
+        for key, row in self.store.read_responses(list(epoch_of)).items():
+            keys = self._checkpoint_keys(epoch_of[key], soft.shape)
+            found = self.store.read_states(keys)
+            if len(found) == len(keys):
+                bits = np.stack([found[k] for k in keys]).view(np.float64 if soft.dtype == torch.float64 else np.float32)
+                values, mean, square = torch.from_numpy(bits).to(soft.device).reshape(3, *soft.shape)
+                soft.data.copy_(values)
+                history = pd.DataFrame(**row["history"]).to_dict("records")
+                self.checkpoint = [key, *keys]
+                optimizer.state[soft] = {"step": torch.tensor(float(len(history))), "exp_avg": mean, "exp_avg_sq": square}
+                return history  # type: ignore[return-value]
+        return []
+
+    def keep(
+        self, epoch: int, soft: torch.Tensor, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], name: str
+    ) -> None:
+        """Keeps a checkpoint in place of the last one."""
+        if self.store is None:
+            return
+        key, keys = self._checkpoint_key(epoch), self._checkpoint_keys(epoch, soft.shape)
+        parts = [soft.detach(), *(optimizer.state[soft][part] for part in ("exp_avg", "exp_avg_sq"))]
+        bits = torch.cat(parts).cpu().numpy().view(np.float32)
+        about = {"model": self.model.fingerprint, "model_name": self.model.name, "prompts": [name], "layer": "checkpoint"}
+        row = {"history": pd.DataFrame(history).to_dict("split", index=False)}
+        self.store.write_responses([key], [row], about=about)
+        self.store.write_states(keys, bits, dtype="float32", about=about)
+        self.store.discard(self.checkpoint)
+        self.checkpoint = [key, *keys]
+
     def write(self, soft: SoftPrompt) -> None:
         if self.store is None:
             return
@@ -490,6 +548,7 @@ class _Kept:
             "length": len(soft.embeddings),
         }
         self.store.write_responses([self.key], [row], about=about)
+        self.store.discard(self.checkpoint)
 
 
 def _digest(array: NDArray) -> str:

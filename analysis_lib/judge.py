@@ -82,7 +82,7 @@ def verdict_is_final(text: str) -> bool:
         if paragraph.startswith(LIST_MARKS) or " 1. " in paragraph:
             return True
         paragraphs += 1
-    return paragraphs >= 2 or last.lstrip().startswith(LIST_MARKS) or " 1. " in last.lstrip()
+    return paragraphs >= 2 or last.lstrip().startswith(LIST_MARKS) or " 1. " in last.strip()
 
 
 def published_judge(guard: Judge) -> Judge:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .capture import CHUNK_ROWS, Pack, _check_prompts, _check_queries, _pack_tokens, plan_rows, run_plan, shares_prefixes
+from .capture import CHUNK_ROWS, Pack, _check_prompts, _check_queries, _pack_tokens, plan_rows, run_plan, shares_prefixes, usable
 from .chat import ChatModel, ChatModelError, Prompt, Rendered, load_classifier
 from .judge import BatchJudge, Judge, _phrases
 from .sampling import Settings, sample_rows
@@ -197,6 +197,7 @@ def _reply_log_p(
     store: Store | None,
 ) -> list[np.ndarray]:
     """For each text, the log probability of each of its replies (token ids), float64."""
+    store = usable(store, model)
     rows = model.render(texts, prompt)
     keys = [""] * len(rows)
     found: dict[int, np.ndarray] = {}

@@ -8,8 +8,10 @@ order of floating-point rounding, about one token in a million).
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from .capture import (
     plan_rows,
     run_plan,
     shares_prefixes,
+    usable,
 )
 from .chat import ChatModel, ChatModelError, Prompt, Rendered
 from .store import Store, row_key
@@ -57,17 +60,18 @@ class Settings:
 
 
 def _identity(function: Callable) -> str:
-    """A function's name and, unless it is this library's, the SHA-256 of its source: what a key knows of it."""
+    """A function's name and the SHA-256 of its code, comments and docstring left out: what a key knows of it."""
     name = f"{function.__module__}.{function.__qualname__}"
-    if function.__module__.startswith("analysis_lib."):
-        return name
     try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError) as error:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError) as error:
         raise ValueError(
             f"the source of stop_when {name!r} cannot be read ({error}), and is part of the stored responses' key; put it into a module"
         ) from error
-    return f"{name}:{hashlib.sha256(source.encode()).hexdigest()}"
+    body = tree.body[0].body if isinstance(tree.body[0], ast.FunctionDef) else []
+    if len(body) > 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        del body[0]
+    return f"{name}:{hashlib.sha256(ast.unparse(tree).encode()).hexdigest()}"
 
 
 def sample_responses(
@@ -135,6 +139,7 @@ def sample_rows(
     name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand for. done(found=n) or
     done(computed=n) is called as they come.
     """
+    store = usable(store, model)
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
     keys: list[list[str]] = []
     if store is not None:

@@ -4,7 +4,7 @@ Layout, under the store's folder (``--store``, else ``ANALYSIS_LIB_STORE``, else
 
     v1/states/<name>.safetensors    one committed batch: tensor ``states`` (n, d) in BF16, F16 or F32
     v1/responses/<name>.jsonl       one committed batch: a header line, then one line {"key", "row"} per row
-    v1/writing/<host>.<pid>...      files not yet committed, and one journal per process that names what it committed
+    v1/writing/<host>.<pid>-<start>...  files not yet committed, and one journal per process that names what it committed
 
 The header of a batch (the safetensors header, or the first line) lists under ``analysis_lib.store.v1`` the key and the
 SHA-256 of every row, and what the batch is about. ``<name>`` is the SHA-256 of that header, so the name covers every byte
@@ -17,7 +17,12 @@ not seen, and lists the folder again at every request. An index file would have 
 shared folders whose file locks cannot be trusted; reading headers costs about 0.05 ms a file (bench/faults.py --speed), once
 per process, and `compact` brings the number of files down.
 
-Two batches may hold the same key (two processes computed the same row); the one committed first is used, by everybody.
+Two batches may hold the same key (two processes computed the same row). Of several copies of a row, the one with the smallest
+checksum is used, and where it is damaged the next one: everybody takes the same, whatever the times of the files, the machines,
+the order in which stores were merged, and before and after `compact`. A file's time is its age for `ls` and `prune`, no more.
+
+There is no earlier format yet, so nothing to migrate: rows of another version than `FORMAT_VERSION` are refused (earlier) or
+told of (newer), never read.
 """
 
 from __future__ import annotations
@@ -28,8 +33,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
+import stat
 import time
 import uuid
 import warnings
@@ -50,9 +57,9 @@ FORMAT_VERSION = 1
 _SUFFIX = {"states": ".safetensors", "responses": ".jsonl"}
 _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 _KEY = re.compile(r"[0-9a-f]{64}")
-_WRITING = re.compile(r"[A-Za-z0-9-]+\.\d+\.([0-9a-f]+\.)?(journal|tmp)")
+_KEYS = re.compile(r"(?:[0-9a-f]{64} )+")
+_WRITING = re.compile(r"[A-Za-z0-9-]+\.[1-9][0-9]*(-[0-9]+)?\.([0-9a-f]+\.)?(journal|tmp)")
 _DAY = 86400.0
-_CERTIFICATE = {"way", "checked", "max_abs", "max_rel"}
 _REPORT = ["kind", "file", "model", "rows", "bytes", "age_days", "action"]
 
 
@@ -65,15 +72,25 @@ class StoreFormatError(StoreError):
 
 
 class StoreDamage(UserWarning):
-    """Kept rows failed their checksum; they are not used, and computed again by whoever needs them."""
+    """Kept rows failed their checksum; they are not used, and computed again by whoever needs them.
+
+    The file is always named; its keys too, unless the damage is in the header and hits a key itself.
+    """
 
 
 class _Damaged(Exception):
-    """Why a file cannot be used."""
+    """Why a file, or a row of it, cannot be used."""
+
+    advice = "`python -m analysis_lib cache compact` drops what is damaged"
 
 
 class _Unreadable(_Damaged):
     """The system refuses to read the file now; its content may be sound."""
+
+    advice = "`compact` leaves it alone: mend its permissions or its disk, or move it out of the store"
+
+
+_BAD_ROWS = _Damaged("rows fail their checksum, or are none of this store")
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys
@@ -115,6 +132,9 @@ def _check_part(name: str, value: Any) -> None:
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
+_Stat = tuple[int, int, int]  # bytes, modification time in ns, inode: the same only for the same committed file
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
     """The verified header of one committed file."""
@@ -122,11 +142,12 @@ class _Batch:
     kind: str
     path: Path
     keys: Sequence[str]  # n
+    row: Mapping[str, int]  # key -> its row
     digests: Sequence[str]  # n, hex SHA-256 of each row's bytes
     offsets: Sequence[int]  # n + 1, where rows begin and end in the file
     about: Mapping[str, Any]
     dtype: str  # "" for responses
-    stat: tuple[int, int, int]
+    stat: _Stat
 
     @property
     def size(self) -> int:
@@ -138,8 +159,12 @@ class _Batch:
         return self.stat[1]
 
     def age(self) -> tuple[int, str]:
-        """Sorts batches from the one committed first."""
+        """Sorts batches from the oldest."""
         return self.mtime_ns, self.path.name
+
+    def rank(self, key: str) -> tuple[str, str]:
+        """Sorts the copies of a row from the one to use. Equal ranks hold the same row."""
+        return self.digests[self.row[key]], self.dtype
 
     @property
     def group(self) -> tuple:
@@ -148,8 +173,7 @@ class _Batch:
         return self.kind, str(self.about.get("model", "")), self.dtype, width
 
 
-def _stat(result: os.stat_result) -> tuple[int, int, int]:
-    """(bytes, modification time in ns, inode): the same only for the same committed file."""
+def _stat(result: os.stat_result) -> _Stat:
     return result.st_size, result.st_mtime_ns, result.st_ino
 
 
@@ -191,31 +215,57 @@ def _responses_head(keys: Sequence[str], rows: Sequence[bytes], about: Mapping) 
 def _read_head(kind: str, path: Path) -> _Batch:
     """Header of a committed file. Raises _Damaged, FileNotFoundError."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would be to wait
+            raise _Unreadable("is no regular file")
         with open(path, "rb") as file:
-            stat = _stat(os.fstat(file.fileno()))
-            head = _head_bytes(kind, file, stat[0])
-    except FileNotFoundError:
+            found = _stat(os.fstat(file.fileno()))
+            head = _head_bytes(kind, file, found[0])
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise _Unreadable("is a link to nothing") from error
         raise
     except OSError as error:
         raise _Unreadable(f"cannot be read ({error.strerror})") from error
     if _digest(head) != path.name.split(".")[0]:
         raise _Damaged("header does not match its name")
-    try:  # what follows is as it was written; only another program could have named such a file
-        parsed = json.loads(head[8:] if kind == "states" else head)
-        meta = json.loads(parsed["__metadata__"][_tag()]) if kind == "states" else parsed[_tag()]
-        keys, digests, n = meta["keys"], meta["sha256"], len(meta["keys"])
-        dtype = ""
-        offsets: Sequence[int]
-        if kind == "states":
-            tensor = parsed["states"]
-            dtype = next(name for name, (code, _) in _DTYPES.items() if code == tensor["dtype"])
-            width = tensor["shape"][1] * _DTYPES[dtype][1]
-            offsets = range(len(head), len(head) + n * width + 1, width)
-        else:
-            offsets = list(accumulate(meta["sizes"], initial=len(head)))
-        return _Batch(kind, path, keys, digests, offsets, meta["about"], dtype, stat)
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise _Damaged(f"not a batch of this store ({error!r})") from error
+    try:
+        return _Batch(kind, path, *_parse_head(kind, head), found)
+    except (KeyError, TypeError, ValueError, StopIteration, RecursionError) as error:
+        raise _Damaged(f"not a batch of this store ({error!r:.120})") from error
+
+
+def _parse_head(kind: str, head: bytes) -> tuple[list[str], dict[str, int], list[str], Sequence[int], dict[str, Any], str]:
+    """(keys, row, digests, offsets, about, dtype). What is not as this store writes it, another program has written: raises."""
+    parsed = json.loads(head[8:] if kind == "states" else head)
+    meta = json.loads(parsed["__metadata__"][_tag()]) if kind == "states" else parsed[_tag()]
+    keys, digests, about = meta["keys"], meta["sha256"], meta["about"]
+    n, dtype = len(keys), ""
+    for what in (keys, digests):
+        if type(what) is not list or not _KEYS.fullmatch(joined := " ".join([*what, ""])) or len(joined) != 65 * n:
+            raise ValueError("keys and sha256 must be as many hex digests each")
+    row = dict(zip(keys, range(n)))
+    if len(row) != n or type(about) is not dict or _depth(about) > 20:
+        raise ValueError("a key occurs twice, or `about` is no plain dict")
+    offsets: Sequence[int]
+    if kind == "states":
+        tensor = parsed["states"]
+        dtype = next(name for name, (code, _) in _DTYPES.items() if code == tensor["dtype"])
+        rows, columns = tensor["shape"]
+        width = columns * _DTYPES[dtype][1]
+        if columns < 1 or rows != n or tensor["data_offsets"] != [0, n * width]:
+            raise ValueError(f"shape {tensor['shape']} for {n} keys")
+        offsets = range(len(head), len(head) + n * width + 1, width)
+    else:
+        sizes = meta["sizes"]
+        if len(sizes) != n or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError("sizes must be as many numbers as there are keys")
+        offsets = list(accumulate(sizes, initial=len(head)))
+    return keys, row, digests, offsets, about, dtype
+
+
+def _depth(value: dict | list) -> int:
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max([_depth(item) for item in inner if isinstance(item, (dict, list))], default=0)
 
 
 def _head_bytes(kind: str, file: BinaryIO, size: int) -> bytes:
@@ -229,15 +279,22 @@ def _head_bytes(kind: str, file: BinaryIO, size: int) -> bytes:
 
 
 def _read_rows(batch: _Batch, rows: Iterable[int]) -> Iterator[tuple[int, bytes | None]]:
-    """(row, bytes), bytes None where the checksum fails. Raises FileNotFoundError."""
+    """(row, bytes), bytes None where the row is damaged. Raises _Unreadable, FileNotFoundError."""
     try:
         with open(batch.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             for row in sorted(rows):
                 start, end = batch.offsets[row], batch.offsets[row + 1]
+                if end > size:  # cut short, or another program's header that promises what is not there
+                    yield row, None
+                    continue
                 if file.tell() != start:
                     file.seek(start)
                 data = file.read(end - start)
-                yield row, data if _digest(data) == batch.digests[row] else None
+                sound = _digest(data) == batch.digests[row]
+                if sound and batch.kind == "responses":
+                    sound = _is_response(batch.keys[row], data)
+                yield row, data if sound else None
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -285,6 +342,14 @@ def _encode_response(key: str, row: Mapping[str, Any]) -> bytes:
     return line.encode("ascii") + b"\n"
 
 
+def _is_response(key: str, data: bytes) -> bool:
+    try:
+        line = json.loads(data)
+        return line["key"] == key and type(line["row"]) is dict
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
+
+
 def _merge_about(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What batches have in common; a field in which they differ becomes the list of its values."""
     merged: dict[str, Any] = {}
@@ -305,13 +370,45 @@ def _values(abouts: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
     return list(seen.values())
 
 
+def _certificates(abouts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The distinct parity certificates of batches; none of another program's."""
+    return [
+        value
+        for value in _values(abouts, "certificate")
+        if isinstance(value, dict)
+        and isinstance(value.get("way"), str)
+        and all(type(value.get(name)) in (int, float) for name in ("checked", "max_abs", "max_rel"))
+    ]
+
+
+def _sum_up(certificates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One certificate for several, at least one: every way, rows checked in all, the largest differences."""
+    return {
+        "way": ", ".join(dict.fromkeys(one["way"] for one in certificates)),
+        "checked": sum(one["checked"] for one in certificates),
+        "max_abs": max(one["max_abs"] for one in certificates),
+        "max_rel": max(one["max_rel"] for one in certificates),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------- store
 
 
 def default_folder() -> Path:
-    """``ANALYSIS_LIB_STORE``, else the folder for caches by the platform's convention."""
-    place = os.environ.get("ANALYSIS_LIB_STORE")
-    return Path(place).expanduser() if place else platformdirs.user_cache_path("analysis_lib") / "store"
+    """``ANALYSIS_LIB_STORE``, else the folder for caches by the platform's convention; absolute. Raises StoreError."""
+    return _absolute(os.environ.get("ANALYSIS_LIB_STORE") or platformdirs.user_cache_path("analysis_lib") / "store")
+
+
+def _absolute(folder: Path | str) -> Path:
+    try:
+        place = Path(folder).expanduser().absolute()
+        with contextlib.suppress(OSError):
+            os.stat(place)
+    except (RuntimeError, ValueError, OSError) as error:  # no such user, no possible path, no current folder
+        raise StoreError(
+            f"the store's folder {str(folder)!r} cannot be a path ({error}); write it in full with --store or ANALYSIS_LIB_STORE"
+        ) from error
+    return place
 
 
 def parse_days(text: str) -> float:
@@ -327,7 +424,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
     if not match:
         raise ValueError(f"{text!r} is not a size; write 500MB or 2GB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+    size = float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
+    if size == float("inf"):
+        raise ValueError("no store is that large; write 500MB or 2GB")
+    return int(size)
 
 
 @dataclass
@@ -335,22 +435,28 @@ class _Index:
     """What this process knows of the files of one kind."""
 
     batches: dict[str, _Batch] = field(default_factory=dict)  # by file name
-    damaged: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # file name -> its stat, when its header was bad
+    damaged: dict[str, _Stat] = field(default_factory=dict)  # file name -> its stat, when its header was bad
     where: dict[str, _Batch] = field(default_factory=dict)  # key -> a batch that holds it
-    copies: dict[str, list[_Batch]] = field(default_factory=dict)  # key -> all of them, where there are several
+    several: dict[str, list[_Batch]] = field(default_factory=dict)  # key -> all of them, where there are more
 
     def enter(self, batch: _Batch) -> None:
-        for key in batch.keys:
-            if key in self.where:
-                self.copies.setdefault(key, [self.where[key]]).append(batch)
+        for key in batch.row.keys() & self.where.keys():
+            self.several.setdefault(key, [self.where[key]]).append(batch)
         self.where.update(dict.fromkeys(batch.keys, batch))
+
+    def copies(self, key: str) -> list[_Batch]:
+        """The batches that hold a kept row, the one to use first."""
+        return sorted(self.several[key], key=lambda batch: batch.rank(key)) if key in self.several else [self.where[key]]
 
 
 class Store:
-    """Rows kept in a folder, by key. Nothing is created before the first write; several processes may share one folder."""
+    """Rows kept in a folder, by key. Nothing is created before the first write; several processes may share one folder.
+
+    Raises StoreError where the folder cannot be a path; one that cannot be read or written, at the first use.
+    """
 
     def __init__(self, folder: Path | str | None = None) -> None:
-        self.folder = Path(folder).expanduser() if folder is not None else default_folder()
+        self.folder = _absolute(folder) if folder is not None else default_folder()
         self._index = {kind: _Index() for kind in _SUFFIX}
 
     def __repr__(self) -> str:
@@ -382,11 +488,10 @@ class Store:
         found = {}
         for key in keys:
             if key in index.where:
-                batches = index.copies.get(key, [index.where[key]])
+                batches = index.copies(key)
                 names = tuple(batch.path.name for batch in batches)
                 if names not in known:
-                    values = _values([batch.about for batch in batches], "certificate")
-                    known[names] = [c for c in values if isinstance(c, dict) and _CERTIFICATE <= c.keys()]
+                    known[names] = _certificates(batch.about for batch in batches)
                 found[key] = known[names]
         return found
 
@@ -420,17 +525,40 @@ class Store:
         lines = [_encode_response(key, row) for key, row in zip(keys, rows, strict=True)]
         self._commit("responses", _responses_head(keys, lines, _about(about)), lines)
 
+    def discard(self, keys: Iterable[str]) -> None:
+        """Remove the batches that hold nothing but these rows: steps towards what has been kept since.
+
+        What another live process has committed stays.
+        """
+        gone = set(keys)
+        for kind, index in self._index.items():
+            self._scan(kind)
+            found = [batch for batch in index.batches.values() if gone.issuperset(batch.keys)]
+            in_use = self._in_use() if found else {}
+            for batch in found:
+                if batch.path.name not in in_use:
+                    _remove_unchanged(batch.path, batch.stat)
+
     # -- the shelves
 
     def ls(self) -> pd.DataFrame:
-        """One row per kind, model and dtype: rows (distinct keys), files, bytes, prompts, layers, certificates, dates."""
+        """One row per kind, model and dtype: rows (distinct keys), files, bytes, prompts, layers, certificates, dates.
+
+        certificates: one summary; certificates that are equal count once (the layers of a batch share theirs). Warns of a
+        newer format's folder.
+        """
+        if newer := self._formats(newer=True):
+            warnings.warn(
+                f"{newer[0]} is of a newer format, of which nothing is shown; update analysis_lib to use it", stacklevel=2
+            )
         groups: dict[tuple, list[_Batch]] = defaultdict(list)
         for batch in self._all_batches():
             groups[batch.group[:3]].append(batch)
         table = []
         for (kind, model, dtype), batches in sorted(groups.items()):
             abouts = [batch.about for batch in batches]
-            times = [pd.Timestamp(batch.mtime_ns, unit="ns", tz="UTC").floor("s") for batch in batches]
+            times = [pd.Timestamp(batch.mtime_ns // 10**9, unit="s", tz="UTC") for batch in batches]
+            checks = _certificates(abouts)
             table.append(
                 {
                     "kind": kind,
@@ -442,7 +570,11 @@ class Store:
                     "rows": len({key for batch in batches for key in batch.keys}),
                     "files": len(batches),
                     "bytes": sum(batch.size for batch in batches),
-                    "certificates": "; ".join(map(_dump, _values(abouts, "certificate"))),
+                    "certificates": "{way}: {checked} checked, max_abs {max_abs:.3g}, max_rel {max_rel:.3g}".format(
+                        **_sum_up(checks)
+                    )
+                    if checks
+                    else "",
                     "first_written": min(times),
                     "last_written": max(times),
                 }
@@ -451,7 +583,7 @@ class Store:
         return pd.DataFrame(table, columns=columns.split())
 
     def info(self) -> dict[str, Any]:
-        """Folder, format, counts, bytes, models, parity certificates (with their model), damage, unfinished files."""
+        """Folder, formats, counts, bytes, models, one parity certificate per model (as in `ls`), damage, unfinished files."""
         batches = self._all_batches()
         counts = {
             f"{kind}_{what}": value
@@ -462,23 +594,22 @@ class Store:
                 ("bytes", sum(batch.size for batch in batches if batch.kind == kind)),
             )
         }
-        certificates = {
-            _dump(entry): entry
-            for batch in batches
-            for certificate in _values([batch.about], "certificate")
-            for entry in [{"model": batch.about.get("model"), "certificate": certificate}]
-        }
+        models: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for batch in batches:
+            models[str(batch.about.get("model", ""))].append(batch.about)
+        checks = {model: _certificates(abouts) for model, abouts in models.items()}
         writing = self._leftovers()
         return {
             "folder": str(self.folder),
             "format": FORMAT_VERSION,
+            "newer_formats": [folder.name for folder in self._formats(newer=True)],
             **counts,
             "bytes": sum(batch.size for batch in batches),
-            "models": _values([batch.about for batch in batches], "model"),
-            "certificates": list(certificates.values()),
+            "models": sorted(models.keys() - {""}),
+            "certificates": [{"model": model, "certificate": _sum_up(found)} for model, found in checks.items() if found],
             "damaged_headers": sum(len(index.damaged) for index in self._index.values()),
             "unfinished_files": sum(path.suffix == ".tmp" for path in writing),
-            "live_writers": len({_process(path) for path in writing if path.suffix == ".journal" and _alive(path)}),
+            "live_writers": len({_process_of(path) for path in writing if path.suffix == ".journal" and _alive(path)}),
         }
 
     def verify(self) -> pd.DataFrame:
@@ -496,11 +627,7 @@ class Store:
                     report["bad_rows"] = len(report["bad_keys"])
                     trailing = batch.size - batch.offsets[-1]
                     report["status"] = (
-                        "rows fail their checksum"
-                        if report["bad_rows"]
-                        else f"{trailing} bytes too many"
-                        if trailing > 0
-                        else "ok"
+                        str(_BAD_ROWS) if report["bad_rows"] else f"{trailing} bytes too many" if trailing > 0 else "ok"
                     )
                 except _Damaged as reason:
                     report["status"] = str(reason)
@@ -520,23 +647,27 @@ class Store:
 
         older_than: committed more than so many days ago. model: the model's name or the beginning of its fingerprint.
         max_bytes: oldest first, until the store holds at most so many bytes. older_formats: everything of earlier format
-        versions instead. What another live process has committed or is writing stays. One row per batch (or leftover) that
-        meets the conditions: kind, file, model, rows, bytes, age_days, action. Raises ValueError without any condition, and
+        versions instead. What another live process has committed or is writing stays; a process of another machine counts as
+        live for a day after its last commit. One row per batch (or leftover) that meets the conditions: kind, file, model,
+        rows, bytes, age_days, action. Raises ValueError without any condition or with older_formats and another, and
         StoreError where no batch is of that model.
         """
+        conditions = (older_than, model, max_bytes)
         if older_formats:
+            if conditions != (None, None, None):
+                raise ValueError("older_formats goes without another condition: prune earlier formats first, then the rest")
             return self._prune_older(dry_run)
-        if (older_than is None and model is None and max_bytes is None) or model == "":
+        if conditions == (None, None, None) or model == "":
             raise ValueError("say what to prune: older_than=days, model=name, max_bytes=n or older_formats=True")
         now = time.time()
         batches = self._all_batches()
 
         def of_model(batch: _Batch) -> bool:
             about = batch.about
-            return model is None or about.get("model_name", "") == model or str(about.get("model", "")).startswith(model)
+            return model is None or model in _values([about], "model_name") or str(about.get("model", "")).startswith(model)
 
         if not any(map(of_model, batches)) and model is not None:
-            names = sorted({str(batch.about.get("model_name", "")) for batch in batches} - {""})
+            names = sorted(map(str, _values([batch.about for batch in batches], "model_name")))
             raise StoreError(f"{self.folder} holds nothing of a model {model!r}; it has {', '.join(names) or 'no model at all'}")
         in_use = self._in_use()  # after the listing: a journal names a file before it appears
         excess = sum(batch.size for batch in batches) - max_bytes if max_bytes is not None else 0
@@ -552,7 +683,8 @@ class Store:
             report: dict[str, Any] = {"kind": batch.kind, "file": batch.path.name, "model": batch.about.get("model", "")}
             report |= {"rows": len(batch.keys), "bytes": batch.size, "age_days": age}
             if batch.path.name in in_use:
-                report["action"] = "kept: in use by process {1} on {0}".format(*in_use[batch.path.name].split("."))
+                host, process = in_use[batch.path.name].split(".")
+                report["action"] = f"kept: in use by process {process.partition('-')[0]} on {host}"
             elif dry_run or _remove_unchanged(batch.path, batch.stat):
                 report["action"] = "would remove" if dry_run else "removed"
                 excess -= batch.size
@@ -576,13 +708,13 @@ class Store:
         for kind, name in [(kind, name) for kind, index in self._index.items() for name in index.damaged]:
             path = self._root / kind / name
             try:
-                stat = _stat(path.stat())
+                seen = _stat(path.stat())
                 _read_head(kind, path)
             except (FileNotFoundError, _Unreadable):
                 continue
             except _Damaged:
-                _remove_unchanged(path, stat)
-                row = {"kind": kind, "model": "", "dtype": "", "files_before": 1, "files_after": 0, "bytes_before": stat[0]}
+                _remove_unchanged(path, seen)
+                row = {"kind": kind, "model": "", "dtype": "", "files_before": 1, "files_after": 0, "bytes_before": seen[0]}
                 table.append(row | {"rows": 0, "bytes_after": 0})
         columns = "kind model dtype files_before files_after rows dropped_rows bytes_before bytes_after"
         return pd.DataFrame([row for row in table if row], columns=columns.split())
@@ -609,23 +741,27 @@ class Store:
         return [name for name in self._listing(kind) if name.endswith(suffix) and _KEY.fullmatch(name.removesuffix(suffix))]
 
     def _all_batches(self) -> list[_Batch]:
-        """Every sound batch as it lies there now, the one committed first at the front."""
+        """Every sound batch as it lies there now, the oldest at the front."""
         self._index = {kind: _Index() for kind in _SUFFIX}  # a file may have been replaced by a sound copy of itself
         for kind in _SUFFIX:
             self._scan(kind)
         batches = [batch for index in self._index.values() for batch in index.batches.values()]
         return sorted(batches, key=_Batch.age)
 
-    def _older(self) -> list[Path]:
-        versions = [self.folder / f"v{version}" for version in range(FORMAT_VERSION)]
-        return [folder for folder in versions if folder.is_dir()]
+    def _formats(self, *, newer: bool) -> list[Path]:
+        """Folders of other format versions, in order."""
+        found = {}
+        with contextlib.suppress(OSError):  # what reads or writes next says what is wrong
+            found = {int(name[1:]): name for name in os.listdir(self.folder) if re.fullmatch("v(0|[1-9][0-9]{0,3})", name)}
+        versions = [version for version in sorted(found) if (version > FORMAT_VERSION if newer else version < FORMAT_VERSION)]
+        return [self.folder / found[version] for version in versions if os.path.isdir(self.folder / found[version])]
 
     def _refuse_older(self) -> None:
-        if older := self._older():
+        if older := self._formats(newer=False):
             raise StoreFormatError(
-                f"{older[0]} holds rows of an earlier format, whose keys this version (format {FORMAT_VERSION}) cannot ask "
-                f"for; remove them with `python -m analysis_lib cache prune --older-formats --store {self.folder}`, or "
-                "choose another folder with --store or ANALYSIS_LIB_STORE"
+                f"{older[0]} holds rows of an earlier format, whose keys this version (format {FORMAT_VERSION}) cannot ask for; "
+                f"remove them with `python -m analysis_lib cache prune --older-formats --store {shlex.quote(str(self.folder))}`, "
+                "or choose another folder with --store or ANALYSIS_LIB_STORE"
             )
 
     def _scan(self, kind: str) -> None:
@@ -637,7 +773,7 @@ class Store:
             names = set(self._files(kind))
             if gone := index.batches.keys() - names:
                 index.batches = {name: batch for name, batch in index.batches.items() if name not in gone}
-                index.where, index.copies = {}, {}
+                index.where, index.several = {}, {}
                 for batch in index.batches.values():
                     index.enter(batch)
             index.damaged = {name: entry for name, entry in index.damaged.items() if name in names}
@@ -655,15 +791,15 @@ class Store:
     def _learn(self, kind: str, name: str) -> None:
         index, path = self._index[kind], self._root / kind / name
         try:
-            if name in index.damaged and index.damaged[name] == _stat(path.stat()):
+            if name in index.damaged and index.damaged[name] == _stat(path.lstat()):
                 return
             batch = _read_head(kind, path)
         except FileNotFoundError:
             return
         except _Damaged as reason:
             with contextlib.suppress(FileNotFoundError):
-                index.damaged[name] = _stat(path.stat())
-            _warn(path, str(reason), _keys_in_damaged_head(path))
+                index.damaged[name] = _stat(path.lstat())
+            _warn(path, reason, [] if isinstance(reason, _Unreadable) else _keys_in_damaged_head(path))
             return
         index.batches[name] = batch
         index.enter(batch)
@@ -671,35 +807,33 @@ class Store:
     def _fetch(self, kind: str, keys: Sequence[str]) -> dict[str, tuple[_Batch, bytes]]:
         """Verified bytes of the rows that are kept."""
         index, found = self._index[kind], dict[str, tuple[_Batch, bytes]]()
-        bad: dict[str, tuple[_Batch, str]] = {}
+        bad: dict[str, tuple[_Batch, _Damaged]] = {}
         for _ in range(3):
             self._scan(kind)
             bad, vanished, turn = {}, False, 0
             todo = [key for key in dict.fromkeys(keys) if key not in found and key in index.where]
-            while todo:  # copies of a row, the one committed first at the first turn
-                wanted: dict[_Batch, list[str]] = defaultdict(list)
+            while todo:  # copies of a row, the one to use at the first turn
+                wanted: dict[_Batch, dict[int, str]] = defaultdict(dict)
                 for key in todo:
-                    copies = sorted(index.copies[key], key=_Batch.age) if key in index.copies else [index.where[key]]
+                    copies = index.copies(key)
                     if turn < len(copies):
-                        wanted[copies[turn]].append(key)
+                        wanted[copies[turn]][copies[turn].row[key]] = key
                 for batch, names in wanted.items():
-                    row_of = {key: row for row, key in enumerate(batch.keys)}
-                    rows = {row_of[key]: key for key in names}
                     try:
-                        for row, data in _read_rows(batch, rows):
+                        for row, data in _read_rows(batch, names):
                             if data is None:
-                                bad[rows[row]] = batch, "rows fail their checksum"
+                                bad[names[row]] = batch, _BAD_ROWS
                             else:
-                                found[rows[row]] = batch, data
+                                found[names[row]] = batch, data
                     except FileNotFoundError:
                         vanished = True
                     except _Damaged as reason:
-                        bad |= {key: (batch, str(reason)) for key in names if key not in found}
-                todo = [key for names in wanted.values() for key in names if key not in found]
+                        bad |= {key: (batch, reason) for key in names.values() if key not in found}
+                todo = [key for names in wanted.values() for key in names.values() if key not in found]
                 turn += 1
             if not vanished:  # else compacted or pruned since the listing: look again
                 break
-        failed: dict[tuple[_Batch, str], list[str]] = defaultdict(list)
+        failed: dict[tuple[_Batch, _Damaged], list[str]] = defaultdict(list)
         for key, where in bad.items():
             if key not in found:
                 failed[where].append(key)
@@ -714,14 +848,14 @@ class Store:
         self._refuse_older()
         name = _digest(head) + _SUFFIX[kind]
         writing, target = self._root / "writing", self._root / kind / name
-        process = f"{_host()}.{os.getpid()}"
+        process = _this_process()
         temporary = writing / f"{process}.{uuid.uuid4().hex}.tmp"
         try:
             writing.mkdir(parents=True, exist_ok=True)
             target.parent.mkdir(exist_ok=True)
             for user in [process, *(f"{user}.{uuid.uuid4().hex}" for user in users)]:
                 with open(writing / f"{user}.journal", "a", encoding="ascii") as journal:
-                    journal.write(name + "\n")
+                    journal.write(f"\n{name}\n")  # a full disk may have left half a line before
             with open(temporary, "wb") as file:
                 file.write(head)
                 file.writelines(rows)
@@ -763,38 +897,44 @@ class Store:
         return n > 0
 
     def _in_use(self) -> dict[str, str]:
-        """{file name: "host.pid"} of what other live processes have committed."""
+        """{file name: "host.pid-start"} of what other live processes have committed."""
         used: dict[str, str] = {}
         for path in self._leftovers():
-            if path.suffix == ".journal" and _alive(path) and _process(path) != f"{_host()}.{os.getpid()}":
+            process = _process_of(path)
+            if path.suffix == ".journal" and process != _this_process() and _alive(path):
                 with contextlib.suppress(FileNotFoundError):
-                    used |= dict.fromkeys(path.read_text(encoding="ascii").split(), _process(path))
+                    used |= dict.fromkeys(path.read_text(encoding="ascii", errors="replace").split(), process)
         return used
 
     def _leftovers(self) -> list[Path]:
-        return [self._root / "writing" / name for name in self._listing("writing") if _WRITING.fullmatch(name)]
+        writing = self._root / "writing"
+        names = [name for name in self._listing("writing") if _WRITING.fullmatch(name)]
+        return [writing / name for name in names if os.path.isfile(writing / name)]
 
     def _sweep(self, dry_run: bool) -> list[dict[str, Any]]:
         """Remove what dead processes left in writing/."""
         table = []
         for path in self._leftovers():
             with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
+                left = path.stat()
                 if not _alive(path):
                     if not dry_run:
                         _unlink(path)
-                    age = (time.time() - stat.st_mtime) / _DAY
-                    row = {"kind": "writing", "file": path.name, "bytes": stat.st_size, "age_days": age, "rows": 0}
+                    age = (time.time() - left.st_mtime) / _DAY
+                    row = {"kind": "writing", "file": path.name, "bytes": left.st_size, "age_days": age, "rows": 0}
                     table.append(row | {"model": "", "action": "would remove" if dry_run else "removed"})
         return table
 
     def _prune_older(self, dry_run: bool) -> pd.DataFrame:
         table = []
-        for folder in self._older():
+        for folder in self._formats(newer=False):
             files = [path for path in folder.rglob("*") if path.is_file()]
             row = {"kind": "format", "file": folder.name, "bytes": sum(path.stat().st_size for path in files)}
             if not dry_run:
-                shutil.rmtree(folder)
+                try:
+                    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+                except OSError as error:
+                    raise StoreError(f"cannot remove {folder}: {error.strerror}; mend the folder's permissions") from error
             table.append(row | {"action": "would remove" if dry_run else "removed"})
         return pd.DataFrame(table, columns=_REPORT)
 
@@ -804,7 +944,7 @@ class Store:
         counts = dict.fromkeys(["files_before", "files_after", "rows", "dropped_rows", "bytes_before", "bytes_after"], 0)
         taken: list[_Batch] = []
         rows: dict[str, bytes] = {}
-        elsewhere: set[str] = set()
+        rank: dict[str, tuple[str, str]] = {}  # key -> that of its best copy so far, among `rows` and in files that stay
         poor = 0
 
         def flush() -> None:
@@ -829,25 +969,26 @@ class Store:
                     counts["bytes_before"] += batch.size
                 counts["rows"] += len(rows)
                 counts["dropped_rows"] += poor
-            elsewhere.update(rows)
             taken, rows, poor = [], {}, 0
 
         for batch in batches:
             try:
-                read = {batch.keys[row]: data for row, data in _read_rows(batch, range(len(batch.keys)))}
+                read = dict(_read_rows(batch, range(len(batch.keys))))
             except (FileNotFoundError, _Damaged):  # gone meanwhile, or the disk cannot give it now
                 continue
-            good = {key: data for key, data in read.items() if data is not None}
-            if len(good) == len(read) and batch.size > max_bytes / 2:
-                elsewhere.update(good)
-                continue
-            if taken and sum(one.size for one in taken) + batch.size > max_bytes:
-                flush()
-            taken.append(batch)
-            poor += len(read) - len(good)
-            for key, data in good.items():
-                if key not in elsewhere:
-                    rows.setdefault(key, data)
+            good = {row: data for row, data in read.items() if data is not None}
+            stays = len(good) == len(read) and batch.size > max_bytes / 2
+            if not stays:
+                if taken and sum(one.size for one in taken) + batch.size > max_bytes:
+                    flush()
+                taken.append(batch)
+                poor += len(read) - len(good)
+            for row, data in good.items():
+                key = batch.keys[row]
+                if key not in rank or batch.rank(key) < rank[key]:
+                    rank[key] = batch.rank(key)
+                    if not stays:
+                        rows[key] = data
         flush()
         return {"kind": kind, "model": model, "dtype": dtype, **counts} if counts["files_before"] else {}
 
@@ -866,11 +1007,10 @@ def _keys_in_damaged_head(path: Path) -> list[str]:
     return [key.decode() for key in re.findall(rb"[0-9a-f]{64}", keys)]
 
 
-def _warn(path: Path, why: str, keys: Sequence[str]) -> None:
+def _warn(path: Path, why: _Damaged, keys: Sequence[str]) -> None:
     named = ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
     warnings.warn(
-        f"{path}: {why}; not used and to be computed again: {named or 'rows that cannot be made out'}. "
-        "`python -m analysis_lib cache compact` drops damaged rows",
+        f"{path}: {why}; not used and to be computed again: {named or 'rows that cannot be made out'}. {why.advice}",
         StoreDamage,
         stacklevel=2,
     )
@@ -893,10 +1033,10 @@ def _unlink(path: Path) -> None:
         raise StoreError(f"cannot remove {path}: {error.strerror}; mend the folder's permissions") from error
 
 
-def _remove_unchanged(path: Path, stat: tuple[int, int, int]) -> bool:
+def _remove_unchanged(path: Path, seen: _Stat) -> bool:
     """Unlink, unless another process has put a sound copy in the file's place. Whether the file is gone."""
     try:
-        if _stat(path.stat()) != stat:
+        if _stat(path.stat()) != seen:
             return False
         _unlink(path)
     except FileNotFoundError:
@@ -905,16 +1045,33 @@ def _remove_unchanged(path: Path, stat: tuple[int, int, int]) -> bool:
 
 
 def _host() -> str:
-    """This machine and process-id space; containers may share a host name, and process ids mean nothing between them."""
-    try:
+    """This machine since it was started, and its process-id space: process ids mean nothing outside of them.
+
+    Machines and containers may share a host name.
+    """
+    boot, space = "", 0
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:8]
         space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        space = 0
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + f"-{space}"
+    return re.sub(r"[^A-Za-z0-9-]", "-", f"{socket.gethostname()}-{boot}-{space}")
 
 
-def _process(path: Path) -> str:
-    """The "host.pid" that a file in writing/ is named after."""
+def _started(pid: int) -> int:
+    """When a process was started, in clock ticks since its machine was; 0 where the system does not tell, -1 if it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return -1 if state == b"Z" else int(fields[18])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _this_process() -> str:
+    """The name of this process's files in writing/: "host.pid-start", since process ids are used again."""
+    return f"{_host()}.{os.getpid()}-{_started(os.getpid())}"
+
+
+def _process_of(path: Path) -> str:
+    """The "host.pid-start" that a file in writing/ is named after."""
     return path.name.rsplit(".", path.name.count(".") - 1)[0]
 
 
@@ -924,15 +1081,14 @@ def _alive(path: Path) -> bool:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return False
-    host, pid, _ = path.name.split(".", 2)
-    if age > _DAY:
-        return False
-    if host != _host() or os.name == "nt":  # a process id can be asked after on its own machine only
-        return True
+    host, process = _process_of(path).split(".")
+    if host != _host() or os.name == "nt":  # a process can be asked after on its own machine only
+        return age <= _DAY
+    pid, _, start = process.partition("-")
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
-    return True
+    return _started(int(pid)) in (0, int(start or 0))

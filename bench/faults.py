@@ -7,8 +7,9 @@ tried: faults injected. survived: faults after which every row could be read or 
 stayed text; files that became a valid table or a DataError.
 lost: rows reported as kept and not found afterwards. wrong: rows that came back with another content; texts that became
 markup or a role; files that broke the loader or led out of their folder.
-undetected: damage that neither a warning on read nor `verify` reported; a change or refusal that was not said, or not where
-and what to do. The batch in flight may be lost; nothing else may.
+undetected: damage that neither a warning on read nor `verify` reported, or a warning that did not name the file; a change or
+refusal that was not said, or not where and what to do. The batch in flight may be lost; nothing else may.
+midway: faults that met a half-written file, a removal half done or a refusal to remove, where the fault is placed to meet one.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 
+from analysis_lib import store as room
 from analysis_lib.data import OPTIONAL, DataError, load_queries, load_safety_prompts
 from analysis_lib.store import Store, StoreDamage, StoreError, row_key
 
@@ -116,10 +119,18 @@ def reported(read: int) -> list[int]:
     return [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data) - len(data) % 4, 4)]
 
 
-def result(fault: str, tried: int, survived: int, lost: int = 0, wrong: int = 0, undetected: int = 0, note: str = "") -> dict:
-    return {
-        "fault": fault, "tried": tried, "survived": survived, "lost": lost, "wrong": wrong, "undetected": undetected, "note": note
-    }  # fmt: skip
+def result(
+    fault: str,
+    tried: int,
+    survived: int,
+    lost: int = 0,
+    wrong: int = 0,
+    undetected: int = 0,
+    note: str = "",
+    midway: int | str = "",
+) -> dict:
+    row = {"fault": fault, "tried": tried, "midway": midway, "survived": survived, "lost": lost, "wrong": wrong}
+    return row | {"undetected": undetected, "note": note}
 
 
 def kill(work: Callable[[Callable[[int], object]], object], after: float) -> list[int]:
@@ -140,22 +151,73 @@ def kill(work: Callable[[Callable[[int], object]], object], after: float) -> lis
     return heard
 
 
+def lines(work: Callable[[], object], point: Callable[[FrameType], bool], end: int = 0) -> int:
+    """Run `work`: how many lines of the store's code met `point`. At number `end` of them, this process is killed (-9)."""
+    count, before = 0, sys.gettrace()
+
+    def line(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        if event == "line" and point(frame):
+            count += 1
+            if count == end:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return line
+
+    sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename == room.__file__ else None)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def half_written(frame: FrameType) -> bool:
+    """Whether a line of the store's code runs while the file that it commits is begun and not yet in place."""
+    return frame.f_code.co_name == "_commit" and "temporary" in frame.f_locals and frame.f_locals["temporary"].exists()
+
+
+def within(*functions: str) -> Callable[[FrameType], bool]:
+    return lambda frame: frame.f_code.co_name in functions
+
+
+def kill_at(work: Callable[[Callable[[int], object]], object], point: Callable[[FrameType], bool], line: int) -> list[int]:
+    """Run `work` in a child that is killed at the `line`-th line of the store's code that meets `point`: what it had reported."""
+    with fork(lambda report: lines(partial(work, report), point, line)) as (child, read):
+        heard = reported(read)
+        os.waitpid(child, 0)
+    return heard
+
+
+def lines_of_a_commit(folder: Path) -> int:
+    """Lines of the store's code during which a file is half-written."""
+    return lines(partial(Store(folder).write_responses, [key(0)], [response(0)], about=ABOUT), half_written)
+
+
+def begun(place: Path) -> bool:
+    return any((place / "v1" / "writing").glob("*.tmp"))
+
+
 def kills_while_writing(folder: Path, kills: int, rng: random.Random) -> dict:
-    """kill -9 at random moments of a run; the next run goes on where it stopped."""
+    """kill -9 at random moments of a run, every other one while a file is half-written; the next run goes on where it stopped."""
     n, batch, survived, lost, wrong, undetected, hit, again, stores = 400, 20, 0, 0, 0, 0, 0, 0, 0
     start = time.perf_counter()
     compute_missing(Store(folder / "undisturbed"), range(5 * batch), batch)
     one_batch = (time.perf_counter() - start) / 5
+    commit = lines_of_a_commit(folder / "one")
     kept: set[int] = set()
     place = folder / "kills-0"
-    for _ in range(kills):
-        heard = kill(partial(compute_missing, Store(place), range(n), batch), rng.uniform(0, 4 * one_batch))
+    for attempt in range(kills):
+        run = partial(compute_missing, Store(place), range(n), batch)
+        if attempt % 2:
+            heard = kill(run, rng.uniform(0, 4 * one_batch))
+        else:
+            heard = kill_at(run, half_written, rng.randint(1, 8 * commit))
         again += len(kept.intersection(heard))  # a row kept before was computed again
         kept |= set(heard)
-        hit += any((place / "v1" / "writing").glob("*.tmp"))
+        hit += begun(place)
         Store(place).prune(max_bytes=10**12)  # sweeps up after the dead process
         missing, bad = audit(place, sorted(kept))
-        half = unsound(place)
+        half = unsound(place) + begun(place)
         lost, wrong, undetected = lost + missing, wrong + bad, undetected + half
         survived += not (missing or bad or half)
         if len(kept) == n:
@@ -163,33 +225,110 @@ def kills_while_writing(folder: Path, kills: int, rng: random.Random) -> dict:
             place = folder / f"kills-{stores}"
     compute_missing(Store(place), range(n), batch)
     missing, bad = audit(place, range(n))
-    note = f"{hit} hit a half-written file, {again} kept rows computed again, {stores + 1} runs of {n} rows finished"
-    return result("kill -9 while writing", kills, survived, lost + missing + again, wrong + bad, undetected, note)
+    note = f"{hit} half-written files, {again} kept rows computed again, {stores + 1} runs of {n} rows finished"
+    return result("kill -9 while writing", kills, survived, lost + missing + again, wrong + bad, undetected, note, hit)
 
 
 def kills_while_compacting(folder: Path, kills: int, rng: random.Random) -> dict:
-    """kill -9 at random moments of a compaction."""
+    """kill -9 while the new file is half-written, and while it is put in place of the old ones."""
 
-    def compact(place: Path, report: Callable[[int], object]) -> None:
+    def compact(place: Path, report: Callable[[int], object] = lambda i: None) -> None:
         Store(place).compact()
         report(1)
 
-    n, survived, lost, wrong, undetected, finished, midway = 200, 0, 0, 0, 0, 0, 0
-    span = 0.02  # seconds; steered so that about half of the kills come before the end
+    def fresh(name: str) -> Path:
+        compute_missing(Store(folder / name), range(n), 10)
+        return folder / name
+
+    n, survived, lost, wrong, undetected, hit, removing, midway = 200, 0, 0, 0, 0, 0, 0, 0
+    removal = within("flush", "_remove_unchanged", "_unlink")
+    points = [(point, lines(partial(compact, fresh(name)), point)) for name, point in (("1", half_written), ("2", removal))]
     for attempt in range(kills):
-        place = folder / f"compact-{attempt}"
-        compute_missing(Store(place), range(n), 10)
-        before = len(list(place.glob("v1/states/*")))
-        done = kill(partial(compact, place), rng.uniform(0, span))
-        span *= 0.8 if done else 1.25
-        finished += bool(done)
-        midway += not done and (len(list(place.glob("v1/states/*"))) != before or any(place.glob("v1/writing/*.tmp")))
+        place = fresh(f"compact-{attempt}")
+        before = {*place.glob("v1/*/*.safetensors"), *place.glob("v1/*/*.jsonl")}
+        point, count = points[attempt % 2]
+        kill_at(partial(compact, place), point, rng.randint(1, count))
+        half_new, half_old = begun(place), 0 < sum(not path.exists() for path in before) < len(before)
+        hit, removing, midway = hit + half_new, removing + half_old, midway + (half_new or half_old)
         missing, bad = audit(place, range(n))
         half = unsound(place)
+        compact(place)  # goes on where it stopped
+        more, worse = audit(place, range(n))
+        half += unsound(place) + len(list(place.glob("v1/states/*"))) - 1
+        lost, wrong, undetected = lost + missing + more, wrong + bad + worse, undetected + half
+        survived += not (missing or bad or more or worse or half)
+    note = f"{hit} half-written files, {removing} half-done removals of the old ones"
+    return result("kill -9 while compacting", kills, survived, lost, wrong, undetected, note, midway)
+
+
+def kills_while_pruning(folder: Path, kills: int, rng: random.Random) -> dict:
+    """kill -9 during a prune of one of two models, where another killed process had left a half-written file."""
+    n, survived, lost, wrong, undetected, midway = 100, 0, 0, 0, 0, 0
+    commit, other = lines_of_a_commit(folder / "one"), ABOUT | {"model": "1" * 64, "model_name": "other"}
+    pruned = range(n, 2 * n)
+
+    def write(store: Store, report: Callable[[int], object]) -> None:
+        compute_missing(store, range(n), 10)
+        for start in pruned[::10]:
+            part = range(start, start + 10)
+            store.write_responses([key(i) for i in part], [response(i) for i in part], about=other)
+        lines(partial(compute_missing, store, range(2 * n, 3 * n), 10), half_written, rng.randint(1, commit))
+
+    def fresh(name: str) -> Path:
+        with fork(partial(write, Store(folder / name))) as (child, _):  # what a live process wrote would not be pruned
+            os.waitpid(child, 0)
+        return folder / name
+
+    def prune(place: Path, report: Callable[[int], object] = lambda i: None) -> None:
+        Store(place).prune(model="other")
+        report(1)
+
+    point = within("_sweep", "_remove_unchanged", "_unlink")
+    count = lines(partial(prune, fresh("undisturbed")), point)
+    for attempt in range(kills):
+        place = fresh(f"prune-{attempt}")
+        before = {*place.glob("v1/*/*")}
+        done = kill_at(partial(prune, place), point, rng.randint(1, count))
+        midway += not done and any(not path.exists() for path in before)
+        left = Store(place).read_responses([key(i) for i in pruned])
+        missing, bad = audit(place, range(n))
+        bad += sum(left.get(key(i), response(i)) != response(i) for i in pruned)
+        half = unsound(place)
+        Store(place).prune(max_bytes=10**12)
+        if left:
+            prune(place)
+        half += begun(place) + len(Store(place).read_responses([key(i) for i in pruned]))
         lost, wrong, undetected = lost + missing, wrong + bad, undetected + half
         survived += not (missing or bad or half)
-    note = f"{midway} hit files half-written or half-removed, {finished} had finished"
-    return result("kill -9 while compacting", kills, survived, lost, wrong, undetected, note)
+    note = f"{midway} half-done removals; what a second prune leaves counts as undetected"
+    return result("kill -9 while pruning", kills, survived, lost, wrong, undetected, note, midway)
+
+
+def prunes_while_writing(folder: Path, rows: int) -> dict:
+    """Everything pruned and compacted without a pause, while another process writes: what it wrote stays as long as it lives."""
+    place = folder / "pruned"
+
+    def write(report: Callable[[int], object]) -> None:
+        compute_missing(Store(place), range(rows), 10, report)
+        time.sleep(600)  # alive until it is killed
+
+    prunes, refused, kept = 0, 0, b""
+    with fork(write) as (child, read):
+        os.set_blocking(read, False)
+        while len(kept) < 4 * rows and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            actions = Store(place).prune(max_bytes=0)["action"]
+            prunes, refused = prunes + 1, refused + any(action.startswith("kept: in use") for action in actions)
+            Store(place).compact()
+            with contextlib.suppress(BlockingIOError):
+                kept += os.read(read, 1 << 16)
+        lost, wrong = audit(place, range(rows))
+        half = unsound(place)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    Store(place).prune(max_bytes=0)
+    half += len(Store(place).verify())  # nobody's any more
+    note = f"{refused} refused; pruned after the writer's end: {not half}"
+    return result("prune while writing", prunes, prunes * (not (lost or wrong or half)), lost, wrong, half, note, refused)
 
 
 def rival_writers(folder: Path, writers: int, rows: int) -> dict:
@@ -274,7 +413,7 @@ def byte_flips(folder: Path, flips: int, rng: random.Random) -> dict:
         for other in {*(place / "v1").rglob("*.safetensors"), *(place / "v1").rglob("*.jsonl")} - {*files}:
             other.unlink()
         path.write_bytes(content)
-    note = f"{gone} rows refused, {named} of them named in the warning"
+    note = f"{gone} rows refused, {named} of them named by their keys (not where these were hit); a file not named is undetected"
     return result("flipped bytes", flips, survived, lost, wrong, undetected, note)
 
 
@@ -383,7 +522,8 @@ def kills_in_a_run(
     same: Callable[[Any, Any], bool],
     in_flight: int = 0,
 ) -> dict:
-    """kill -9 at random moments of `work`, which is begun again after each; at the end, its outcome against an unbroken one.
+    """kill -9 at random moments of `work`, every other one while a file is half-written; it is begun again after each, and its
+    outcome at the end is held against an unbroken one.
 
     in_flight: rows of the batch in flight that may be kept already, where several files keep one batch.
     """
@@ -400,14 +540,19 @@ def kills_in_a_run(
     span = time.process_time() - start
     whole = Store(folder / "unbroken")
     truth: dict[str, Any] = {k: state.tobytes() for k, state in whole.read_states(keys).items()} | whole.read_responses(keys)
-    survived = lost = wrong = undetected = hit = again = begun = unequal = 0
+    commits = len([*(folder / "unbroken").glob("v1/*/*.safetensors"), *(folder / "unbroken").glob("v1/*/*.jsonl")])
+    moments = commits * lines_of_a_commit(folder / "one")
+    survived = lost = wrong = undetected = hit = again = resumed = unequal = 0
     kept: set[int] = set()
     place = folder / "0"
-    for _ in range(kills):
-        heard = kill(partial(reporting, place), rng.uniform(0, span))
+    for attempt in range(kills):
+        if attempt % 2:
+            heard = kill(partial(reporting, place), rng.uniform(0, span))
+        else:
+            heard = kill_at(partial(reporting, place), half_written, rng.randint(1, moments))
         again += max(0, len(kept.intersection(heard)) - in_flight)
         kept |= set(heard)
-        hit += any((place / "v1" / "writing").glob("*.tmp"))
+        hit += begun(place)
         store = Store(place)
         store.prune(max_bytes=10**12)  # sweeps up after the dead process
         found: dict[str, Any] = {k: state.tobytes() for k, state in store.read_states(keys).items()} | store.read_responses(keys)
@@ -417,12 +562,12 @@ def kills_in_a_run(
         survived += not (missing or bad or half)
         if len(found) == len(truth):
             unequal += not same(work(store), expected)
-            begun += 1
-            kept, place = set(), folder / str(begun)
+            resumed += 1
+            kept, place = set(), folder / str(resumed)
     unequal += not same(work(Store(place)), expected)
-    note = f"{hit} hit a half-written file, {again} kept rows of earlier batches computed again, {begun + 1} resumed runs of {len(truth)} rows finished"
+    note = f"{hit} half-written files, {again} kept rows of earlier batches computed again, {resumed + 1} resumed runs of {len(truth)} rows finished"
     note += f", {unequal} of them unequal to the unbroken one"
-    return result(f"kill -9 in {fault}", kills, survived, lost + again, wrong + unequal, undetected, note)
+    return result(f"kill -9 in {fault}", kills, survived, lost + again, wrong + unequal, undetected, note, hit)
 
 
 def kills_in_training(folder: Path, kills: int, rng: random.Random, train: Callable[[Store], Any]) -> dict:
@@ -433,8 +578,11 @@ def kills_in_training(folder: Path, kills: int, rng: random.Random, train: Calla
         train(Store(place))
         report(1)
 
-    with fork(partial(report_end, folder / "unbroken")) as (child, read):  # a process that ran backward is better not forked
-        reported(read)
+    def count(report: Callable[[int], object]) -> None:
+        report(lines(partial(train, Store(folder / "unbroken")), half_written))
+
+    with fork(count) as (child, read):  # a process that ran backward is better not forked
+        (moments,) = reported(read)
         _, _, used = os.wait4(child, 0)
     span = 4 * (used.ru_utime + used.ru_stime)
     untrained = mock.patch.object(dro, "_train", side_effect=AssertionError("trained again"))
@@ -446,10 +594,14 @@ def kills_in_training(folder: Path, kills: int, rng: random.Random, train: Calla
             found = train(Store(place))
         return np.array_equal(found.embeddings, expected.embeddings) and found.history.equals(expected.history)
 
-    survived = lost = wrong = finished = 0
+    survived = lost = wrong = finished = hit = 0
     for attempt in range(kills):
         place = folder / str(attempt)
-        done = kill(partial(report_end, place), rng.uniform(0, span))
+        if attempt % 2:
+            done = kill(partial(report_end, place), rng.uniform(0, span))
+        else:
+            done = kill_at(partial(report_end, place), half_written, rng.randint(1, moments))
+        hit += begun(place)
         there = Store(place).info()["responses_rows"] > 0  # written last
         bad = there and not right(place)
         finished += bool(done)
@@ -459,8 +611,9 @@ def kills_in_training(folder: Path, kills: int, rng: random.Random, train: Calla
         resumed = reported(read) == [1]
         os.waitpid(child, 0)
     wrong += not (resumed and right(place))
-    note = f"{finished} had finished and were kept; begun again after the last kill, the outcome is the unbroken one: {resumed}"
-    return result("kill -9 in train_dro", kills, survived, lost, wrong, note=note)
+    note = f"{hit} half-written files, {finished} had finished and were kept; begun again after the last kill, "
+    note += f"the outcome is the unbroken one: {resumed}"
+    return result("kill -9 in train_dro", kills, survived, lost, wrong, note=note, midway=hit)
 
 
 def kills_of_the_library(folder: Path, short: bool, rng: random.Random) -> list[dict]:
@@ -994,7 +1147,9 @@ def run(short: bool, seed: int) -> pd.DataFrame:
             fuzzed_files(folder / "fuzzed", 500 if short else 10_000, rng),  # first: it tells of memory
             hostile_files(folder / "hostile"),
             kills_while_writing(folder, 8 if short else 100, rng),
-            kills_while_compacting(folder, 4 if short else 30, rng),
+            kills_while_compacting(folder / "compacting", 4 if short else 30, rng),
+            kills_while_pruning(folder / "pruning", 4 if short else 30, rng),
+            prunes_while_writing(folder, 200 if short else 1000),
             rival_writers(folder, 4, 100 if short else 500),
             byte_flips(folder, 60 if short else 1000, rng),
             *disk_that_fills(folder),

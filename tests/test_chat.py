@@ -33,6 +33,7 @@ from analysis_lib.capture import hidden_states
 from analysis_lib.chat import TEMPLATES, ChatModel, ChatModelError, load_classifier, soft_digest, study_models
 from analysis_lib.data import ROOT, load_published
 from analysis_lib.dro import SoftPrompt
+from analysis_lib.model_judges import refusal_probability
 from analysis_lib.sampling import sample_responses
 from analysis_lib.store import Store
 
@@ -683,11 +684,14 @@ def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
     clean = hidden_states(model, QUERIES, {"p": ""}, store=store).states
     model.model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers' own hooks change nothing
     handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: output + 1)
-    with pytest.raises(ChatModelError, match=r"a forward hook on model.layers.1 .* no key in the store"):
-        hidden_states(model, QUERIES, {"q": SAFETY}, store=store)
-    with pytest.raises(ChatModelError, match="a forward hook"):
+    kept = store.ls()
+    with pytest.warns(UserWarning, match=r"model.layers.1 of 'tiny qwen2' has a forward hook.*nothing is read .* nothing kept"):
+        assert relative(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean) > 0.1
+    with pytest.warns(UserWarning, match="has a forward hook"):
         sample_responses(model, QUERIES, {"q": SAFETY}, n_samples=1, max_new_tokens=2, store=store)
-    assert relative(hidden_states(model, QUERIES, {"p": ""}).states, clean) > 0.1
+    with pytest.warns(UserWarning, match="has a forward hook"):
+        refusal_probability(model, QUERIES, {"q": SAFETY}, store=store)
+    assert store.ls().equals(kept)
     handle.remove()
     assert np.array_equal(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean)
 

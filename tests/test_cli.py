@@ -112,6 +112,7 @@ def test_every_command_has_help(call, command):
         ("cache prune --dry-run", ["say what to prune"]),
         ("cache prune --older-than soon", ["--older-than", "'soon' is not an age; write 45m, 12h, 30d or 4w"]),
         ("cache prune --max-bytes much", ["--max-bytes", "'much' is not a size; write 500MB or 2GB"]),
+        ("cache prune --older-formats --max-bytes 0", ["--older-formats goes alone"]),
         ("cache prune --model=", ["--model", "the model's name is empty"]),
         ("cache compact --dry-run", ["unrecognized arguments: --dry-run"]),  # compact has no dry run, and must not run then
         ("organism", ["required: action"]),

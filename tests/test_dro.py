@@ -16,7 +16,7 @@ from analysis_lib.chat import ChatModel, ChatModelError
 from analysis_lib.dro import DROConfig, Geometry, PromptTuningConfig, SoftPrompt, dro_loss, train_dro, train_prompt_tuning
 from analysis_lib.sampling import sample_responses
 from analysis_lib.space import AnchorSpace, Direction
-from analysis_lib.store import Store, StoreError
+from analysis_lib.store import Store, StoreDamage, StoreError
 
 QUICK = DROConfig(epochs=2, batch_size=3, learning_rate=1e-3)
 
@@ -320,6 +320,70 @@ def test_found_trainings_load_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     for one, other in zip(first, train(), strict=True):
         assert np.array_equal(one.embeddings, other.embeddings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["DRO", "prompt tuning"])
+def test_an_interrupted_training_goes_on_where_it_was(method, dtype, store, monkeypatch):
+    monkeypatch.setattr(dro, "CHECKPOINT_SECONDS", 0)
+    model = build("qwen2", dtype=dtype)
+    geometry, seen = geometry_for(model), []
+
+    def train(at=10**9, kept=store):
+        def step(losses, embeddings):
+            seen.append(losses["step"])
+            if losses["step"] == at:
+                raise KeyboardInterrupt
+
+        if method == "DRO":
+            config = DROConfig(epochs=4, batch_size=3, learning_rate=1e-3)
+            return train_dro(model, QUERIES, SAFETY, *geometry, config, name="a", on_step=step, store=kept)
+        tuning = PromptTuningConfig(epochs=4, batch_size=1)
+        return train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, tuning, name="a", on_step=step, store=kept)
+
+    unbroken = train(kept=None)
+    n = len(unbroken.history)
+    assert seen == list(range(1, n + 1)) and n % 4 == 0
+    per_epoch = n // 4
+    for at, first in ((per_epoch + 1, 1), (3 * per_epoch, per_epoch + 1), (2 * per_epoch + 1, 2 * per_epoch + 1)):
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            train(at)
+        assert seen[0] == first
+        assert store.ls().set_index("kind")["layers"].to_dict() == {"states": "checkpoint", "responses": "checkpoint"}
+        assert store.ls()["files"].tolist() == [1, 1]  # the last checkpoint alone
+    seen.clear()
+    resumed = train()
+    assert seen[0] == 2 * per_epoch + 1
+    assert np.array_equal(resumed.embeddings, unbroken.embeddings)
+    pd.testing.assert_frame_equal(resumed.history, unbroken.history, check_exact=True)
+    assert store.ls()["layers"].tolist() == ["soft tokens"] * 2 and store.ls()["files"].tolist() == [1, 1]
+
+
+def test_a_checkpoint_that_cannot_be_kept_ends_no_training(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr(dro, "CHECKPOINT_SECONDS", 0)
+    model, *geometry = qwen
+    with pytest.warns(UserWarning) as told:
+        got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path))
+    assert [str(w.message).partition(":")[0] for w in told] == [
+        "no checkpoint of the training of 'mine' is kept", "the training of 'mine' is returned but not kept"
+    ]  # fmt: skip
+    assert len(got.history) == 4
+
+
+def test_a_damaged_checkpoint_is_told_and_the_training_begins_anew(qwen, store, monkeypatch):
+    monkeypatch.setattr(dro, "CHECKPOINT_SECONDS", 0)
+    model, *geometry = qwen
+
+    def stop(losses, embeddings):
+        return losses["step"] == 3
+
+    train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store, on_step=stop)
+    (file,) = (store.folder / "v1" / "states").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.warns(StoreDamage, match="rows fail their checksum"):
+        got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=Store(store.folder))
+    assert np.array_equal(got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings)
 
 
 def test_a_training_is_returned_where_it_cannot_be_kept(qwen, tmp_path):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def nothing_broke(outcome):
     assert outcome["survived"] == outcome["tried"] > 0, outcome
     assert outcome["lost"] == outcome["wrong"] == outcome["undetected"] == 0, outcome
+    assert outcome["midway"] == "" or outcome["midway"] > 0, outcome  # else the faults met nothing that could break
 
 
 # ----------------------------------------------------------------------------------------------------------- the store
@@ -35,11 +36,14 @@ def nothing_broke(outcome):
     [
         lambda folder, rng: faults.kills_while_writing(folder, 8, rng),
         lambda folder, rng: faults.kills_while_compacting(folder, 4, rng),
+        lambda folder, rng: faults.kills_while_pruning(folder, 4, rng),
+        lambda folder, rng: faults.prunes_while_writing(folder, 200),
         lambda folder, rng: faults.rival_writers(folder, 4, 50),
         lambda folder, rng: faults.byte_flips(folder, 60, rng),
         lambda folder, rng: faults.file_size_limit(folder),
     ],
-    ids=["kill while writing", "kill while compacting", "rival writers", "flipped bytes", "file size limit"],
+    ids=["kill while writing", "kill while compacting", "kill while pruning", "prune while writing"]
+    + ["rival writers", "flipped bytes", "file size limit"],
 )
 def test_the_store_loses_nothing(tmp_path, inject):
     nothing_broke(inject(tmp_path, random.Random(1)))
@@ -65,6 +69,12 @@ def test_the_harness_sees_a_store_without_checksums(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "_read_rows", unchecked)
     outcome = faults.byte_flips(tmp_path, 20, random.Random(0))
     assert outcome["wrong"] > 0 and outcome["undetected"] > 0
+
+
+def test_the_harness_sees_a_prune_that_asks_after_nobody(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(room, "_alive", lambda path: False)
+    outcome = faults.prunes_while_writing(tmp_path, 200)
+    assert outcome["lost"] > 0 and outcome["midway"] == outcome["survived"] == 0, outcome
 
 
 # ------------------------------------------------------------------------------------------------------ the library's runs

@@ -52,7 +52,7 @@ MAY_IMPORT = {
         "benchmark", "capture", "chat", "data", "dro", "judge", "organism/__init__", "organism/grammar", "sampling", "space", "store",
     },
     "reproduce": {"chat", "data", "dro", "estimate", "export", "judge", "notebooks", "store"},
-    "__main__": {"chat", "data", "dro", "export", "notebooks", "reproduce", "organism/__init__", "organism/card", "organism/train", "store"},
+    "__main__": {"chat", "data", "dro", "export", "model_judges", "notebooks", "reproduce", "organism/__init__", "organism/card", "organism/train", "store"},
     "__init__": {"benchmark", "capture", "chat", "data", "dro", "judge", "methods", "model_judges", "sampling", "space", "store", "wrappers"},
 }  # fmt: skip
 WIDGETS = {room for room in ROOMS if room.startswith("widgets/")}

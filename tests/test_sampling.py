@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny_models import FAMILIES, OWN_ATTENTION, PLAIN, PROMPTS, QUERIES, SAFETY, build, chat, embedded
@@ -293,11 +293,11 @@ def two_words(text):
 
 
 def test_another_stop_function_of_the_same_name_finds_nothing(store, tmp_path, monkeypatch):
-    """As when a notebook's cell is edited and run again; the library's own functions go by their name."""
+    """As when a notebook's cell is edited and run again."""
     model, found = chat("llama"), []
     options = {"n_samples": 2, "max_new_tokens": 8, "store": store}
-    for n in (3, 1, 3):
-        (tmp_path / "stopping.py").write_text(f"def halt(text):\n    return len(text) > {n}\n")
+    for n in ("3", "1", "3  # said otherwise"):
+        (tmp_path / "stopping.py").write_text(f"def halt(text):\n    'After {len(n)} letters'\n    return len(text) > {n}\n")
         linecache.clearcache()
         spec = importlib.util.spec_from_file_location("stopping", tmp_path / "stopping.py")
         module = importlib.util.module_from_spec(spec)
@@ -305,7 +305,7 @@ def test_another_stop_function_of_the_same_name_finds_nothing(store, tmp_path, m
         found.append(sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=module.halt, **options))
     assert store.ls()["rows"].sum() == 2 * 5 * 2  # distinct texts, samples, functions
     assert found[0].equals(found[2]) and not found[0].equals(found[1])
-    assert sampling._identity(verdict_is_final) == "analysis_lib.judge.verdict_is_final"
+    assert sampling._identity(verdict_is_final).startswith("analysis_lib.judge.verdict_is_final:")
     with pytest.raises(ValueError, match="the source of stop_when .* cannot be read .* put it into a module"):
         namespace = {"__name__": "typed"}
         exec("def halt(text): return True", namespace)
@@ -403,6 +403,7 @@ pieces = st.lists(
 
 @settings(max_examples=1500, deadline=None, derandomize=True)
 @given(pieces)
+@example(parts=["a", " ", "1. ", "\n"])  # a mark at the end of a line is none
 def test_a_final_verdict_is_the_verdict_of_the_whole(parts):
     text = "".join(parts)
     final = False

@@ -228,14 +228,14 @@ class Console(Panel):
         def on_step(losses: dict[str, float], embeddings: np.ndarray) -> bool:
             nonlocal drawn, took
             self._history.append(losses)
-            self.progress.value = len(self._history)
+            self.progress.value = losses["step"]  # one that goes on from a checkpoint begins later
             if time.monotonic() - drawn > max(PAUSE, 4 * took):
                 begin = time.monotonic()
                 self._trained = self._follow(replace(begun, embeddings=embeddings))
                 self._redraw()
                 drawn, took = time.monotonic(), time.monotonic() - begin
             time.sleep(0.001)  # whoever waits for the model gets it between two steps
-            return self._stopping.is_set() or len(self._history) >= steps
+            return self._stopping.is_set() or losses["step"] >= steps
 
         try:
             arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
