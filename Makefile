@@ -53,7 +53,7 @@ test: setup
 test-notebooks: setup
 	@test -n "$(NOTEBOOKS)" || { echo "No notebooks NN_*.ipynb in notebooks/: nothing to compare"; exit 1; }
 	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	export ANALYSIS_LIB_STORE="$$folder/store" OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype TQDM_DISABLE=1; \
+	unset ANALYSIS_LIB_DEVICE ANALYSIS_LIB_DTYPE; export ANALYSIS_LIB_STORE="$$folder/store" OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype TQDM_DISABLE=1; \
 	compare="$(RUN) -m pytest -p tests.nbval_plugin --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist=loadfile"; \
 	$$compare $(NOTEBOOKS); \
 	mkdir -p "$$folder/ipython/profile_default/startup"; \

@@ -29,16 +29,13 @@ EXAMPLES = """examples:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from .data import load_anchor_queries, load_queries, load_safety_prompts
+    from .data import load_anchor_queries, load_heldout_queries, load_safety_prompts
 
     if args.store is not None:
         os.environ["ANALYSIS_LIB_STORE"] = str(args.store.absolute())
     if args.prompt is not None:
         load_safety_prompts(args.prompt)
-    if args.queries is not None:
-        load_anchor_queries(args.queries)
-    for name in args.heldout or ():
-        load_queries(name)
+    load_heldout_queries(args.heldout, load_anchor_queries(args.queries or "anchor"))
     model = _model(args)
     if args.guard is not None:
         from .chat import ChatModel
@@ -158,6 +155,12 @@ def _name(text: str) -> str:
     return text
 
 
+def _place(text: str) -> Path:
+    if not text:
+        raise ValueError("the store's folder has no name; leave --store out for the default")
+    return Path(text)
+
+
 def _jobs(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{text!r} is no number of notebooks; write 1 or more")
@@ -205,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--guard", metavar="MODEL", help="a chat model that judges replies to harmful queries as well, as Llama Guard"
     )
-    sub.add_argument("--store", type=Path, help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
+    sub.add_argument("--store", type=_argument(_place), help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
     sub.add_argument("--out", type=Path, default=Path("reports"), help="default: reports")
     sub.add_argument("--dry-run", action="store_true", help="say what would be done and what it costs, run nothing")
     sub.add_argument(
@@ -229,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "compact": "merge small files and drop damaged rows",
     }.items():
         sub = actions.add_parser(action, help=text, description=text)
-        sub.add_argument("--store", type=Path, help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
+        sub.add_argument("--store", type=_argument(_place), help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
         if action == "prune":
             sub.add_argument(
                 "--older-than", type=_argument(parse_days), metavar="AGE", help="files older than this: 12h, 30d, 4w"

@@ -175,11 +175,11 @@ class Progress:
         if self._shown and self._bar is None and self._counts["found"] + found < self._total:
             with warnings.catch_warnings():  # a notebook without ipywidgets gets the plain bar
                 warnings.simplefilter("ignore")
-                self._bar = tqdm(total=self._total, desc=self._what, leave=False)
+                self._bar = tqdm(total=self._total, desc=self._what, leave=False, smoothing=0)
         self._counts["found"] += found
         self._counts["computed"] += computed
         if self._bar is not None:
-            self._bar.initial = self._counts["found"]  # the rate is that of computing
+            self._bar.initial = self._counts["found"]  # the rate, over the whole time, is that of computing
             self._bar.set_postfix(self._counts, refresh=False)
             self._bar.update(sum(self._counts.values()) - self._bar.n)
 
@@ -610,7 +610,8 @@ def _recall(certificate: dict[str, Any], store: Store, keys: Sequence[Sequence[s
     kept = store.certificates([key for row in keys for key in row])
     for found in {id(c): c for cs in kept.values() for c in cs}.values():
         _widen(certificate, found)
-    certificate["unchecked"] += sum(not any(c["checked"] for c in kept.get(row[0], ())) for row in keys)
+    checked = {key: bool(own) and all(c["checked"] for c in own) for key, own in kept.items()}  # of merged batches, every one
+    certificate["unchecked"] += sum(not checked.get(row[0], False) for row in keys)
 
 
 def _widen(certificate: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -135,6 +135,8 @@ class ChatModel:
 
         base, _, at = (name, "", "") if _folder(name) else name.partition("@")
         source = str(ROOT / "organism") if base == "organism" else base
+        if at and revision and at != revision:
+            raise ChatModelError(f"{name!r} names the revision {at!r}, and revision={revision!r} another; give one of them")
         folder, revision = _folder(source), revision or at or None
         local = folder is not None
         if local and revision:
@@ -160,11 +162,7 @@ class ChatModel:
                 raise ChatModelError(
                     f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
                 )
-            if (folder / "adapter_config.json").exists():
-                raise ChatModelError(
-                    f"the folder {name} holds an adapter beside the model, and which of both is meant is not clear; merge the adapter "
-                    "(merge_and_unload) and save the model, or take adapter_config.json away"
-                )
+            adapter = str(folder) if (folder / "adapter_config.json").exists() else None
         elif source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise ChatModelError(
                 f"there is no folder {name}; give 'organism', an existing model folder or a hub id such as 'org/model'"
@@ -173,16 +171,20 @@ class ChatModel:
             if not local:  # one commit for all files; it stands for the weights in the fingerprint
                 found = cached_file(source, "config.json", revision=revision)
                 revision = extract_commit_hash(found, None) or revision
+                adapter = cached_file(
+                    source, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+                )
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         except Exception as error:
             meant = () if source in {model["hub_id"] for model in study.values()} else tuple(map(str, study))
             raise ChatModelError(_load_advice(name, error, meant=meant)) from error
-        if "/" in " ".join(str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")):
+        if adapter:
             raise ChatModelError(
-                f"the configuration of {name!r} asks for compiled code of the hub, which is never run; take the entry "
-                '"attn_implementation" (or "experts_implementation") out of its config.json'
+                f"{name!r} holds an adapter beside the model, and which of both is meant is not clear; merge the adapter "
+                "(merge_and_unload) and save the model, or take adapter_config.json away"
             )
+        _refuse_configuration(name, config)
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ChatModelError(
                 f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
@@ -227,9 +229,17 @@ class ChatModel:
         chat._files = files
         chat._frame("")  # a template that cannot be rendered is told now
         if local:
-            chat._weight_map()
-            _ = chat.stop_ids
+            _ = chat._weight_map, chat.stop_ids
         return chat
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment under which `load` opens a model on the same device and in the same dtype, where they are not the default."""
+        gpu = torch.cuda.is_available()
+        on_cpu = not gpu if self._device == "auto" else torch.device(self._device).type == "cpu"
+        dtype = torch.bfloat16 if not on_cpu else torch.float64 if self.name == "organism" else torch.float32
+        asked = {"ANALYSIS_LIB_DEVICE": self._device} if self._device != ("cuda" if gpu else "cpu") else {}
+        return asked | ({"ANALYSIS_LIB_DTYPE": self.dtype_name} if self.dtype != dtype else {})
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "in-memory") -> ChatModel:
@@ -257,7 +267,7 @@ class ChatModel:
             options["device_map"] = "auto" if self._device == "auto" else {"": self._device}
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
-        self._weight_map()
+        _ = self._weight_map
         options |= {"revision": self.revision, "dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(self.source, output_loading_info=True, **options)
@@ -388,20 +398,11 @@ class ChatModel:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """SHA-256 of what turns token ids into text; "" for a hub model, whose commit stands for it."""
-        digest = hashlib.sha256()
-        if (folder := Path(self.source)).is_dir() and self.source:
-            for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-                if (folder / name).is_file():
-                    digest.update(f"{name}:{_file_digest(folder / name)}".encode())
-        elif not self.source:
-            backend = self.tokenizer.backend_tokenizer
-            backend.no_padding()  # left from the last call, and set anew by the next
-            backend.no_truncation()
-            digest.update(backend.to_str().encode())
-        else:
-            return ""
-        return digest.hexdigest()
+        """SHA-256 of what turns token ids into text."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()  # left from the last call, and set anew by the next
+        backend.no_truncation()
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     def _refuse_change(self) -> None:
         if self._files and _files(Path(self.source)) != self._files:
@@ -410,32 +411,9 @@ class ChatModel:
                 "computed is kept as the new model's"
             )
 
+    @cached_property
     def _weight_map(self) -> dict[str, str] | None:
-        """{tensor: file} of a checkpoint in several files, None of one in a single file. Raises ChatModelError: see `load`."""
-        from transformers.utils import cached_file
-
-        found: dict[str, Any] = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
-        try:
-            if not self.source or cached_file(self.source, "model.safetensors", **found):
-                return None
-            index = cached_file(self.source, "model.safetensors.index.json", **found)
-        except OSError as error:  # the network, say
-            raise ChatModelError(_load_advice(self.name, error)) from error
-        if index is None:
-            return None
-        try:
-            files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ChatModelError(
-                f"model.safetensors.index.json of {self.name!r} names no files ({type(error).__name__}); copy or download the model again"
-            ) from error
-        for file in files.values():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ChatModelError(
-                    f"model.safetensors.index.json of {self.name!r} names {str(file)[:80]!r}, which is no *.safetensors beside it; only such "
-                    "files are read: copy or download the model again"
-                )
-        return files
+        return _weight_map(self.name, self.source, self.revision) if self.source else None
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -464,7 +442,7 @@ class ChatModel:
             config = GenerationConfig.from_pretrained(self.source, revision=self.revision or "main")
             strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
             ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-            if not all(isinstance(text, str) for text in strings) or not all(isinstance(i, int) for i in ids):
+            if not all(isinstance(text, str) for text in strings) or not all(i is None or isinstance(i, int) for i in ids):
                 raise TypeError("stop_strings or eos_token_id are no texts and no numbers")
             return config
         except Exception as error:
@@ -478,7 +456,7 @@ class ChatModel:
         """Token ids that end a reply: the tokenizer's and the generation configuration's."""
         ids: set[int] = set()
         for found in (self.tokenizer.eos_token_id, self._generation.eos_token_id):
-            ids.update([found] if isinstance(found, int) else (found or []))
+            ids.update([found] if isinstance(found, int) else (i for i in found or [] if i is not None))
         return frozenset(ids)
 
     @cached_property
@@ -552,7 +530,7 @@ class ChatModel:
             return whole(texts)
         return out
 
-    def _check_length(self, rows: list[Rendered], queries: Sequence[str]) -> list[Rendered]:
+    def _check_tokens(self, rows: Sequence[Rendered], queries: Sequence[str]) -> None:
         for row, query in zip(rows, queries):
             ids = (*row.ids[: row.slot[0]], *row.ids[row.slot[1] :]) if row.soft else row.ids
             if max(ids) >= self.n_embeddings:
@@ -560,6 +538,9 @@ class ChatModel:
                     f"the query {query[:60]!r} has a token that {self.name!r} has no embedding for (its tokenizer knows more than "
                     f"{self.n_embeddings} tokens); give the model its own tokenizer, or drop the query"
                 )
+
+    def _check_length(self, rows: list[Rendered], queries: Sequence[str]) -> list[Rendered]:
+        self._check_tokens(rows, queries)
         longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
         context = getattr(self.text_config, "max_position_embeddings", None)
         if context and len(rows[longest].ids) > context:
@@ -695,7 +676,7 @@ class ChatModel:
         model = self._without_weights()
         weight = model.get_input_embeddings().weight
         name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-        files = self._weight_map()
+        files = self._weight_map
         try:
             file = cached_file(self.source, "model.safetensors" if files is None else files[name], revision=self.revision)
             with safe_open(file, framework="pt") as tensors:
@@ -719,7 +700,8 @@ class ChatModel:
         if embeddings is None:
             yield
             return
-        base = self.model.get_input_embeddings()
+        model = self.model
+        base = model.get_input_embeddings()
         rows = torch.as_tensor(embeddings, device=self.device)
         if rows.requires_grad and self.quantization:
             raise ChatModelError(
@@ -729,11 +711,11 @@ class ChatModel:
             raise ChatModelError(
                 f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose embeddings have {self.hidden_size} dimensions"
             )
-        self.model.set_input_embeddings(_SoftEmbedding(base, rows))
+        model.set_input_embeddings(_SoftEmbedding(base, rows))
         try:
             yield
         finally:
-            self.model.set_input_embeddings(base)
+            model.set_input_embeddings(base)
 
     def nearest_tokens(self, embeddings: NDArray, *, n: int = 1) -> list[list[tuple[str, float]]]:
         """For each row of embeddings (length, d), the n vocabulary tokens of largest cosine, with it."""
@@ -772,14 +754,18 @@ def load_classifier(name: str, *, revision: str | None = None, device: str | Non
 
     Raises ChatModelError as `ChatModel.load` does.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
+        _refuse_configuration(name, AutoConfig.from_pretrained(name, **safe))
+        _weight_map(name, name, revision)
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, **safe
         )
+    except ChatModelError:
+        raise
     except Exception as error:
         raise ChatModelError(_load_advice(name, error)) from error
     model, report = loaded
@@ -813,6 +799,49 @@ def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
+def _refuse_configuration(name: str, config: Any) -> None:
+    """A configuration may name code of the hub and files of its own choice."""
+    asked = [str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")]
+    if "/" in " ".join(asked):
+        raise ChatModelError(
+            f"the configuration of {name!r} asks for compiled code of the hub, which is never run; take the entry "
+            '"attn_implementation" (or "experts_implementation") out of its config.json'
+        )
+    if getattr(config, "transformers_weights", None):
+        raise ChatModelError(
+            f"the configuration of {name!r} names its own file of weights, which is not read; take the entry "
+            '"transformers_weights" out of its config.json'
+        )
+
+
+def _weight_map(name: str, source: str, revision: str | None) -> dict[str, str] | None:
+    """{tensor: file} of a checkpoint in several files, None of one in a single file. Raises ChatModelError: see `load`."""
+    from transformers.utils import cached_file
+
+    found: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        if cached_file(source, "model.safetensors", **found):
+            return None
+        index = cached_file(source, "model.safetensors.index.json", **found)
+    except OSError as error:  # the network, say
+        raise ChatModelError(_load_advice(name, error)) from error
+    if index is None:
+        return None
+    try:
+        files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ChatModelError(
+            f"model.safetensors.index.json of {name!r} names no files ({type(error).__name__}); copy or download the model again"
+        ) from error
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ChatModelError(
+                f"model.safetensors.index.json of {name!r} names {str(file)[:80]!r}, which is no *.safetensors beside it; only such "
+                "files are read: copy or download the model again"
+            )
+    return files
+
+
 def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
     """transformers draws at random what a checkpoint does not hold, and goes on."""
     lacking = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()})
@@ -826,7 +855,8 @@ def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
 def _state_of(model: Any) -> tuple:
     """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in tensors if not w.is_meta)
+    kinds = frozenset(map(type, model.modules())) - {_SoftEmbedding}  # a block may have been wrapped
+    return (kinds, *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in tensors if not w.is_meta))
 
 
 def soft_digest(embeddings: NDArray) -> str:

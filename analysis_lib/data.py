@@ -20,7 +20,7 @@ import unicodedata
 import urllib.request
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +135,30 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
             f"{MIN_OF_EACH_CLASS - found[few]} or more"
         )
     return queries
+
+
+def load_heldout_queries(names: Sequence[str | Path] | None = None, anchor: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The sets (names or files as in `load_queries`; default HELDOUT_SETS) as one table, without the texts of the anchor queries.
+
+    Raises DataError as `load_queries` does, for an id that occurs twice, where nothing is left, and for "facts", which
+    have their own question.
+    """
+    names = list(names or HELDOUT_SETS)
+    if "facts" in names:
+        raise DataError("the facts are asked of the embedded model anyway; leave them out of the held-out sets")
+    queries = pd.concat([load_queries(name) for name in names], ignore_index=True)
+    named = ", ".join(map(str, names))
+    if len(twice := queries["query_id"][queries["query_id"].duplicated()]):
+        raise DataError(
+            f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); name each set once, and give files different names "
+            "or ids of their own"
+        )
+    kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
+    if kept.empty:
+        raise DataError(
+            f"every query of the held-out sets ({named}) is among the anchor queries; give sets that nothing is fitted to"
+        )
+    return kept.reset_index(drop=True)
 
 
 RESERVED_PROMPTS = ("dro", "tuned")

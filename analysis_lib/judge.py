@@ -155,7 +155,9 @@ def _judged(responses: pd.DataFrame, judge: Judge, queries: pd.DataFrame | None,
     at_once: dict[tuple[str, Any], bool | None] = {}
     if isinstance(judge, BatchJudge):
         found = judge.many([response for response, _ in pairs], [about[query_id] for _, query_id in pairs])
-        at_once = dict(zip(pairs, found, strict=True))
+        if len(found) != len(pairs):
+            raise ValueError(f"the batch judge {by}gave {len(found)} verdicts for {len(pairs)} responses; it must give one each")
+        at_once = dict(zip(pairs, found))
     judge = _with_query(judge)
     verdicts: dict[tuple[str, Any], tuple[float, str]] = {}  # refused, and why it is unscored
 

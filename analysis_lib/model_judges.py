@@ -86,6 +86,7 @@ def chat_judge(
                 ids = tuple(guard.tokenizer(text, add_special_tokens=False)["input_ids"])
                 if len(ids) + max_new_tokens <= context:
                     rows[i] = Rendered(ids, (0, 0))
+                    guard._check_tokens([rows[i]], [asked])
         said: dict[int, str] = {}
         if rows:
             replies = sample_rows(guard, list(rows.values()), 1, settings, name="verdicts", store=store)
@@ -213,6 +214,11 @@ def _reply_log_p(
             heads = [rows[i].ids for i in part for _ in replies[i]]
             each = _log_p(model, heads, [reply for i in part for reply in replies[i]])
         sums = np.array([log_p.sum() for log_p in each])
+        if not np.isfinite(sums).all():
+            raise ChatModelError(
+                f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, and nothing of this batch is kept; load "
+                "the model with dtype='float32' or 'bfloat16', or copy its weights again"
+            )
         found |= zip(part, np.split(sums, np.cumsum([len(replies[i]) for i in part])[:-1]))
         if store is not None:
             new = {keys[i]: {"log_p": found[i].tolist()} for i in part}  # queries may render alike

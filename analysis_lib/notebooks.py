@@ -173,11 +173,12 @@ def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
         raise NotebookError(f"no notebooks NN_*.ipynb in {FOLDER}; name the notebooks to execute")
     notebooks = [(path, _read(path)) for path in files]
     with tempfile.TemporaryDirectory() as store, _Pictures() as pictures:
+        env = {"ANALYSIS_LIB_STORE": store, "ANALYSIS_LIB_DEVICE": "", "ANALYSIS_LIB_DTYPE": ""}  # none of the user's settings
 
         async def run_all() -> list[str]:
             failed: list[str] = []
             done = 0
-            async for run in _execute(notebooks, jobs, {"ANALYSIS_LIB_STORE": store}):
+            async for run in _execute(notebooks, jobs, env):
                 done += 1
                 clean(run.nb)
                 await asyncio.to_thread(pictures.add, run.nb)
@@ -382,7 +383,8 @@ def _text(nb: NotebookNode) -> str:
 
 def _absolute(value: str | Path) -> str:
     """A notebook runs in its own folder, so a path given in the caller's folder is made absolute; names and hub ids stay."""
-    return str(Path(value).resolve()) if value != "organism" and Path(value).exists() else str(value)
+    names_a_path = Path(value).is_file() or (value != "organism" and Path(value, "config.json").is_file())
+    return str(Path(value).resolve()) if names_a_path else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

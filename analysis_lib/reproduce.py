@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from .chat import ChatModel
-from .data import HELDOUT_SETS, load_anchor_queries, load_queries, load_safety_prompts
+from .data import HELDOUT_SETS, load_anchor_queries, load_heldout_queries, load_queries, load_safety_prompts
 from .dro import DROConfig, PromptTuningConfig, SoftPrompt
 from .estimate import estimate
 from .export import export
@@ -66,8 +66,7 @@ def reproduce(
         "guard": guard,
         "template": template,
     }
-    env = {"ANALYSIS_LIB_DEVICE": model._device, "ANALYSIS_LIB_DTYPE": model.dtype_name}
-    env["ANALYSIS_LIB_STORE"] = str(Store().folder.absolute())  # the notebooks run in another folder
+    env = {**model.settings, "ANALYSIS_LIB_STORE": str(Store().folder.absolute())}  # the notebooks run in another folder
     runs = run_notebooks(out, jobs=jobs, env=env, **given)
     figures = write_figures(runs, out / "figures")
     exports: dict[str, dict[str, Any]] = {}
@@ -129,15 +128,15 @@ def plan(
     prompts, store = load_safety_prompts(prompt), Store()
     start = next((name for name in prompts if name not in load_safety_prompts()), "default")  # what DRO starts from
     anchor = {start: prompts[start], **prompts}
-    asked = pd.concat([load_queries(name) for name in heldout or HELDOUT_SETS], ignore_index=True)
     trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}  # as long as one, and in no store
     two = {name: trained[name] for name in ("trained 1", "trained 2")}
     sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
+    anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
+    asked = load_heldout_queries(heldout, anchors)
     whole = sampling if guard is None else {"n_samples": 20}  # a guard reads whole replies
     asked = asked.drop(columns="harmful")  # nothing is trained on them
     forms = load_queries("heldout_forms").drop(columns="harmful").iloc[::ABLATION_EVERY]
     every_layer = (*range(model.n_layers + 1), -1)
-    anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
     costs = {
         "anchor": estimate(model, anchors, anchor, layers=every_layer, sampling=sampling, tuning=tuning, store=store),
         "held out": estimate(model, asked, {**prompts, **two}, sampling=whole, store=store),

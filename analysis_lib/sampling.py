@@ -107,7 +107,7 @@ def sample_responses(
         raise ValueError("n_samples and max_new_tokens must be at least 1")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")
-    if stop_when is not None and "<" in getattr(stop_when, "__qualname__", "<"):
+    if stop_when is not None and (not inspect.isfunction(stop_when) or "<" in stop_when.__qualname__):
         raise ValueError("stop_when must be a named function of a module: its name is part of the stored responses' key")
     settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when)
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()

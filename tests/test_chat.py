@@ -593,9 +593,33 @@ def test_the_index_is_part_of_the_fingerprint(tmp_path):
     assert len({first, with_another, ChatModel.load(str(folder)).fingerprint}) == 3
 
 
-def test_a_folder_with_an_adapter_is_refused(folder):
+def test_a_model_with_an_adapter_is_refused(folder, monkeypatch):
     (folder / "adapter_config.json").write_text("{}")
     fails(folder, "holds an adapter beside the model", "merge the adapter")
+    read = transformers.utils.cached_file  # a hub that has the folder's files
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, *args, **options: read(str(folder), *args, **options))
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *args, own=kind.from_pretrained, **options: own(str(folder)))
+    fails("org/model", "holds an adapter beside the model")
+    (folder / "adapter_config.json").unlink()
+    assert ChatModel.load("org/model").name == "org/model"
+
+
+@pytest.mark.parametrize("use", [ChatModel.load, load_classifier])
+def test_a_configuration_that_names_its_own_weights_is_refused(folder, use):
+    """They could lie anywhere, and be pickled."""
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "other.safetensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ChatModelError, match="names its own file of weights, which is not read; take the entry"):
+        use(str(folder))
+
+
+def test_a_classifiers_index_may_not_lead_out_of_its_folder(tmp_path):
+    folder, index = sharded(tmp_path / "model")
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../evil.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ChatModelError, match="'../evil.bin', which is no .*safetensors beside it"):
+        load_classifier(str(folder))
 
 
 @pytest.mark.parametrize("entry", ["_attn_implementation", "attn_implementation", "experts_implementation"])
@@ -694,6 +718,52 @@ def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
     assert store.ls().equals(kept)
     handle.remove()
     assert np.array_equal(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean)
+
+
+def test_a_wrapped_block_is_another_model():
+    class Steered(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+    model = build("qwen2")
+    before, block = model.fingerprint, model.blocks[1]
+    model.blocks[1] = Steered(block)
+    assert model.fingerprint != before
+    model.blocks[1] = block
+    assert model.fingerprint == before
+
+
+def test_weights_given_back_within_soft_tokens_leave_the_next_ones_whole(folder):
+    model = ChatModel.load(str(folder), device="cpu")
+    before, rows = model.fingerprint, model.embed_text(SAFETY)
+    with model.soft_tokens(rows):
+        model.unload()
+        assert len(model.embed_text(SAFETY)) == len(rows)
+    assert model.fingerprint == before and type(model.model.get_input_embeddings()) is torch.nn.Embedding
+
+
+def test_two_revisions_are_told_apart():
+    with pytest.raises(ChatModelError, match="names the revision 'v1', and revision='v2' another"):
+        ChatModel.load("org/model@v1", revision="v2")
+
+
+@pytest.mark.parametrize("end", ["[2, null]", "null", "2"])
+def test_an_end_of_sequence_that_is_partly_unknown(folder, end):
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {end}}}')
+    assert {2} >= ChatModel.load(str(folder)).stop_ids - {chat("qwen2").tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, {}), ({"dtype": "float32"}, {"ANALYSIS_LIB_DTYPE": "float32"}), ({"dtype": "float64", "device": "cpu"}, {})],
+)
+def test_only_settings_that_are_not_the_default_are_handed_on(options, expected, folder, monkeypatch):
+    assert ChatModel.load(**options).settings == expected
+    assert ChatModel.load(str(folder), dtype="bfloat16").settings == {"ANALYSIS_LIB_DTYPE": "bfloat16"}
+    assert ChatModel.load(str(folder)).settings == {}
+    monkeypatch.setattr(room, "find_spec", lambda package: True)
+    assert ChatModel.load(str(folder), device="auto").settings == {"ANALYSIS_LIB_DEVICE": "auto"}
 
 
 def test_buffers_are_part_of_the_fingerprint():
@@ -815,7 +885,8 @@ def test_template_from_a_file_or_by_name_overrides_the_tokenizers(folder, tmp_pa
 
 def test_a_model_of_the_study_is_opened_by_its_name_there(saved, monkeypatch):
     asked = []
-    monkeypatch.setattr(transformers.utils, "cached_file", lambda *a, **o: str(saved / "config.json"))  # a hub that is reached
+    files = {path.name: str(path) for path in saved.iterdir()}
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, file, **o: files.get(file))  # a hub that is reached
     for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
         read = kind.from_pretrained
         monkeypatch.setattr(

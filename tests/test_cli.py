@@ -354,6 +354,10 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
 def test_reproduce_asks_for_sets_and_a_guard_that_are_there(call, no_notebooks, tmp_path):
     fails(call("reproduce", "--heldout", "advbench"), "advbench", "python -m analysis_lib download")
     fails(call("reproduce", "--heldout", "borderlin"), "no query set 'borderlin'")
+    for more in ([], ["--dry-run"]):
+        twice = call("reproduce", "--heldout", "borderline", "--heldout", "borderline", *more)
+        fails(twice, "occurs twice in the held-out sets", "name each set once")
+    refused(call("reproduce", "--store="), "--store", "the store's folder has no name")
     fails(call("reproduce", "--guard", tmp_path / "guard"), "there is no folder")
     guard = shutil.copytree(ROOT / "organism", tmp_path / "guard")
     (guard / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
@@ -484,8 +488,7 @@ def test_a_pinned_revision_reaches_every_command_and_the_notebooks(call, monkeyp
     tmp_path.joinpath("out").mkdir()
     assert room.reproduce(model, tmp_path / "out")
     assert given["model"] == "org/model@v2"
-    place = {"ANALYSIS_LIB_STORE": os.environ["ANALYSIS_LIB_STORE"]}
-    assert given["env"] == {"ANALYSIS_LIB_DEVICE": "cpu", "ANALYSIS_LIB_DTYPE": "float32", **place}
+    assert given["env"] == {"ANALYSIS_LIB_STORE": os.environ["ANALYSIS_LIB_STORE"]}  # float32 is such a model's default here
 
 
 @pytest.mark.parametrize(

@@ -453,3 +453,24 @@ def test_links_in_a_folder_of_prompts_stay_inside_it(tmp_path):
     (own / "out.txt").symlink_to(own / ".." / "secret.txt")
     with pytest.raises(DataError, match=r"out\.txt: a link that leads out of the folder; put the file itself there"):
         load_safety_prompts(own)
+
+
+def test_heldout_sets_are_one_table_without_anchor_queries(tmp_path):
+    from analysis_lib.data import HELDOUT_SETS, load_heldout_queries
+
+    default = load_heldout_queries()
+    assert list(dict.fromkeys(default["query_set"])) == list(HELDOUT_SETS) and default["query_id"].is_unique
+    mine = tmp_path / "mine.csv"
+    mine.write_text("text,harmful\nHow to bake bread?,false\nHow to rob a train?,true\n", encoding="utf-8")
+    anchor = load_queries(mine).head(1)
+    kept = load_heldout_queries([mine, "borderline"], anchor)
+    assert kept["text"].tolist()[0] == "How to rob a train?" and len(kept) == 1 + len(load_queries("borderline"))
+    assert kept.index.tolist() == list(range(len(kept)))
+    with pytest.raises(DataError, match="every query of the held-out sets .*mine.csv.* is among the anchor queries"):
+        load_heldout_queries([mine], load_queries(mine))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.csv").write_bytes(mine.read_bytes())
+    with pytest.raises(DataError, match="query_id 'mine-0001' occurs twice .* give files different names or ids of their own"):
+        load_heldout_queries([mine, tmp_path / "other" / "mine.csv"])
+    with pytest.raises(DataError, match="the facts are asked of the embedded model anyway"):
+        load_heldout_queries(["facts"])

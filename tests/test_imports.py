@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "published": {"benchmark", "data", "judge"},
     "export": {"chat", "dro"},
     "figures": {"space"},
-    "widgets/panel": {"figures", "space"},
+    "widgets/panel": {"figures", "space", "store"},
     "widgets/explorer": {"figures", "space", "widgets/panel"},
     "widgets/inspector": {"figures", "space", "widgets/panel"},
     "widgets/probe": {"capture", "figures", "judge", "organism/__init__", "sampling", "space", "widgets/panel"},

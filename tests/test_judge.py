@@ -230,7 +230,7 @@ def test_a_batch_judge_is_asked_once_for_all_distinct_responses():
     np.testing.assert_array_equal(judged["refused"], [1, 1, 0, 1, np.nan, np.nan])
     with pytest.raises(TypeError, match="the judge returned 1; return True"):
         judge_responses(table, BatchJudge(lambda responses, queries: [1] * len(responses)), queries=QUERIES)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="the batch judge gave 1 verdicts for 4 responses"):
         judge_responses(table, BatchJudge(lambda responses, queries: [True]), queries=QUERIES)
 
     def fails(responses, queries):

@@ -304,6 +304,25 @@ def test_errors_name_the_cause():
         next_token_loss(model, QUERIES, pd.DataFrame({"query_id": ["x"], "response": ["a"]}), PROMPTS)
 
 
+def test_log_probabilities_that_are_not_finite_are_not_kept(tmp_path):
+    model, store = build("qwen2", tie_word_embeddings=False), Store(tmp_path)
+    model.model.lm_head.weight[7, 3] = float("nan")
+    answers = pd.DataFrame({"query_id": ["q0"], "response": ["Sure"]})
+    for kept in (None, store):
+        with pytest.raises(ChatModelError, match="log probabilities of 'tiny qwen2' hold NaN .* nothing of this batch is kept"):
+            refusal_probability(model, QUERIES, PROMPTS, store=kept)
+        with pytest.raises(ChatModelError, match="hold NaN"):
+            next_token_loss(model, QUERIES, answers, PROMPTS, store=kept)
+    assert store.ls().empty
+
+
+def test_a_guards_token_without_an_embedding_is_told():
+    guard = build_guard()
+    guard.tokenizer.add_tokens([f"extra{i}" for i in range(64)])
+    with pytest.raises(ChatModelError, match="has a token that 'tiny guard' has no embedding for"):
+        chat_judge(guard)("extra63", HARMFUL)
+
+
 def test_an_end_without_a_token_for_it():
     model = chat("llama")
     answers = pd.DataFrame({"query_id": ["q0"], "response": ["Sure"], "end": ["eos"]})

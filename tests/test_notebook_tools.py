@@ -219,6 +219,32 @@ def test_the_notebooks_run_on_the_fewest_queries_of_a_user(number, tmp_path):
     assert run.error is None
 
 
+def test_a_kernel_that_may_not_load_weights_does_not(tmp_path):
+    """What the second pass of `make test-notebooks` rests on."""
+    profile = tmp_path / "ipython" / "profile_default" / "startup"
+    profile.mkdir(parents=True)
+    (profile / "no_weights.py").write_bytes((FOLDER.parent / "tests" / "no_weights.py").read_bytes())
+    loads = {"00_chat.ipynb": "ChatModel.load().model", "01_any.ipynb": "load_classifier(ROOT / 'organism')"}
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, code in loads.items():
+        head = "from analysis_lib.chat import ChatModel, load_classifier\nfrom analysis_lib.data import ROOT\n"
+        nbformat.write(new_notebook(cells=[new_code_cell(head + code)]), source / name)
+    for run in run_notebooks(tmp_path / "out", folder=source, env={"IPYTHONDIR": str(tmp_path / "ipython")}):
+        assert "the weights were loaded" in run.error
+
+
+def test_a_folder_named_like_a_set_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "borderline").mkdir()
+    (tmp_path / "mine.csv").write_text("text\nHow?\n")
+    assert notebooks._absolute("borderline") == "borderline" and notebooks._absolute("mine.csv") == str(tmp_path / "mine.csv")
+    (tmp_path / "model").mkdir()
+    assert notebooks._absolute("model") == "model"
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert notebooks._absolute("model") == str(tmp_path / "model")
+
+
 def test_prompts_are_compared_on_the_users_sets_and_judged_by_a_guard_as_well(tmp_path):
     """Notebook 06 with HELDOUT and GUARD; one of the sets has no harmless query."""
     harmful, both, guard = tmp_path / "harmful.csv", tmp_path / "both.csv", build_guard()

@@ -310,8 +310,9 @@ def test_another_stop_function_of_the_same_name_finds_nothing(store, tmp_path, m
         namespace = {"__name__": "typed"}
         exec("def halt(text): return True", namespace)
         sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=namespace["halt"], **options)
-    with pytest.raises(ValueError, match="must be a named function"):
-        sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=functools.partial(verdict_is_final), **options)
+    for other in (functools.partial(verdict_is_final), Counter().update, str.isupper):  # what they hold is in no key
+        with pytest.raises(ValueError, match="must be a named function"):
+            sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=other, **options)
 
 
 def test_another_tokenizer_finds_no_responses(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from analysis_lib import ChatModel, Store, figures
 from analysis_lib.dro import DROConfig, SoftPrompt, train_dro
 from analysis_lib.space import AnchorSpace, Direction, fit_direction
+from analysis_lib.store import StoreError
 from analysis_lib.widgets import dro_console, explore, inspect_directions, panel, probe
 
 PROMPTS = ("none", "default", "short")
@@ -599,6 +600,25 @@ def test_what_is_typed_is_kept_in_a_store_and_read_from_it(tmp_path, monkeypatch
     )
     again.query.value = "Why?"
     assert "not callable" in again.message.value  # a new text needs the model
+
+
+def test_probe_and_console_work_where_nothing_can_be_kept(tmp_path):
+    class Full(Store):
+        def _commit(self, *args, **kwargs):
+            raise StoreError("cannot write to the store: no space is left")
+
+    with pytest.warns(UserWarning, match="nothing is kept: cannot write"):
+        w, _ = make_probe(query="How to use a stun gun?", n_samples=2, store=Full(tmp_path))
+    w.sample.click()
+    assert "nothing is kept: cannot write" in w.message.value and w.table["sampled"].notna().all()
+    console, o = make_console(tmp_path, store=Full(tmp_path))
+    console.steps.value = round(len(o.queries) / QUICK.batch_size)
+    with pytest.warns(UserWarning, match="is returned but not kept"):
+        console.start.click()
+        console.wait()
+    assert console.message.value == "" and "steps done" in console.status.value
+    moved = console.table.set_index(["prompt", "group"])["refusal_logit"]
+    assert not moved.loc["trained"].equals(moved.loc["short"])
 
 
 def test_replies_of_another_model_stay_hidden():

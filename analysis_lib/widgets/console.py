@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 
 from .. import figures
 from ..space import AnchorSpace, Direction
-from .panel import Panel, check_space, control, html
+from .panel import Panel, check_space, control, html, kept
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
@@ -152,7 +152,8 @@ class Console(Panel):
         from ..capture import hidden_states
 
         n_check = 0 if store is None else 2
-        captured = hidden_states(self._model, self._followed, {TRAINED: soft}, n_check=n_check, store=store, progress=False)
+        options = {"n_check": n_check, "store": store, "progress": False}
+        captured = kept(hidden_states, self._model, self._followed, {TRAINED: soft}, **options)
         return self._space.transform(captured.states[:, 0])
 
     def _points(self) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from itertools import combinations
@@ -36,6 +36,17 @@ class _Plot(go.FigureWidget):
 
     def open(self) -> None:
         """Called on the way by ipywidgets, and too early."""
+
+
+def kept(compute: Callable[..., Any], *arguments: Any, store: Any, **options: Any) -> Any:
+    """compute(..., store=store), and where that cannot be written, once more without it."""
+    from ..store import StoreError
+
+    try:
+        return compute(*arguments, store=store, **options)
+    except StoreError as error:
+        warnings.warn(f"nothing is kept: {error}", stacklevel=2)
+        return compute(*arguments, store=None, **options)
 
 
 class Panel:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from .. import figures
 from ..space import AnchorSpace, Direction
-from .panel import Panel, check_space, control, html, pairs
+from .panel import Panel, check_space, control, html, kept, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
@@ -109,7 +109,8 @@ class Probe(Panel):
             return {}
         if missing := {name: p for name, p in prompts.items() if self._key(query, name) not in self._known}:
             n_check = 0 if self._store is None else 1  # what is kept is checked
-            captured = hidden_states(self._model, self._asked(), missing, n_check=n_check, store=self._store, progress=False)
+            options = {"n_check": n_check, "store": self._store, "progress": False}
+            captured = kept(hidden_states, self._model, self._asked(), missing, **options)
             for name, z in zip(missing, self._space.transform(captured.states[:, 0]), strict=True):
                 self._known[self._key(query, name)] = z
         return {name: self._known[self._key(query, name)] for name in prompts}
@@ -173,7 +174,7 @@ class Probe(Panel):
                         "store": self._store,
                         "progress": False,
                     }
-                    replies = sample_responses(self._model, self._asked(), missing, **options)
+                    replies = kept(sample_responses, self._model, self._asked(), missing, **options)
                 finally:
                     self.sample.disabled = False
                 rates = refusal_rates(judge_responses(replies)).set_index("prompt")["refusal_rate"]
