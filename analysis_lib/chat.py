@@ -107,7 +107,7 @@ class ChatModel:
     @classmethod
     def load(
         cls,
-        name: str = "organism",
+        name: str | Path = "organism",
         *,
         revision: str | None = None,
         device: str | None = None,
@@ -133,6 +133,7 @@ class ChatModel:
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import cached_file, extract_commit_hash
 
+        name = str(name)
         base, _, at = (name, "", "") if _folder(name) else name.partition("@")
         source = str(ROOT / "organism") if base == "organism" else base
         if at and revision and at != revision:
@@ -749,13 +750,14 @@ class _SoftEmbedding(torch.nn.Module):
         return torch.where(soft.unsqueeze(-1), rows[(ids - self.n).clamp(min=0)], plain)
 
 
-def load_classifier(name: str, *, revision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+def load_classifier(name: str | Path, *, revision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) of a text-classification model: a local folder or a hub id, frozen; safetensors only, no remote code.
 
     Raises ChatModelError as `ChatModel.load` does.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    name = str(name)
     safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         _refuse_configuration(name, AutoConfig.from_pretrained(name, **safe))
