@@ -184,7 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     def model_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model", default="organism", help="a hub id or a model folder; default: the embedded organism")
         sub.add_argument("--revision", help="a branch, tag or commit of the hub id; --model ID@REVISION says the same")
-        sub.add_argument("--dtype", help="float32, bfloat16, float16, float64; default: float32 on a CPU, else bfloat16")
+        sub.add_argument(
+            "--dtype",
+            help="float32, bfloat16, float16, float64; default: float32 on a CPU (the organism: float64), else bfloat16",
+        )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, auto for all GPUs; default: cuda where there is one")
         sub.add_argument(
             "--template", metavar="FILE", help="a chat template in place of the tokenizer's own: a .jinja file or a name"

@@ -260,6 +260,7 @@ def wilson_interval(k: float, n: float, *, z: float = 1.959963984540054) -> tupl
 
 
 FEW = 4  # queries that differ; a bootstrap of fewer often draws none of them
+SMALL = 25  # queries; of fewer the bootstrap's interval covered 83 to 93 %
 
 
 def rate_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -269,17 +270,21 @@ def rate_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, s
     bootstraps are too short for rates near 0. Where fewer than FEW queries differ from 0 (or from 1) it is Wilson's on the
     effective number of queries, that at which a share would vary as these rates do. Coverage of the 95 % interval, by
     simulation with 100 queries: 93 to 97 % where six queries or more differ, about 91 % where four do at widely varying rates.
+    With fewer than SMALL queries their spread is not known well enough: it is Wilson's as if each counted 0 or 1, which is
+    wider, and covers more than 95 %.
     """
     values = _checked(values)
     if values.min() < 0 or values.max() > 1:
         raise ValueError("a rate lies in [0, 1]; take bootstrap_interval for other values, difference_interval for differences")
     n, mean, variance = len(values), values.mean(), values.var()
+    if n < SMALL or variance < 1e-12:  # equal rates leave the rounding of their mean
+        return wilson_interval(mean * n, n, z=_z(level))
     if min(np.count_nonzero(values), np.count_nonzero(values < 1)) >= FEW and not np.isin(values, (0, 1)).all():
         slope = lambda p: 0.5 / np.sqrt(p * (1 - p))  # noqa: E731
         ends = _studentized(values, lambda p: np.arcsin(np.sqrt(p)), slope, n_boot, level, seed)
         low, high = np.sin(np.clip(ends, 0, np.pi / 2)) ** 2
         return float(low), float(high)
-    effective = n * mean * (1 - mean) / variance if variance else n
+    effective = n * mean * (1 - mean) / variance
     return wilson_interval(mean * effective, effective, z=_z(level))
 
 

@@ -154,6 +154,10 @@ def load_heldout_queries(names: Sequence[str | Path] | None = None, anchor: pd.D
             "or ids of their own"
         )
     kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
+    if 0 < (left_out := len(queries) - len(kept)) < len(queries):
+        warnings.warn(
+            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries and left out", stacklevel=2
+        )
     if kept.empty:
         raise DataError(
             f"every query of the held-out sets ({named}) is among the anchor queries; give sets that nothing is fitted to"

@@ -54,6 +54,10 @@ def export(soft: SoftPrompt, model: ChatModel, folder: str | Path, forms: Sequen
         part.mkdir(parents=True)
         try:
             {"peft": _peft, "vllm": _vllm, "plain": _plain}[form](soft, model, part)
+            for file in filter(
+                Path.is_file, part.iterdir()
+            ):  # safetensors writes for the owner alone; who serves it may be another
+                file.chmod((part / "README.md").stat().st_mode)
             if place.exists():
                 shutil.rmtree(place)
             part.rename(place)

@@ -491,3 +491,22 @@ def test_intervals_refuse(interval, values):
 def test_rates_outside_the_unit_interval_are_refused():
     with pytest.raises(ValueError, match=r"a rate lies in \[0, 1\]; take bootstrap_interval"):
         rate_interval(np.array([0.5, 1.5]))
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 20])
+def test_coverage_of_few_queries_at_widely_varying_rates(n):
+    rng = np.random.default_rng(n)
+    rates = rng.binomial(20, rng.beta(0.3, 5, (300, n))) / 20
+    assert coverage([rate_interval(values) for values in rates], 0.3 / 5.3) >= 0.95
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.15, 0.5, 1 / 3])
+@pytest.mark.parametrize("n", [3, 5, 30, 100])
+def test_equal_rates_have_the_interval_of_their_number(rate, n):
+    """The rounding of their mean is no spread."""
+    assert rate_interval(np.full(n, rate)) == pytest.approx(wilson_interval(rate * n, n))
+
+
+def test_a_query_nearer_to_the_middle_makes_no_shorter_interval():
+    low, high = rate_interval(np.array([1, 1, 0.9]))
+    assert low < rate_interval(np.ones(3))[0] and high > 0.98

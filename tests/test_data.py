@@ -463,7 +463,10 @@ def test_heldout_sets_are_one_table_without_anchor_queries(tmp_path):
     mine = tmp_path / "mine.csv"
     mine.write_text("text,harmful\nHow to bake bread?,false\nHow to rob a train?,true\n", encoding="utf-8")
     anchor = load_queries(mine).head(1)
-    kept = load_heldout_queries([mine, "borderline"], anchor)
+    with pytest.warns(
+        UserWarning, match="1 of .* held-out queries .*mine.csv, borderline.* are among the anchor queries and left out"
+    ):
+        kept = load_heldout_queries([mine, "borderline"], anchor)
     assert kept["text"].tolist()[0] == "How to rob a train?" and len(kept) == 1 + len(load_queries("borderline"))
     assert kept.index.tolist() == list(range(len(kept)))
     with pytest.raises(DataError, match="every query of the held-out sets .*mine.csv.* is among the anchor queries"):

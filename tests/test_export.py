@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -141,8 +142,8 @@ def test_a_model_in_a_relative_folder_is_found_from_the_export(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     name = 'models/it\'s "mine"'
     model = kept(build("llama", vocab_size=len(chat("llama").tokenizer)), Path(name))
-    assert model.source == name
     soft, there = moved(model), str(tmp_path.resolve() / name)
+    assert (model.name, model.source) == (name, there)
     export(soft, model, "out", ["peft", "vllm"])
     adapter = json.loads(Path("out/peft/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == json.loads(Path("out/vllm/request.json").read_text())["model"] == there
@@ -158,6 +159,14 @@ def test_a_model_in_a_relative_folder_is_found_from_the_export(tmp_path, monkeyp
 def served(folder) -> list[str]:
     """The words of the README's `vllm serve`, as a shell reads them."""
     return shlex.split(re.search(r"^    (vllm serve .*)$", (Path(folder) / "README.md").read_text(), re.MULTILINE)[1])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such modes")
+def test_an_export_may_be_served_by_another_user(exported):
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [file for _, _, folder in exported.values() for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
 
 
 def test_exports_pin_the_revision_and_the_dtype(tmp_path):

@@ -316,6 +316,18 @@ def test_log_probabilities_that_are_not_finite_are_not_kept(tmp_path):
     assert store.ls().empty
 
 
+def test_a_model_that_is_no_guard_is_told(guard):
+    """Its silence would leave the refusals alone, and make every prompt look safe."""
+    responses = [f"Sure. {i}" for i in range(10)]
+    judge = chat_judge(guard, verdicts={"yes": False, "no": True})
+    with pytest.raises(
+        ChatModelError, match=r"'tiny guard' has no verdict on 10 of 10 responses \(it says '(un)?safe.*other words than yes, no"
+    ):
+        judge.many(responses, [HARMFUL] * 10)
+    assert judge.many(responses[:9], [HARMFUL] * 9) == [None] * 9  # too few to tell
+    assert None not in chat_judge(guard).many(responses, [HARMFUL] * 10)
+
+
 def test_a_guards_token_without_an_embedding_is_told():
     guard = build_guard()
     guard.tokenizer.add_tokens([f"extra{i}" for i in range(64)])

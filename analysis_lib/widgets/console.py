@@ -190,7 +190,7 @@ class Console(Panel):
         fig.update_yaxes(title_text="norm loss", row=2, col=1)
         fig.update_xaxes(title_text=plane.layout.xaxis.title.text, range=plane.layout.xaxis.range, row=1, col=2)
         fig.update_yaxes(title_text=plane.layout.yaxis.title.text, range=plane.layout.yaxis.range, scaleanchor="x2", row=1, col=2)
-        return figures._finish(fig, "Losses, and the queries followed", self._note, width=1040, height=500, right=190)
+        return figures._finish(fig, "Losses, and the queries followed", self._note, width=960, height=500, right=210)
 
     def _start(self, _button: object) -> None:
         from ..dro import DROConfig
