@@ -126,8 +126,10 @@ class ChatModel:
         template: a file with a Jinja chat template, or the name of one of the study's (`TEMPLATES`); default: the tokenizer's.
         quantization: "8bit" or "4bit" (needs bitsandbytes), for capture and sampling only.
         The attention implementation is the one transformers picks, SDPA where the architecture has it.
-        Never runs a repository's own code and reads weights from safetensors only.
-        Raises ChatModelError: unknown id or folder, no network, gated, pickled weights only, no chat template or one that
+        Never runs a repository's own code and reads weights from safetensors only, those of a folder from that folder. A
+        folder that changes while its model is open, and a checkpoint that lacks tensors, are ChatModelErrors of `.model`.
+        Raises ChatModelError: unknown id or folder, no network, gated, pickled weights only, an adapter beside the model, a
+        configuration or index that names other files or code, no chat template or one that
         cannot be rendered, no tokenizer or one without offsets, a device or dtype that torch does not have, a package that lacks.
         """
         from transformers import AutoConfig, AutoTokenizer

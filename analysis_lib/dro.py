@@ -473,7 +473,8 @@ class _Kept:
     """
 
     def __init__(self, store: Store | None, method: str, model: ChatModel, prompt: str, config: Any, *inputs: Any):
-        self.store, self.model = store, model = usable(store, model), model
+        store = usable(store, model)
+        self.store, self.model = store, model
         self.checkpoint: list[str] = []  # keys of the last one
         if store is not None:
             parts = {"kind": "soft_prompt", "method": method, **model.key_parts()}

@@ -236,7 +236,9 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         assert_shows_table(page, shown, int(layer), (1, 2))
         expect(explorer).not_to_contain_text("in the lasso")
         expect(explorer).not_to_contain_text("Error")
-        assert plot.evaluate("plot => [plot._context.showSendToCloud, (plot.layout.selections || []).length]") == [False, 0]
+        assert plot.evaluate(
+            "plot => [plot._context.showSendToCloud, plot._context.typesetMath, (plot.layout.selections || []).length]"
+        ) == [False, False, 0]
 
         page.get_by_label("Components").select_option("PC2 and PC3")
         page.wait_for_function("plot => plot._fullLayout.xaxis.title.text.startsWith('PC2')", arg=plot.element_handle())

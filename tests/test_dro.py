@@ -305,6 +305,21 @@ def test_finished_trainings_are_read_from_the_store(qwen, store, monkeypatch):
             train_dro(build("qwen2", seed=1), QUERIES, SAFETY, *geometry, QUICK, store=store)
 
 
+def test_a_training_under_a_forward_hook_is_neither_read_nor_kept(store):
+    """It is another model's, and no key tells."""
+    model = build("qwen2")
+    geometry = geometry_for(model)
+    clean = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store)
+    kept = store.ls()
+    handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: output * 1.5)
+    for config in (QUICK, replace(QUICK, seed=1)):
+        with pytest.warns(UserWarning, match="has a forward hook.*nothing is read from the store and nothing kept"):
+            steered = train_dro(model, QUERIES, SAFETY, *geometry, config, store=store)
+        assert not np.array_equal(steered.embeddings, clean.embeddings)
+    handle.remove()
+    assert store.ls().equals(kept)
+
+
 def test_found_trainings_load_no_weights(tmp_path, monkeypatch):
     made, store = chat("qwen2"), Store(tmp_path / "store")
     made.model.save_pretrained(tmp_path / "model")

@@ -156,6 +156,16 @@ def test_a_guard_judges_in_batches_as_one_by_one_and_its_replies_are_kept(tmp_pa
         judge("another response", about[0])
 
 
+def test_a_response_longer_than_the_guards_context_has_no_verdict(guard, monkeypatch):
+    """The reply needs its place in the context too."""
+    shown = f"<|im_start|>user\nuser: {HARMFUL['text']}\nassistant: Sure.\n<|im_end|><|im_start|>assistant\n"
+    n = len(guard.tokenizer(shown, add_special_tokens=False)["input_ids"])
+    for room, expected in ((1, chat_judge(guard, max_new_tokens=1)("Sure.", HARMFUL)), (0, None)):
+        monkeypatch.setattr(guard.text_config, "max_position_embeddings", n + room)
+        assert chat_judge(guard, max_new_tokens=1)("Sure.", HARMFUL) is expected
+    assert chat_judge(guard, max_new_tokens=1)("No.", {**HARMFUL, "text": "x"}) is not None
+
+
 def test_a_response_cannot_open_a_turn_of_the_guard(guard):
     judge = chat_judge(guard, max_new_tokens=1)
     with pytest.warns(UserWarning, match="a response holds a special token"):
