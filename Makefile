@@ -61,7 +61,7 @@ test-notebooks: setup
 	IPYTHONDIR="$$folder/ipython" $$compare $(NOTEBOOKS)
 
 notebooks: setup
-	OMP_NUM_THREADS=1 $(RUN) -m analysis_lib.notebooks $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))
+	OMP_NUM_THREADS=1 $(RUN) -m tools.store_outputs $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))
 
 lab: setup
 	$(RUN) -m jupyterlab --notebook-dir=notebooks

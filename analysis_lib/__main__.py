@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .store import parse_bytes, parse_days
+from .store.store import parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
@@ -29,7 +29,8 @@ EXAMPLES = """examples:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from .data import load_anchor_queries, load_heldout_queries, load_safety_prompts
+    from .data.prompts import load_safety_prompts
+    from .data.queries import load_anchor_queries, load_heldout_queries
 
     if args.store is not None:
         os.environ["ANALYSIS_LIB_STORE"] = str(args.store.absolute())
@@ -38,11 +39,11 @@ def _reproduce(args: argparse.Namespace) -> int:
     load_heldout_queries(args.heldout, load_anchor_queries(args.queries or "anchor"))
     model = _model(args)
     if args.guard is not None:
-        from .chat import ChatModel
-        from .model_judges import chat_judge
+        from .judge.models import chat_judge
+        from .model.chat import ChatModel
 
         chat_judge(ChatModel.load(args.guard, device=args.device, dtype=args.dtype))  # loads no weights
-    from .reproduce import plan, reproduce
+    from .report.reproduce import plan, reproduce
 
     asked = {"prompt": args.prompt, "queries": args.queries, "heldout": args.heldout, "guard": args.guard}
     if args.dry_run:
@@ -59,15 +60,15 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> Any:
-    from .chat import ChatModel
+    from .model.chat import ChatModel
 
     name = f"{args.model}@{args.revision}" if args.revision else args.model
     return ChatModel.load(name, device=args.device, dtype=args.dtype, template=args.template)
 
 
 def _export(args: argparse.Namespace) -> int:
-    from .dro import SoftPrompt
-    from .export import export
+    from .model.soft_prompt import SoftPrompt
+    from .train.export import export
 
     model = _model(args)
     soft = SoftPrompt.load(args.soft_prompt, model)
@@ -82,7 +83,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from .store import Store, StoreError
+    from .store.store import Store, StoreError
 
     store = Store(args.store)
     if args.store is not None and not store.folder.exists():
@@ -130,7 +131,7 @@ def _organism(args: argparse.Namespace) -> int:
 
 
 def _download(args: argparse.Namespace) -> int:
-    from .data import download
+    from .data.download import download
 
     for name, path in download(args.out).items():
         print(f"{name:<18} {path}")

@@ -48,8 +48,9 @@ from analysis_lib import (
     sample_responses,
     train_dro,
 )
-from analysis_lib.capture import TOLERANCE
-from analysis_lib.store import Store
+from analysis_lib.model.forward import TOLERANCE
+from analysis_lib.model.soft_prompt import embed_text
+from analysis_lib.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1e-3  # largest accepted difference of float32 results, relative to the root mean square of the plain ones
@@ -237,7 +238,7 @@ def plain_dro(problem: DRO) -> Callable[[], tuple[float, float]]:
     lengths = torch.tensor([len(row.ids) for row in rows], device=chat.device)
     mask = (torch.arange(int(lengths.max()), device=chat.device) < lengths[:, None]).long()
     table = chat.model.get_input_embeddings()
-    soft = torch.nn.Parameter(tensor(chat.embed_text(problem.prompt)))
+    soft = torch.nn.Parameter(tensor(embed_text(chat, problem.prompt)))
     optimizer = torch.optim.AdamW([soft], lr=config.learning_rate)
 
     def states() -> torch.Tensor:
@@ -423,7 +424,7 @@ def _status(name: str) -> int | None:
 
 def matrix_work(chat: ChatModel, m: int) -> tuple[Callable[[], None], float]:
     """The matrix products of one block on m tokens, and their FLOPs: what the matrix rate is measured with."""
-    layers = [x for x in chat.blocks[0].modules() if isinstance(x, torch.nn.Linear)]
+    layers = [x for x in chat.forward.blocks[0].modules() if isinstance(x, torch.nn.Linear)]
     inputs = {x.in_features: torch.randn(m, x.in_features, device=chat.device).to(chat.dtype) for x in layers}
 
     @torch.no_grad()
@@ -448,8 +449,8 @@ def distinct_depths(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 def flops(chat: ChatModel, depths: np.ndarray, *, backward_from: int | None = None) -> float:
     """FLOPs of the blocks for tokens at these depths; with backward_from, of the gradient to the inputs from that depth on too."""
-    linear = sum(2 * x.weight.numel() for x in chat.blocks.modules() if isinstance(x, torch.nn.Linear))
-    attention = 4 * chat.n_layers * chat.blocks[0].self_attn.q_proj.out_features
+    linear = sum(2 * x.weight.numel() for x in chat.forward.blocks.modules() if isinstance(x, torch.nn.Linear))
+    attention = 4 * chat.n_layers * chat.forward.blocks[0].self_attn.q_proj.out_features
     total = linear * len(depths) + attention * float((depths + 1).sum())
     if backward_from is not None:
         late = depths[depths >= backward_from]
@@ -461,7 +462,7 @@ class counted_tokens:
     """Within this context, `.n` counts the tokens that go through the decoder."""
 
     def __init__(self, chat: ChatModel):
-        self.body, self.n = chat.body, 0
+        self.body, self.n = chat.forward.body, 0
 
     def __enter__(self) -> counted_tokens:
         self.handle = self.body.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -477,7 +478,7 @@ class counted_tokens:
 
 def sampling_flops(chat: ChatModel, prompts: Sequence[Sequence[int]], computed: int) -> float:
     """FLOPs of a sampling run in blocks and head (attention left out) when `computed` tokens went through the decoder."""
-    linear = sum(2 * x.weight.numel() for x in chat.blocks.modules() if isinstance(x, torch.nn.Linear))
+    linear = sum(2 * x.weight.numel() for x in chat.forward.blocks.modules() if isinstance(x, torch.nn.Linear))
     return float(
         linear * computed + 2 * chat.hidden_size * chat.n_embeddings * (computed - len(distinct_depths(prompts)) + len(prompts))
     )

@@ -40,9 +40,11 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 
-from analysis_lib import store as room
-from analysis_lib.data import OPTIONAL, DataError, load_queries, load_safety_prompts
-from analysis_lib.store import Store, StoreDamage, StoreError, row_key
+from analysis_lib.data.files import OPTIONAL, DataError
+from analysis_lib.data.prompts import load_safety_prompts
+from analysis_lib.data.queries import load_queries
+from analysis_lib.store import store as room
+from analysis_lib.store.store import Store, StoreDamage, StoreError, row_key
 
 ABOUT = {"model": "0" * 64, "model_name": "faults", "prompts": ["none"], "layer": -1}
 WIDTH = 1024
@@ -572,7 +574,7 @@ def kills_in_a_run(
 
 def kills_in_training(folder: Path, kills: int, rng: random.Random, train: Callable[[Store], Any]) -> dict:
     """kill -9 at random moments of `train`: a kept soft prompt is whole and the right one, and is not trained again."""
-    from analysis_lib import dro
+    from analysis_lib.train import dro
 
     def report_end(place: Path, report: Callable[[int], object]) -> None:
         train(Store(place))
@@ -630,7 +632,7 @@ def kills_of_the_library(folder: Path, short: bool, rng: random.Random) -> list[
         sample_responses,
         train_dro,
     )
-    from analysis_lib import capture, sampling  # isort: skip
+    from analysis_lib.collect import states as capture, responses as sampling  # isort: skip
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
@@ -750,7 +752,7 @@ def markup(surface: Callable[[Sequence[str]], Iterable[str]], texts: Sequence[st
 
 def roles(model: Any, texts: Sequence[str]) -> tuple[int, int]:
     """(texts that opened a role in the rendered chat, texts changed or refused without a word)."""
-    from analysis_lib.chat import ChatModelError
+    from analysis_lib.model.errors import ChatModelError
 
     def read(text: str) -> tuple[list[int], list[int], str]:
         ids = model.render([text], "Be careful.")[0].ids
@@ -820,8 +822,8 @@ def surfaces() -> dict[str, Callable[[Sequence[str]], Iterable[str]]]:
     from IPython.core.formatters import DisplayFormatter
 
     from analysis_lib import AnchorSpace, ChatModel, figures, fit_direction
-    from analysis_lib.notebooks import clean
-    from analysis_lib.report import write_report
+    from analysis_lib.report.html import write_report
+    from analysis_lib.report.run_notebooks import clean
     from analysis_lib.widgets import dro_console, explore, inspect_directions, probe
 
     def drawn(texts: Sequence[str]) -> list[Any]:

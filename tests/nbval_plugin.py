@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from nbval.plugin import IPyNbCell
 
-from analysis_lib.notebooks import clean_outputs
-from analysis_lib.report import PLOTLY_MIME
+from analysis_lib.report.html import PLOTLY_MIME
+from analysis_lib.report.run_notebooks import clean_outputs
 
 
 def pytest_itemcollected(item):

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis_lib import data
-from analysis_lib.alpaca import load_instructions, read_alpaca_eval, write_alpaca_eval
-from analysis_lib.benchmark import metric_table
-from analysis_lib.data import DataError
+from analysis_lib.analysis.benchmark import metric_table
+from analysis_lib.data import files
+from analysis_lib.data.alpaca import load_instructions, read_alpaca_eval, write_alpaca_eval
+from analysis_lib.data.files import DataError
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_wrong_files(queries, tmp_path, monkeypatch):
         with pytest.raises(DataError, match=message):
             load_instructions(tmp_path / "b.json")
     os.mkfifo(tmp_path / "pipe.json")
-    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
     (tmp_path / "huge.json").write_text("[" + " " * 1000)
     for name, message in [("huge", "1,001 bytes, the limit is 1,000"), ("pipe", "not a regular file")]:
         with pytest.raises(DataError, match=message):

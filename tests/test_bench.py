@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis_lib.chat import ChatModel
-from analysis_lib.sampling import sample_responses
+from analysis_lib.collect.responses import sample_responses
+from analysis_lib.model.chat import ChatModel
 
 BENCH = Path(__file__).parents[1] / "bench"
 spec = importlib.util.spec_from_file_location("bench", BENCH / "bench.py")
@@ -94,7 +94,7 @@ def test_flops_are_those_a_counter_sees(organism, training):
     n, d, layers = 12, organism.hidden_size, organism.n_layers
     embedded = torch.zeros(1, n, d, requires_grad=training)
     with FlopCounterMode(display=False) as counter:
-        out = organism.body(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        out = organism.forward.body(inputs_embeds=embedded, use_cache=False).last_hidden_state
         if training:
             out.sum().backward()
     seen = counter.get_flop_counts()["Global"]

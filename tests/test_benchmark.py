@@ -10,16 +10,8 @@ import pytest
 from scipy import special
 from scipy.stats import binom
 
-from analysis_lib.benchmark import (
-    COLUMNS,
-    METRICS,
-    benchmark_table,
-    bootstrap_interval,
-    difference_interval,
-    metric_table,
-    rate_interval,
-    wilson_interval,
-)
+from analysis_lib.analysis.benchmark import COLUMNS, METRICS, benchmark_table, metric_table
+from analysis_lib.analysis.intervals import bootstrap_interval, difference_interval, rate_interval, wilson_interval
 
 N = float("nan")
 

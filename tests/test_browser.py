@@ -25,8 +25,8 @@ from choreographer.browsers.chromium import Chromium
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from analysis_lib.notebooks import FOLDER, KERNEL
-from analysis_lib.report import write_report
+from analysis_lib.report.html import write_report
+from analysis_lib.report.run_notebooks import FOLDER, KERNEL
 
 CHROMIUM = Chromium.find_browser(skip_local=False)
 if not CHROMIUM:

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES, PLAIN, PROMPTS, QUERIES, SAFETY, WINDOWED, build, chat, plain_states, relative
 
-from analysis_lib import capture
-from analysis_lib.capture import HiddenStates, ParityError, hidden_states, last_states, plan_rows, shares_prefixes
-from analysis_lib.chat import ChatModel
-from analysis_lib.dro import SoftPrompt
-from analysis_lib.sampling import sample_responses
-from analysis_lib.store import Store, row_key
+from analysis_lib.collect import states as capture
+from analysis_lib.collect.responses import sample_responses
+from analysis_lib.collect.states import HiddenStates, ParityError, hidden_states
+from analysis_lib.model.architecture import text_config
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.forward import last_states, shares_prefixes
+from analysis_lib.model.soft_prompt import SoftPrompt
+from analysis_lib.model.tree import plan_rows
+from analysis_lib.store.store import Store, row_key
 
 families = pytest.mark.parametrize("family", FAMILIES)
 LAYERS = (0, 1, 2, 3, -1)
@@ -106,7 +109,7 @@ def test_many_small_packs_give_the_same_states(family, monkeypatch):
 @pytest.mark.parametrize("family", sorted(WINDOWED))
 def test_windows_are_shorter_than_the_rows_and_matter(family):
     model, wide = chat(family), build(family, sliding_window=512)
-    assert min(len(r.ids) for r in model.render(QUERIES["text"].tolist(), SAFETY)) > 2 * model.text_config.sliding_window
+    assert min(len(r.ids) for r in model.render(QUERIES["text"].tolist(), SAFETY)) > 2 * text_config(model.config).sliding_window
     got = [hidden_states(m, QUERIES, {"p": SAFETY}).states for m in (model, wide)]
     assert relative(*got) > 0.01
 
@@ -127,11 +130,11 @@ def test_last_states_is_differentiable_like_the_plain_pass():
     gradients = []
     for plain in (False, True):
         rows_of = torch.nn.Parameter(torch.tensor(soft.embeddings, dtype=torch.float64))
-        with model.soft_tokens(rows_of):
+        with model.forward.soft_tokens(rows_of):
             if plain:
-                states = torch.stack([model.body(input_ids=torch.tensor([r.ids])).last_hidden_state[0, -1] for r in rows])
+                states = torch.stack([model.forward.body(input_ids=torch.tensor([r.ids])).last_hidden_state[0, -1] for r in rows])
             else:
-                states, way = last_states(model, [r.ids for r in rows])
+                states, way = last_states(model.forward, [r.ids for r in rows])
                 assert way == "tree"
             states.flatten().sin().sum().backward()
         gradients.append(rows_of.grad)
@@ -200,7 +203,7 @@ def test_wrong_states_raise_and_nothing_is_stored(store, monkeypatch):
 def test_a_tree_without_its_mask_is_found_out(monkeypatch):
     """Every token of a pack sees every other: a model asked afterwards runs plainly, one asked before raises."""
     asked, fresh = build("llama"), build("llama")
-    assert shares_prefixes(asked)
+    assert shares_prefixes(asked.forward)
     right = capture.attention_mask
     monkeypatch.setattr(capture, "attention_mask", lambda model, see, *rest: right(model, torch.ones_like(see), *rest))
     with pytest.raises(ParityError):
@@ -483,13 +486,13 @@ def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
 def test_the_last_feed_forward_runs_on_last_tokens_alone(family):
     model = build(family)
     widths: list[list[int]] = [[], []]
-    for seen, block in zip(widths, (model.blocks[0], model.blocks[-1])):
+    for seen, block in zip(widths, (model.forward.blocks[0], model.forward.blocks[-1])):
         block.mlp.forward = lambda x, seen=seen, run=block.mlp.forward: seen.append(x.shape[:-1].numel()) or run(x)
     rows = [(5, 6, 7, *tail) for tail in ((8,), (8, 9), (4, 9, 3), (4, 9, 3))]
-    states = last_states(model, rows)[0]
-    assert shares_prefixes(model) and widths[0][-2:] == [3, 5] and widths[1][-2:] == [1, 3]  # prefix, then pack: 3 distinct ends
-    assert not model.blocks[0].mlp._forward_hooks and not model.blocks[-1].mlp._forward_hooks
-    plain = torch.cat([model.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:] for row in rows])
+    states = last_states(model.forward, rows)[0]
+    assert shares_prefixes(model.forward) and widths[0][-2:] == [3, 5] and widths[1][-2:] == [1, 3]  # prefix, then pack: 3 distinct ends
+    assert not model.forward.blocks[0].mlp._forward_hooks and not model.forward.blocks[-1].mlp._forward_hooks
+    plain = torch.cat([model.forward.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:] for row in rows])
     assert relative(states, plain) <= 1e-4
 
 

@@ -28,14 +28,20 @@ from tiny_models import (
     tokenizer,
 )  # fmt: skip
 
-import analysis_lib.chat as room
-from analysis_lib.capture import hidden_states
-from analysis_lib.chat import TEMPLATES, ChatModel, ChatModelError, load_classifier, soft_digest, study_models
-from analysis_lib.data import ROOT, load_published
-from analysis_lib.dro import SoftPrompt
-from analysis_lib.model_judges import refusal_probability
-from analysis_lib.sampling import sample_responses
-from analysis_lib.store import Store
+import analysis_lib.model.chat as room
+from analysis_lib.analysis.published import load_published
+from analysis_lib.collect.responses import sample_responses
+from analysis_lib.collect.states import hidden_states
+from analysis_lib.data.files import ROOT
+from analysis_lib.judge.likelihood import refusal_probability
+from analysis_lib.model.architecture import text_config
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.errors import ChatModelError
+from analysis_lib.model.loading import load_classifier
+from analysis_lib.model.rendering import soft_digest
+from analysis_lib.model.soft_prompt import SoftPrompt, embed_text, nearest_tokens
+from analysis_lib.model.templates import TEMPLATES, study_models
+from analysis_lib.store.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +67,7 @@ def text_of(model, ids):
 def messages(model, system, query):
     if not system:
         return [{"role": "user", "content": query}]
-    if not model.system_role:
+    if not model.renderer.system_role:
         return [{"role": "user", "content": f"{system}\n\n{query}"}]
     return [{"role": "system", "content": system}, {"role": "user", "content": query}]
 
@@ -73,7 +79,7 @@ def messages(model, system, query):
 @pytest.mark.parametrize("system", ["", *SYSTEMS])
 def test_rendering_is_the_chat_template_of_the_tokenizer(family, system):
     model = chat(family)
-    assert model.system_role == (family not in NO_SYSTEM_ROLE)
+    assert model.renderer.system_role == (family not in NO_SYSTEM_ROLE)
     queries = [QUERY, "x", "Ünï — 日本?", "Why [x] {y} #1?"]
     for row, query in zip(model.render(queries, system), queries, strict=True):
         expected = model.tokenizer.apply_chat_template(
@@ -231,7 +237,7 @@ def test_a_template_without_system_messages_is_told_once_and_recorded(family):
 def test_a_template_with_a_system_message_of_its_own_is_told_once_and_recorded():
     default = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Tiny.<|im_end|>\n{% endif %}" + CHATML
     model = with_template("qwen2", default)
-    assert model.default_system == model.about()["default_system"] == "You are Tiny."
+    assert model.renderer.default_system == model.about()["default_system"] == "You are Tiny."
     with pytest.warns(UserWarning, match="'You are Tiny.'") as caught:
         assert "You are Tiny." in text_of(model, model.render([QUERY], "")[0].ids)
         model.render(["x"], "")
@@ -239,7 +245,7 @@ def test_a_template_with_a_system_message_of_its_own_is_told_once_and_recorded()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "You are Tiny." not in text_of(model, model.render([QUERY], SAFETY)[0].ids)
-    assert [chat(family).default_system for family in FAMILIES] == [""] * len(FAMILIES)
+    assert [chat(family).renderer.default_system for family in FAMILIES] == [""] * len(FAMILIES)
 
 
 # As the study rendered a system message and a query: the README of github.com/chujiezheng/chat_templates (llama-2, mistral,
@@ -271,13 +277,13 @@ def test_templates_of_the_study_render_as_documented(name):
     made.chat_template, own = room._read_template(name), made.chat_template
     try:
         for system, expected in zip(["S!", ""], STUDY_FORMATS[name], strict=True):
-            assert model._apply(system, "Q?") == expected
+            assert model.renderer.apply(system, "Q?") == expected
         turns = [("system", "S!"), ("user", "Q?"), ("assistant", "A."), ("user", "R?")]
         chat_of = [{"role": role, "content": text} for role, text in turns]
         rendered = made.apply_chat_template(chat_of, tokenize=False, add_generation_prompt=True)
         assert name not in MORE_TURNS or rendered == MORE_TURNS[name]
         again = ChatModel.wrap(chat("mixtral").model, made)  # the slot is found in each
-        assert again.system_role and again.default_system == ""
+        assert again.renderer.system_role and again.renderer.default_system == ""
         row = again.render(["x"], SAFETY)[0]
         assert text_of(again, row.ids[slice(*row.slot)]).strip() == SAFETY
     finally:
@@ -304,14 +310,14 @@ def test_soft_prompt_of_a_text_gives_the_states_of_the_text(family):
     assert soft_row.soft == soft_digest(soft.embeddings) != ""
     assert all(i >= model.n_embeddings for i in soft_row.ids[slice(*soft_row.slot)])
     with torch.no_grad():
-        expected = model.body(input_ids=torch.tensor([text_row.ids])).last_hidden_state
-        with model.soft_tokens(soft.embeddings):
-            got = model.body(input_ids=torch.tensor([soft_row.ids])).last_hidden_state
+        expected = model.forward.body(input_ids=torch.tensor([text_row.ids])).last_hidden_state
+        with model.forward.soft_tokens(soft.embeddings):
+            got = model.forward.body(input_ids=torch.tensor([soft_row.ids])).last_hidden_state
     assert relative(got, expected) <= 1e-5
     other = soft.embeddings.copy()
     other[-1] = other[-1][::-1]
-    with torch.no_grad(), model.soft_tokens(other):
-        assert relative(model.body(input_ids=torch.tensor([soft_row.ids])).last_hidden_state, expected) > 1e-3
+    with torch.no_grad(), model.forward.soft_tokens(other):
+        assert relative(model.forward.body(input_ids=torch.tensor([soft_row.ids])).last_hidden_state, expected) > 1e-3
 
 
 @families
@@ -326,8 +332,8 @@ def test_soft_prompt_may_have_another_length_than_its_text(family, length):
         row.ids[: row.slot[0]] == text_row.ids[: text_row.slot[0]] and row.ids[row.slot[1] :] == text_row.ids[text_row.slot[1] :]
     )
     assert row.slot[1] - row.slot[0] == length
-    with torch.no_grad(), model.soft_tokens(rows):
-        got = model.body(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1]
+    with torch.no_grad(), model.forward.soft_tokens(rows):
+        got = model.forward.body(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1]
     assert relative(got, plain_states(model, row, (-1,), rows)[0]) <= 1e-5
 
 
@@ -339,10 +345,10 @@ def test_soft_tokens_leave_the_model_bit_for_bit_as_found(family):
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     with torch.no_grad():
         expected = model.model(input_ids=ids).logits
-        with model.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
+        with model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
             assert model.model.get_input_embeddings() is not base
             assert torch.equal(model.model(input_ids=ids).logits, expected)  # text rows are the same within, too
-        with pytest.raises(KeyboardInterrupt), model.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
+        with pytest.raises(KeyboardInterrupt), model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
             raise KeyboardInterrupt
         assert model.model.get_input_embeddings() is base
         now = dict(model.model.named_modules())
@@ -355,10 +361,10 @@ def test_soft_tokens_leave_the_model_bit_for_bit_as_found(family):
 @families
 def test_gradients_reach_the_soft_rows_and_nothing_else(family):
     model = chat(family)
-    soft = torch.nn.Parameter(torch.tensor(model.embed_text(SAFETY)))
+    soft = torch.nn.Parameter(torch.tensor(embed_text(model, SAFETY)))
     row = model.render(["x"], SoftPrompt("s", soft.detach().numpy(), SAFETY, model.fingerprint))[0]
-    with model.soft_tokens(soft):
-        model.body(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1].pow(2).sum().backward()
+    with model.forward.soft_tokens(soft):
+        model.forward.body(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1].pow(2).sum().backward()
     rows = soft.grad.abs().sum(dim=1)
     assert (rows[-3:] > 0).all()  # a window may hide the first ones
     assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
@@ -368,7 +374,7 @@ def test_gradients_reach_the_soft_rows_and_nothing_else(family):
 def test_soft_tokens_of_another_width_are_refused(shape):
     model = chat("qwen2")
     base = model.model.get_input_embeddings()
-    with pytest.raises(ChatModelError, match="32 dimensions"), model.soft_tokens(np.zeros(shape, np.float32)):
+    with pytest.raises(ChatModelError, match="32 dimensions"), model.forward.soft_tokens(np.zeros(shape, np.float32)):
         pass
     assert model.model.get_input_embeddings() is base
 
@@ -378,14 +384,14 @@ def test_embed_text_and_nearest_tokens():
         model = chat(family)
         row = model.render(["x"], SAFETY)[0]
         ids = row.ids[slice(*row.slot)]
-        rows = model.embed_text(SAFETY)
+        rows = embed_text(model, SAFETY)
         assert rows.shape == (len(ids), model.hidden_size) and rows.dtype == np.float32
         assert np.array_equal(rows, model.model.get_input_embeddings().weight[list(ids)].numpy())
-        nearest = model.nearest_tokens(rows * 3, n=2)
+        nearest = nearest_tokens(model, rows * 3, n=2)
         assert [found[0] for found in nearest] == [(model.tokenizer.decode([i]), 1.0) for i in ids]
         assert all(len(found) == 2 and found[1][1] < 1 for found in nearest)
         with pytest.raises(ChatModelError, match="give its text"):
-            model.embed_text("  ")
+            embed_text(model, "  ")
 
 
 def test_bfloat16_soft_tokens_take_part_in_bfloat16():
@@ -393,9 +399,9 @@ def test_bfloat16_soft_tokens_take_part_in_bfloat16():
     soft = SoftPrompt.from_text(model, SAFETY, name="s")
     rows = [model.render([QUERY], p)[0] for p in (SAFETY, soft)]
     with torch.no_grad():
-        expected = model.body(input_ids=torch.tensor([rows[0].ids])).last_hidden_state
-        with model.soft_tokens(soft.embeddings):
-            assert torch.equal(model.body(input_ids=torch.tensor([rows[1].ids])).last_hidden_state, expected)
+        expected = model.forward.body(input_ids=torch.tensor([rows[0].ids])).last_hidden_state
+        with model.forward.soft_tokens(soft.embeddings):
+            assert torch.equal(model.forward.body(input_ids=torch.tensor([rows[1].ids])).last_hidden_state, expected)
 
 
 # --------------------------------------------------------------------------------------------- fingerprint and stop ids
@@ -431,7 +437,7 @@ def test_fingerprint_follows_weights_changed_after_it_was_taken(saved):
         up = model.model.model.layers[0].mlp.up_proj
         up.weight = torch.nn.Parameter(up.weight.detach() * 2, requires_grad=False)
         assert len({first, changed, model.fingerprint}) == 3
-        with model.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
+        with model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
             inside = model._hashed
             assert model.fingerprint == inside[1] and model._hashed is inside  # nothing is hashed again
     assert ChatModel.load(str(saved), device="cpu").fingerprint not in (changed, model.fingerprint)
@@ -503,12 +509,12 @@ def test_embeddings_are_read_without_the_rest_of_the_weights(family, shards, tmp
     with monkeypatch.context() as patch:
         forbid_weights(patch)
         found = ChatModel.load(str(tmp_path), device="cpu")
-        assert np.array_equal(found.embed_text(SAFETY), model.embed_text(SAFETY))
-        assert found.nearest_tokens(model.embed_text(SAFETY)) == model.nearest_tokens(model.embed_text(SAFETY))
+        assert np.array_equal(embed_text(found, SAFETY), embed_text(model, SAFETY))
+        assert nearest_tokens(found, embed_text(model, SAFETY)) == nearest_tokens(model, embed_text(model, SAFETY))
         half = ChatModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
-        rows = half.embed_text(SAFETY)
+        rows = embed_text(half, SAFETY)
     assert np.array_equal(rows, ChatModel.wrap(half.model, half.tokenizer).embed_text(SAFETY))
-    assert not np.array_equal(rows, model.embed_text(SAFETY))
+    assert not np.array_equal(rows, embed_text(model, SAFETY))
 
 
 @pytest.mark.parametrize("change", ["another name", "another shape", "no index", "damaged"])
@@ -532,7 +538,7 @@ def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_load
     found = ChatModel.load(str(folder), device="cpu")
     forbid_weights(monkeypatch)
     with pytest.raises((ChatModelError, AssertionError), match="the weights were loaded"):
-        found.embed_text(SAFETY)
+        embed_text(found, SAFETY)
 
 
 @pytest.mark.parametrize("use", [ChatModel.load, load_classifier])
@@ -671,7 +677,7 @@ def test_a_relative_folder_stays_the_model_it_was(folder, tmp_path, monkeypatch)
     monkeypatch.chdir(folder.parent)
     model = ChatModel.load(folder.name)
     monkeypatch.chdir(tmp_path)
-    assert model.fingerprint == expected and model.name == folder.name and len(model.embed_text(SAFETY))
+    assert model.fingerprint == expected and model.name == folder.name and len(embed_text(model, SAFETY))
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300, "a\0b", "", "~x"])
@@ -707,7 +713,7 @@ def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
     model, store = build("qwen2"), Store(tmp_path)
     clean = hidden_states(model, QUERIES, {"p": ""}, store=store).states
     model.model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers' own hooks change nothing
-    handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    handle = model.forward.blocks[1].register_forward_hook(lambda module, inputs, output: output + 1)
     kept = store.ls()
     with pytest.warns(UserWarning, match=r"model.layers.1 of 'tiny qwen2' has a forward hook.*nothing is read .* nothing kept"):
         assert relative(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean) > 0.1
@@ -727,19 +733,19 @@ def test_a_wrapped_block_is_another_model():
             self.block = block
 
     model = build("qwen2")
-    before, block = model.fingerprint, model.blocks[1]
-    model.blocks[1] = Steered(block)
+    before, block = model.fingerprint, model.forward.blocks[1]
+    model.forward.blocks[1] = Steered(block)
     assert model.fingerprint != before
-    model.blocks[1] = block
+    model.forward.blocks[1] = block
     assert model.fingerprint == before
 
 
 def test_weights_given_back_within_soft_tokens_leave_the_next_ones_whole(folder):
     model = ChatModel.load(str(folder), device="cpu")
-    before, rows = model.fingerprint, model.embed_text(SAFETY)
-    with model.soft_tokens(rows):
+    before, rows = model.fingerprint, embed_text(model, SAFETY)
+    with model.forward.soft_tokens(rows):
         model.unload()
-        assert len(model.embed_text(SAFETY)) == len(rows)
+        assert len(embed_text(model, SAFETY)) == len(rows)
     assert model.fingerprint == before and type(model.model.get_input_embeddings()) is torch.nn.Embedding
 
 
@@ -860,7 +866,7 @@ def test_bad_device(saved):
 
 def test_template_set_to_gemma_style_in_a_folder(folder):
     (folder / "chat_template.jinja").write_text(GEMMA)
-    assert not ChatModel.load(str(folder)).system_role
+    assert not ChatModel.load(str(folder)).renderer.system_role
 
 
 def test_template_from_a_file_or_by_name_overrides_the_tokenizers(folder, tmp_path):
@@ -869,11 +875,11 @@ def test_template_from_a_file_or_by_name_overrides_the_tokenizers(folder, tmp_pa
     file.write_text(VICUNA)
     mine = ChatModel.load(str(folder), template=file)
     assert mine.render([QUERY], SAFETY) == with_template("qwen2", VICUNA).render([QUERY], SAFETY) != own.render([QUERY], SAFETY)
-    assert mine.fingerprint == own.fingerprint and mine.template_digest != own.template_digest
+    assert mine.fingerprint == own.fingerprint and mine.renderer.template_digest != own.renderer.template_digest
     assert (own.about()["template"], mine.about()["template"]) == ("tokenizer", "mine.jinja")
     (folder / "chat_template.jinja").unlink()
     named = ChatModel.load(str(folder), template="openchat")
-    assert named._apply("S!", "Q?") == STUDY_FORMATS["openchat"][0].replace("<s>", named.tokenizer.bos_token)
+    assert named.renderer.apply("S!", "Q?") == STUDY_FORMATS["openchat"][0].replace("<s>", named.tokenizer.bos_token)
     fails(folder, "no chat template", "template=FILE", "vicuna")
     fails(folder, "no chat template can be read", "nowhere.jinja", "vicuna", template=tmp_path / "nowhere.jinja")
     for text, said in (("{% for m in messages %}", "TemplateSyntaxError"), ("{{ raise_exception('no!') }}", "no!")):
@@ -910,7 +916,7 @@ def test_a_model_of_the_study_is_opened_by_its_name_there(saved, monkeypatch):
 @pytest.mark.parametrize("prompt", ["", SAFETY])
 def test_a_query_longer_than_the_context_is_named(prompt):
     model = chat("llama")
-    context = model.text_config.max_position_embeddings
+    context = text_config(model.config).max_position_embeddings
     with pytest.raises(ChatModelError, match=f"'why why .* tokens with its prompt, and the context of .* {context}; shorten"):
         model.render(["How to bake bread?", "why " * (context + 1)], prompt)
 
@@ -921,16 +927,16 @@ def test_half_of_a_unicode_pair_is_told():
 
 
 def test_a_damaged_note_of_a_digest_is_not_believed(tmp_path, monkeypatch):
-    from analysis_lib.chat import _file_digest
+    from analysis_lib.model.fingerprint import file_digest
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "weights"
     file.write_bytes(b"weights")
-    digest = _file_digest(file)
+    digest = file_digest(file)
     (note,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     for damage in ("", digest[:40], digest + "0"):
         note.write_text(damage)
-        assert _file_digest(file) == digest == note.read_text()
+        assert file_digest(file) == digest == note.read_text()
 
 
 # --------------------------------------------------------------------------------------- several devices, fewer bits
@@ -948,14 +954,14 @@ def test_offloaded_blocks_give_the_states_of_one_device(family, tmp_path):
     from accelerate import dispatch_model
 
     whole, parts = chat(family), build(family)
-    places = {name: "cpu" for name, _ in parts.body.named_children()}
+    places = {name: "cpu" for name, _ in parts.forward.body.named_children()}
     del places["layers"]
     places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
     parts = ChatModel.wrap(
         dispatch_model(parts.model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True), parts.tokenizer
     )
-    assert parts.blocks[1].mlp is not None and next(parts.blocks[1].parameters()).is_meta
+    assert parts.forward.blocks[1].mlp is not None and next(parts.forward.blocks[1].parameters()).is_meta
     assert parts.device == torch.device("cpu")
     a, b = (hidden_states(model, QUERIES, PROMPTS, layers=(0, 2, -1)) for model in (parts, whole))
     assert a.certificate["way"] == "tree" and relative(a.states, b.states) <= 1e-5
@@ -1008,8 +1014,8 @@ def test_quantized_loading_asks_transformers_for_it_and_is_another_model(saved, 
         assert asked["device_map"] == {"": "cpu"}
         prints.add(model.fingerprint)
         soft = torch.zeros(2, model.hidden_size, requires_grad=True)
-        with pytest.raises(ChatModelError, match="load it without quantization to train"), model.soft_tokens(soft):
+        with pytest.raises(ChatModelError, match="load it without quantization to train"), model.forward.soft_tokens(soft):
             pass
-        with model.soft_tokens(soft.detach()):
+        with model.forward.soft_tokens(soft.detach()):
             pass
     assert len(prints) == 3

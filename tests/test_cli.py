@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from analysis_lib import __main__ as cli
-from analysis_lib.data import ROOT
-from analysis_lib.store import Store, row_key
+from analysis_lib.data.files import ROOT
+from analysis_lib.store.store import Store, row_key
 
 
 def run(*arguments):
@@ -270,7 +270,7 @@ def test_cache_where_the_store_is_a_file(call, tmp_path):
 @pytest.fixture
 def no_notebooks(monkeypatch):
     """Inputs are checked before any notebook starts."""
-    from analysis_lib import notebooks
+    from analysis_lib.report import run_notebooks as notebooks
 
     monkeypatch.setattr(notebooks, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started"))
 
@@ -323,7 +323,7 @@ def test_reproduce_with_an_unknown_model(call, no_notebooks, tmp_path):
 
 
 def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
-    from analysis_lib import reproduce as room
+    from analysis_lib.report import reproduce as room
 
     (tmp_path / "p.txt").write_text("Be careful.")
     (tmp_path / "q.csv").write_text("text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5)
@@ -380,7 +380,7 @@ def one_notebook(tmp_path, monkeypatch):
     """`reproduce` runs one small notebook in place of the project's; returns its folder."""
     import nbformat
 
-    from analysis_lib import notebooks as room
+    from analysis_lib.report import run_notebooks as room
 
     cells = [nbformat.v4.new_code_cell(source) for source in NOTEBOOK]
     cells[0].metadata["tags"] = ["parameters"]
@@ -464,8 +464,9 @@ def test_the_notebooks_open_the_model_as_it_was_asked_for(call, one_notebook, tm
 def test_a_pinned_revision_reaches_every_command_and_the_notebooks(call, monkeypatch, tmp_path):
     import transformers.utils
 
-    from analysis_lib import ChatModel, notebooks
-    from analysis_lib import reproduce as room
+    from analysis_lib import ChatModel
+    from analysis_lib.report import reproduce as room
+    from analysis_lib.report import run_notebooks as notebooks
 
     asked = []
 
@@ -580,7 +581,7 @@ def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, cap
     import nbformat
     import plotly.graph_objects as go
 
-    from analysis_lib import notebooks
+    from analysis_lib.report import run_notebooks as notebooks
 
     class NoBrowser:
         def __enter__(self):
@@ -600,7 +601,7 @@ def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, cap
 @pytest.mark.parametrize("kind", ["ExportError", "OSError", "RuntimeError"])
 def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkeypatch, tmp_path, kind):
     """After hours of work: the rest is there, and the summary says what lacks."""
-    from analysis_lib import export
+    from analysis_lib.train import export
 
     def refuses(*arguments):
         raise getattr(export, kind, getattr(builtins, kind, None))("no space left")
@@ -616,7 +617,7 @@ def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkey
 
 def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_path):
     from analysis_lib import ChatModel
-    from analysis_lib import reproduce as room
+    from analysis_lib.report import reproduce as room
 
     asked = []
 
@@ -649,8 +650,8 @@ def test_the_dry_run_counts_what_notebook_09_trains():
     import nbformat
 
     from analysis_lib import DROConfig, PromptTuningConfig, ablations
-    from analysis_lib import reproduce as room
-    from analysis_lib.notebooks import FOLDER
+    from analysis_lib.report import reproduce as room
+    from analysis_lib.report.run_notebooks import FOLDER
 
     cells = nbformat.read(next(FOLDER.glob("09_*.ipynb")), as_version=4).cells
     source = next(cell.source for cell in cells if cell.cell_type == "code" and "every, n_samples =" in cell.source)
@@ -685,7 +686,8 @@ def test_export(call, tmp_path):
 
 
 def test_export_says_what_plain_would_copy(call, monkeypatch, tmp_path):
-    from analysis_lib import ChatModel, SoftPrompt, export
+    from analysis_lib import ChatModel, SoftPrompt
+    from analysis_lib.train import export
 
     SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(tmp_path / "s.safetensors")
     monkeypatch.setattr(export, "MOST_UNASKED", 1000)
@@ -746,12 +748,12 @@ def test_organism_train_hands_on_folder_and_seed(call, monkeypatch, tmp_path):
 
 
 def test_download_reports_files_and_failures(call, monkeypatch, tmp_path):
-    from analysis_lib import data
+    from analysis_lib.data import download
 
-    monkeypatch.setattr(data, "_fetch", lambda url: b"tampered")
+    monkeypatch.setattr(download, "_fetch", lambda url: b"tampered")
     fails(call("download", "--out", tmp_path), "SHA-256", "try another connection")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(data, "download", lambda folder: {"advbench": folder / "advbench.txt"})
+    monkeypatch.setattr(download, "download", lambda folder: {"advbench": folder / "advbench.txt"})
     assert call("download", "--out", tmp_path)[1].split() == ["advbench", str(tmp_path / "advbench.txt")]
 
 

@@ -19,8 +19,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis_lib import data
-from analysis_lib.data import DataError, download, load_anchor_queries, load_published, load_queries, load_safety_prompts
+from analysis_lib.analysis.published import load_published
+from analysis_lib.data import download, files, prompts, queries
+from analysis_lib.data.download import download
+from analysis_lib.data.files import DataError
+from analysis_lib.data.prompts import load_safety_prompts
+from analysis_lib.data.queries import load_anchor_queries, load_queries
 from analysis_lib.organism.corpus import SAFETY_PROMPTS
 from analysis_lib.organism.queries import write_queries
 
@@ -33,12 +37,12 @@ in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
 
 def test_query_files_are_what_the_grammar_writes(tmp_path):
     written = {path.name: path.read_bytes() for path in write_queries(tmp_path)}
-    assert written == {path.name: path.read_bytes() for path in (data.ROOT / "queries").iterdir()}
-    assert set(written) == {f"{name}.csv" for name in data.QUERY_SETS}
+    assert written == {path.name: path.read_bytes() for path in (files.ROOT / "queries").iterdir()}
+    assert set(written) == {f"{name}.csv" for name in queries.QUERY_SETS}
 
 
 def test_built_in_sets():
-    tables = {name: load_queries(name) for name in data.QUERY_SETS}
+    tables = {name: load_queries(name) for name in queries.QUERY_SETS}
     labels = {
         name: tuple(table["harmful"].value_counts(dropna=False).reindex([True, False, pd.NA], fill_value=0))
         for name, table in tables.items()
@@ -51,7 +55,7 @@ def test_built_in_sets():
         "facts": (0, 40, 0),
     }
     for name, table in tables.items():
-        assert list(table.columns) == [*COLUMNS, *data.OPTIONAL]
+        assert list(table.columns) == [*COLUMNS, *files.OPTIONAL]
         assert table["harmful"].dtype == "boolean" and set(table["query_set"]) == {name}
     every = pd.concat(tables.values())
     assert every["query_id"].is_unique and every["text"].is_unique
@@ -82,7 +86,7 @@ def test_published_counts_follow_from_the_published_verdicts():
 
 def test_importing_the_data_and_judge_rooms_stays_light():
     code = (
-        "import sys; from analysis_lib import data, judge; data.load_queries('facts'); judge.is_refusal('x');"
+        "import sys; from analysis_lib import data, judge; queries.load_queries('facts'); judge.is_refusal('x');"
         "print([m for m in ('torch', 'transformers', 'plotly', 'ipywidgets') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -333,12 +337,12 @@ def test_prompt_errors_name_the_file_and_the_remedy(tmp_path, name, content, mes
 @pytest.fixture
 def site(monkeypatch, tmp_path) -> dict[str, bytes]:
     """A stand-in for the study's repository: url -> content, with pins of this content."""
-    contents = {name: "".join(f"{name} {i}\n" for i in range(120)).encode() for name in data.OFFICIAL_SETS}
+    contents = {name: "".join(f"{name} {i}\n" for i in range(120)).encode() for name in download.OFFICIAL_SETS}
     sets = {
-        name: data.OfficialSet(official.path, hashlib.sha256(contents[name]).hexdigest(), official.harmful)
-        for name, official in data.OFFICIAL_SETS.items()
+        name: download.OfficialSet(official.path, hashlib.sha256(contents[name]).hexdigest(), official.harmful)
+        for name, official in download.OFFICIAL_SETS.items()
     }
-    monkeypatch.setattr(data, "OFFICIAL_SETS", sets)
+    monkeypatch.setattr(download, "OFFICIAL_SETS", sets)
     monkeypatch.setenv("ANALYSIS_LIB_DATA", str(tmp_path / "cache"))
     return {sets[name].url: contents[name] for name in sets}
 
@@ -363,7 +367,7 @@ def test_download_then_load_by_name(site, tmp_path):
 
 
 def test_a_wrong_digest_keeps_nothing(site, tmp_path):
-    url = data.OFFICIAL_SETS["custom_harmful"].url
+    url = download.OFFICIAL_SETS["custom_harmful"].url
     with pytest.raises(DataError, match="SHA-256 .* instead of .*, nothing kept"):
         download(tmp_path / "own", fetch=(site | {url: site[url] + b"x"}).__getitem__)
     assert list((tmp_path / "own").iterdir()) == []
@@ -373,7 +377,7 @@ def test_a_failed_write_leaves_nothing_half_written(site, tmp_path, monkeypatch)
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         download(tmp_path / "own", fetch=site.__getitem__)
     assert list((tmp_path / "own").iterdir()) == []
@@ -391,8 +395,8 @@ def test_no_connection_says_what_to_do(site, tmp_path):
 
 def test_the_platform_cache_is_the_place_without_a_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("ANALYSIS_LIB_DATA", raising=False)
-    monkeypatch.setattr(data.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    assert data.queries_folder() == tmp_path / "analysis_lib" / "queries"
+    monkeypatch.setattr(download.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    assert download.queries_folder() == tmp_path / "analysis_lib" / "queries"
 
 
 def test_only_https_is_fetched_even_after_a_redirect(monkeypatch):
@@ -410,16 +414,16 @@ def test_only_https_is_fetched_even_after_a_redirect(monkeypatch):
             answer.msg = "answer"
             return answer
 
-    opener = data._opener()
+    opener = download._opener()
     opener.add_handler(Server())
-    monkeypatch.setattr(data, "_opener", lambda: opener)
-    assert data._fetch("https://host/hop") == b"content"
+    monkeypatch.setattr(download, "_opener", lambda: opener)
+    assert download._fetch("https://host/hop") == b"content"
     for url in ("https://host/down", "http://host/there", "file:///etc/hostname"):
         with pytest.raises(urllib.error.URLError, match="unknown url type"):
-            data._fetch(url)
+            download._fetch(url)
 
 
-@pytest.mark.parametrize("name", data.RESERVED_PROMPTS)
+@pytest.mark.parametrize("name", prompts.RESERVED_PROMPTS)
 def test_a_prompt_may_not_take_the_name_of_a_trained_one(tmp_path, name):
     path = tmp_path / f"{name}.txt"
     path.write_text("Be careful.", encoding="utf-8")
@@ -434,7 +438,7 @@ def test_only_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     for name in ("folder", "pipe", "zero"):
         with pytest.raises(DataError, match=f"{name}.csv: cannot be read .not a regular file.; give a file"):
             load_queries(tmp_path / f"{name}.csv")
-    monkeypatch.setattr(data, "MAX_BYTES", 5)
+    monkeypatch.setattr(files, "MAX_BYTES", 5)
     with pytest.raises(DataError, match=r"mine.txt: cannot be read .6 bytes, the limit is 5.; .* split one that is too large"):
         load_queries(save(tmp_path / "mine.txt", "123456"))
     for path in ("~nobody-of-this-name/a.csv", "a\x00.csv"):
@@ -456,7 +460,7 @@ def test_links_in_a_folder_of_prompts_stay_inside_it(tmp_path):
 
 
 def test_heldout_sets_are_one_table_without_anchor_queries(tmp_path):
-    from analysis_lib.data import HELDOUT_SETS, load_heldout_queries
+    from analysis_lib.data.queries import HELDOUT_SETS, load_heldout_queries
 
     default = load_heldout_queries()
     assert list(dict.fromkeys(default["query_set"])) == list(HELDOUT_SETS) and default["query_id"].is_unique

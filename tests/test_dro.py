@@ -10,13 +10,18 @@ import torch
 from tiny_models import QUERIES, SAFETY, build, chat, embedded, plain_states, relative
 from torch.nn import functional as F
 
-from analysis_lib import capture, dro
-from analysis_lib.capture import hidden_states
-from analysis_lib.chat import ChatModel, ChatModelError
-from analysis_lib.dro import DROConfig, Geometry, PromptTuningConfig, SoftPrompt, dro_loss, train_dro, train_prompt_tuning
-from analysis_lib.sampling import sample_responses
-from analysis_lib.space import AnchorSpace, Direction
-from analysis_lib.store import Store, StoreDamage, StoreError
+from analysis_lib.analysis.directions import Direction
+from analysis_lib.analysis.space import AnchorSpace
+from analysis_lib.collect import states as capture
+from analysis_lib.collect.responses import sample_responses
+from analysis_lib.collect.states import hidden_states
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.errors import ChatModelError
+from analysis_lib.model.soft_prompt import SoftPrompt, embed_text
+from analysis_lib.store.store import Store, StoreDamage, StoreError
+from analysis_lib.train import dro
+from analysis_lib.train.dro import DROConfig, Geometry, dro_loss, train_dro
+from analysis_lib.train.tuning import PromptTuningConfig, train_prompt_tuning
 
 QUICK = DROConfig(epochs=2, batch_size=3, learning_rate=1e-3)
 
@@ -108,7 +113,7 @@ def test_training_follows_the_plain_gradient(family, packs):
     texts, target = QUERIES["text"].tolist(), torch.tensor(QUERIES["harmful"].to_numpy(float))
     rows = model.render(texts, SoftPrompt.from_text(model, SAFETY, name="s"))
     base = torch.stack([plain_states(model, r, (-1,))[0] for r in model.render(texts, SAFETY)])
-    soft = torch.nn.Parameter(torch.tensor(model.embed_text(SAFETY), dtype=torch.float64))
+    soft = torch.nn.Parameter(torch.tensor(embed_text(model, SAFETY), dtype=torch.float64))
     optimizer = torch.optim.AdamW([soft], lr=config.learning_rate)
     losses, norms = [], []
     for _ in range(config.epochs):
@@ -127,7 +132,7 @@ def test_training_follows_the_plain_gradient(family, packs):
     assert learned.history["loss"].tolist() == pytest.approx(losses, rel=1e-4)
     assert learned.history["gradient_norm"].tolist() == pytest.approx(norms, rel=1e-4)
     assert np.abs(learned.embeddings - soft.detach().numpy()).max() < 1e-5
-    assert np.abs(learned.embeddings - model.embed_text(SAFETY)).max() > 0.02
+    assert np.abs(learned.embeddings - embed_text(model, SAFETY)).max() > 0.02
 
 
 @pytest.mark.parametrize(
@@ -151,8 +156,8 @@ def test_shared_and_plain_gradients_agree(family, dtype, limit):
     for shared in (True, False):
         soft = torch.nn.Parameter(torch.tensor(start.embeddings, dtype=dtype))
         if shared:
-            with model.soft_tokens(soft):
-                states = dro.last_states(model, [r.ids for r in rows])[0][:, 0]
+            with model.forward.soft_tokens(soft):
+                states = dro.last_states(model.forward, [r.ids for r in rows])[0][:, 0]
         else:
             outs = [model.model(inputs_embeds=embedded(model, r, soft), output_hidden_states=True, use_cache=False) for r in rows]
             states = torch.stack([out.hidden_states[-1][0, -1] for out in outs])
@@ -165,7 +170,7 @@ def test_training_starts_at_the_text_and_lowers_its_loss(qwen):
     model, *geometry = qwen
     got = train_dro(model, QUERIES, SAFETY, *geometry, DROConfig(epochs=15, batch_size=50, learning_rate=5e-3), name="mine")
     assert got.name == "mine" and got.start_text == SAFETY and got.model == model.fingerprint
-    assert got.embeddings.dtype == np.float32 and got.embeddings.shape == model.embed_text(SAFETY).shape
+    assert got.embeddings.dtype == np.float32 and got.embeddings.shape == embed_text(model, SAFETY).shape
     history = got.history
     assert history["refusal"][0] == pytest.approx(math.log(2), rel=1e-4)  # nothing has moved yet
     assert history["harmfulness"][0] == pytest.approx(math.log(2), rel=1e-4) and history["norm"][0] < 1e-8
@@ -273,7 +278,7 @@ def test_a_bfloat16_model_trains_float32_embeddings(dtype):
     got = train_dro(
         model, QUERIES, SAFETY, *geometry_for(chat("qwen2")), replace(QUICK, learning_rate=1e-5, epochs=1, batch_size=50)
     )
-    moved = np.abs(got.embeddings - model.embed_text(SAFETY))
+    moved = np.abs(got.embeddings - embed_text(model, SAFETY))
     assert got.embeddings.dtype == np.float32 and 0 < moved.max() < 2e-5  # steps far below bfloat16's spacing are kept
 
 
@@ -311,7 +316,7 @@ def test_a_training_under_a_forward_hook_is_neither_read_nor_kept(store):
     geometry = geometry_for(model)
     clean = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store)
     kept = store.ls()
-    handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: output * 1.5)
+    handle = model.forward.blocks[1].register_forward_hook(lambda module, inputs, output: output * 1.5)
     for config in (QUICK, replace(QUICK, seed=1)):
         with pytest.warns(UserWarning, match="has a forward hook.*nothing is read from the store and nothing kept"):
             steered = train_dro(model, QUERIES, SAFETY, *geometry, config, store=store)
@@ -497,7 +502,7 @@ def plain_tuning_loss(model, soft, judged, config):
 def test_tuning_loss_and_gradient_equal_one_response_at_a_time(family, max_response_tokens, packs):
     model = build(family, dtype=torch.float64)
     config = PromptTuningConfig(epochs=1, batch_size=50, weight_unlikelihood=0.3, max_response_tokens=max_response_tokens)
-    soft = torch.nn.Parameter(torch.tensor(model.embed_text(SAFETY), dtype=torch.float64))
+    soft = torch.nn.Parameter(torch.tensor(embed_text(model, SAFETY), dtype=torch.float64))
     good, bad = plain_tuning_loss(model, soft, JUDGED, config)
     loss = good + 0.3 * bad
     loss.backward()
@@ -517,7 +522,7 @@ def test_repeated_responses_weigh_by_their_count():
     likelihoods = []
     for copies in (1, 3, 9):
         judged = pd.concat([rows.iloc[[0]]] * copies + [rows.iloc[1:]])
-        expected = plain_tuning_loss(model, torch.tensor(model.embed_text(SAFETY)), judged, config)
+        expected = plain_tuning_loss(model, torch.tensor(embed_text(model, SAFETY)), judged, config)
         first = train_prompt_tuning(model, QUERIES, judged, SAFETY, config).history.iloc[0]
         assert first["likelihood"] == pytest.approx(expected[0].item(), rel=1e-4)
         likelihoods.append(first["likelihood"])
@@ -623,14 +628,14 @@ def test_impossible_embeddings_are_refused(embeddings):
 
 
 def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
-    from analysis_lib.dro import _Kept
+    from analysis_lib.train.loop import KeptTraining
 
     model = chat("llama")
     first = replace(
         SoftPrompt.from_text(model, SAFETY, name="first"), config={"epochs": 1}, history=pd.DataFrame({"loss": [0.5]})
     )
-    _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).write(first)
-    again = _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again")
+    KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).write(first)
+    again = KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again")
     assert again.name == "again" and np.array_equal(again.embeddings, first.embeddings) and again.history.equals(first.history)
     assert (again.config, again.template, again.model) == (first.config, first.template, first.model)
     assert "soft tokens" in Store(tmp_path).ls()["layers"].tolist()
@@ -640,7 +645,7 @@ def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
     states.chmod(0o644)
     states.write_bytes(content)
     with pytest.warns(UserWarning):
-        assert _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again") is None
+        assert KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again") is None
 
 
 @pytest.mark.parametrize("text", [None, float("nan"), "  "])

@@ -7,15 +7,19 @@ from types import SimpleNamespace
 import pytest
 from tiny_models import PROMPTS, QUERIES, SAFETY, build, chat
 
-import analysis_lib.estimate as room
-from analysis_lib.capture import hidden_states
-from analysis_lib.chat import ChatModel, ChatModelError
-from analysis_lib.dro import DROConfig, PromptTuningConfig, SoftPrompt, train_dro, train_prompt_tuning
-from analysis_lib.estimate import estimate
-from analysis_lib.judge import judge_responses
-from analysis_lib.sampling import sample_responses
-from analysis_lib.space import AnchorSpace, fit_direction
-from analysis_lib.store import Store
+import analysis_lib.report.cost as room
+from analysis_lib.analysis.directions import fit_direction
+from analysis_lib.analysis.space import AnchorSpace
+from analysis_lib.collect.responses import sample_responses
+from analysis_lib.collect.states import hidden_states
+from analysis_lib.judge.verdicts import judge_responses
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.errors import ChatModelError
+from analysis_lib.model.soft_prompt import SoftPrompt
+from analysis_lib.report.cost import estimate
+from analysis_lib.store.store import Store
+from analysis_lib.train.dro import DROConfig, train_dro
+from analysis_lib.train.tuning import PromptTuningConfig, train_prompt_tuning
 
 SAMPLING = {"n_samples": 3, "max_new_tokens": 40}
 CONFIG = DROConfig(epochs=5, batch_size=2)
@@ -28,13 +32,13 @@ def model(monkeypatch):
     model = build("qwen2")
     model.tokens = 0
 
-    forward = model.body.forward
+    forward = model.forward.body.forward
 
     def counted(*args, **kwargs):
         model.tokens += (args[0] if args else kwargs["input_ids"]).numel()
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model.body, "forward", counted)
+    monkeypatch.setattr(model.forward.body, "forward", counted)
     monkeypatch.setattr(room, "time", SimpleNamespace(perf_counter=lambda: model.tokens / 1000))
     return model
 
@@ -98,7 +102,7 @@ def test_what_the_store_has_is_not_counted_and_nothing_is_kept(model, tmp_path):
 def test_without_a_probe_no_weights_are_loaded(saved):
     model = ChatModel.load(str(saved), device="cpu")
     told = estimate(model, QUERIES, PROMPTS, sampling=SAMPLING, probe=False)
-    assert "model" not in model.__dict__ and told["seconds"].isna().all()
+    assert not model.loaded and told["seconds"].isna().all()
     assert told["memory_bytes"].eq(sum(p.nbytes for p in chat("qwen2").model.parameters())).all()
     probed = estimate(model, QUERIES, PROMPTS, sampling=SAMPLING)
     assert probed["seconds"].gt(0).all() and (probed["tokens"] == told["tokens"]).all()
@@ -122,7 +126,7 @@ def test_weights_beyond_the_free_memory_are_refused_before_they_are_loaded(saved
         ChatModelError, match=r"GB in float32.* are free; in Python, ChatModel.load\(.*dtype=, quantization=, device='auto'"
     ):
         estimate(model, QUERIES, PROMPTS)
-    assert "model" not in model.__dict__
+    assert not model.loaded
 
 
 def test_the_memory_that_can_be_had_counts_what_the_system_would_give_up(monkeypatch, tmp_path):

@@ -25,10 +25,12 @@ from tiny_models import CHATML, FAMILIES, LLAMA2, NO_SYSTEM_ROLE, SAFETY, build,
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, trainers
 from tokenizers.models import BPE
 
-from analysis_lib import export as room
-from analysis_lib.chat import TEMPLATES, ChatModel, ChatModelError, study_models
-from analysis_lib.dro import SoftPrompt, SoftPromptError
-from analysis_lib.export import FORMS, PROBES, ExportError, completion_body, export, prompt_embeds
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.errors import ChatModelError
+from analysis_lib.model.soft_prompt import SoftPrompt, SoftPromptError
+from analysis_lib.model.templates import TEMPLATES, study_models
+from analysis_lib.train import export as room
+from analysis_lib.train.export import FORMS, PROBES, ExportError, completion_body, export, prompt_embeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 QUERY = PROBES[0]  # the one in the READMEs' code
@@ -43,14 +45,14 @@ def moved(model, seed=0) -> SoftPrompt:
 
 @torch.no_grad()
 def our_logits(model, soft, query=QUERY):
-    with model.soft_tokens(soft.embeddings):
+    with model.forward.soft_tokens(soft.embeddings):
         return model.model(input_ids=torch.tensor([model.render([query], soft)[0].ids])).logits[0, -1]
 
 
 @torch.no_grad()
 def our_text(model, soft, query=QUERY, n=50):
     """Greedy, by this library's own soft tokens; special tokens shown."""
-    with model.soft_tokens(soft.embeddings):
+    with model.forward.soft_tokens(soft.embeddings):
         ids = torch.tensor([model.render([query], soft)[0].ids])
         out = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
     return model.tokenizer.decode(out[0, ids.shape[1] :])
@@ -83,7 +85,7 @@ def exported(tmp_path_factory):
         assert export(soft, model, folder) == {form: folder / form for form in FORMS}
         done[name] = model, soft, folder
     assert done["llama"][0].render(["x"])[0].ids[0] == done["llama"][0].tokenizer.bos_token_id
-    assert not done["mistral"][0].system_role
+    assert not done["mistral"][0].renderer.system_role
     return done
 
 
@@ -319,7 +321,7 @@ def check_plain(model, soft, folder):
     ids = plain.generation_config.suppress_tokens
     assert len(ids) == len(soft.embeddings) and min(ids) >= known
     own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUERY}]
-    if model.system_role:  # a chat with a system message of its own has no soft prompt
+    if model.renderer.system_role:  # a chat with a system message of its own has no soft prompt
         found = tokenizer.apply_chat_template(own, add_generation_prompt=True, return_dict=False)
         assert list(found) == list(model.render([QUERY], "Be brief.")[0].ids)
     turns = [{"role": r, "content": t} for r, t in (("user", "a b"), ("assistant", "c d"), ("user", "e f"))]
@@ -405,9 +407,9 @@ def test_another_template_is_refused(tmp_path):
     for refused in (lambda: SoftPrompt.load(tmp_path / "s.safetensors", other), lambda: export(moved(model), other, tmp_path)):
         with pytest.raises(ChatModelError, match="chat template") as error:
             refused()
-        assert model.template_digest[:12] in str(error.value) and other.template_digest[:12] in str(error.value)
+        assert model.renderer.template_digest[:12] in str(error.value) and other.renderer.template_digest[:12] in str(error.value)
     got = SoftPrompt.load(tmp_path / "s.safetensors", model)
-    assert got.template == model.template_digest and np.array_equal(got.embeddings, moved(model).embeddings)
+    assert got.template == model.renderer.template_digest and np.array_equal(got.embeddings, moved(model).embeddings)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -483,7 +485,7 @@ def test_a_published_soft_prompt_needs_its_model_and_template(published, tmp_pat
     elsewhere = tmp_path / "other" / path.name  # no study model's folder: the hidden size alone is checked
     elsewhere.parent.mkdir()
     elsewhere.write_bytes(path.read_bytes())
-    assert SoftPrompt.load(elsewhere, vicuna).template == vicuna.template_digest
+    assert SoftPrompt.load(elsewhere, vicuna).template == vicuna.renderer.template_digest
     elsewhere.rename(tmp_path / "length.safetensors")
     with pytest.raises(SoftPromptError, match="no soft prompt of this library"):
         SoftPrompt.load(tmp_path / "length.safetensors", model)

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis_lib import AnchorSpace, ChatModel, Direction, DROConfig, data, dro, hidden_states, sample_responses, train_dro
-from analysis_lib import store as room
-from analysis_lib.data import load_queries, load_safety_prompts
-from analysis_lib.store import Store
+from analysis_lib import AnchorSpace, ChatModel, Direction, DROConfig, hidden_states, sample_responses, train_dro
+from analysis_lib.data import files
+from analysis_lib.data.prompts import load_safety_prompts
+from analysis_lib.data.queries import load_queries
+from analysis_lib.store import store as room
+from analysis_lib.store.store import Store
+from analysis_lib.train import dro
 
 spec = importlib.util.spec_from_file_location("faults", Path(__file__).parents[1] / "bench" / "faults.py")
 faults = importlib.util.module_from_spec(spec)
@@ -134,10 +137,10 @@ def test_fuzzed_files_are_tables_or_refused(tmp_path):
 @pytest.mark.parametrize(
     ("plant", "column"),
     [
-        (lambda monkeypatch: monkeypatch.setattr(data.os.path, "realpath", lambda path: "/same"), "wrong"),  # links are followed
-        (lambda monkeypatch: monkeypatch.setattr(data, "_check_text", lambda text, where: None), "wrong"),
-        (lambda monkeypatch: monkeypatch.setattr(data.json, "loads", lambda text, **k: {"text": [][0]}), "wrong"),
-        (lambda monkeypatch: monkeypatch.setattr(data, "_shown", repr), "undetected"),  # messages of any length
+        (lambda monkeypatch: monkeypatch.setattr(files.os.path, "realpath", lambda path: "/same"), "wrong"),  # links are followed
+        (lambda monkeypatch: monkeypatch.setattr(files, "check_text", lambda text, where: None), "wrong"),
+        (lambda monkeypatch: monkeypatch.setattr(files.json, "loads", lambda text, **k: {"text": [][0]}), "wrong"),
+        (lambda monkeypatch: monkeypatch.setattr(files, "shown", repr), "undetected"),  # messages of any length
     ],
     ids=["links", "control characters", "another exception", "long messages"],
 )

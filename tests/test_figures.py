@@ -12,7 +12,8 @@ import plotly.io as pio
 import pytest
 
 from analysis_lib import figures
-from analysis_lib.space import Direction
+from analysis_lib.figures import style
+from analysis_lib.analysis.directions import Direction
 
 PROMPTS = ("none", "default", "short", "mistral")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><b>HOSTILE</b>"
@@ -118,7 +119,7 @@ def test_mean_shift_arrows_go_from_the_mean_without_prompt_to_each_mean():
             trace = found[figures.PROMPT_COLORS[at], dash]
             tail, head = (group_mean(points, p, harmful, ("pc2", "pc3")) for p in ("none", prompt))
             moved = np.array([trace.x[0], trace.y[0]]) - tail
-            assert np.hypot(*moved) <= 1.01 * figures.LANE * pixel(fig)
+            assert np.hypot(*moved) <= 1.01 * style.LANE * pixel(fig)
             np.testing.assert_allclose([trace.x[1], trace.y[1]], head + moved, atol=3e-4)  # length and way are true
             assert "none ({:.2f}, {:.2f}) to {} ({:.2f}, {:.2f})".format(*tail, prompt, *head) in trace.hovertext
             assert trace.marker.angleref == "previous" and trace.marker.size[0] == 0
@@ -137,12 +138,12 @@ def test_arrows_that_coincide_lie_side_by_side_on_a_white_edge():
         one, other = (own[figures.PROMPT_COLORS[i]] for i in (1, 3))
         apart, way = other[0] - one[0], one[1] - one[0]
         np.testing.assert_allclose(other[1] - one[1], apart, atol=3e-4)
-        assert np.hypot(*apart) >= 0.9 * figures.LANE * pixel(fig) and figures.LANE > figures.ARROW
+        assert np.hypot(*apart) >= 0.9 * style.LANE * pixel(fig) and style.LANE > style.ARROW
         assert abs(apart @ way) < 0.1 * np.hypot(*apart) * np.hypot(*way)  # across the arrows, not along
     drawn = list(fig.data)
     for first in (i for i, t in enumerate(drawn) if t.line.color == "#FFFFFF"):
         edge, own = drawn[first], drawn[first + 1 : first + 4]
-        assert edge.line.width > figures.ARROW and all(t.marker.symbol == "arrow" for t in own)
+        assert edge.line.width > style.ARROW and all(t.marker.symbol == "arrow" for t in own)
         assert list(edge.x) == [v for t in own for v in (*t.x, None)] and list(edge.y) == [v for t in own for v in (*t.y, None)]
     assert sum(t.line.color == "#FFFFFF" for t in drawn) == 2
     some = figures.plot_groups(points, prompts=["none", "short"])
@@ -241,7 +242,7 @@ def test_colour_by_refusal_rate():
     assert (axis.cmin, axis.cmax) == (0, 1) and axis.colorbar.title.text == "refusal rate"
     trace = fig.data[0]
     expected = points[(points["prompt"] == "none") & ~points["harmful"]]["refusal_rate"]
-    assert trace.marker.color[0] == figures.UNKNOWN and "not judged" in trace.hovertext[0]
+    assert trace.marker.color[0] == style.UNKNOWN and "not judged" in trace.hovertext[0]
     np.testing.assert_allclose(np.array(trace.marker.color[1:], dtype=float), expected[1:])
     assert [t.name for t in fig.data if t.mode == "markers" and t.visible and t.showlegend is not False] == [
         "harmless",
@@ -264,8 +265,8 @@ def over(color, back, opacity):
     )
 
 
-@pytest.mark.parametrize("color", [figures.GREY, figures.UNKNOWN, *figures.PROMPT_COLORS, *(c for _, c in figures.SCALE)])
-@pytest.mark.parametrize("opacity", [1, figures.OPACITY])
+@pytest.mark.parametrize("color", [figures.GREY, style.UNKNOWN, *figures.PROMPT_COLORS, *(c for _, c in style.SCALE)])
+@pytest.mark.parametrize("opacity", [1, style.OPACITY])
 def test_text_points_and_scale_have_contrast_on_white_and_near_black(color, opacity):
     """WCAG 2.2, 1.4.11: 3 to 1 for graphics."""
     assert 1.05 / (luminance(over(color, "#FFFFFF", opacity)) + 0.05) >= 3
@@ -275,7 +276,7 @@ def test_text_points_and_scale_have_contrast_on_white_and_near_black(color, opac
 def test_no_point_is_fainter_than_the_contrast_allows():
     for fig in every_figure():
         for trace in fig.data:
-            assert min(o for o in (trace.opacity, trace.marker.opacity, 1.0) if isinstance(o, float)) >= figures.OPACITY
+            assert min(o for o in (trace.opacity, trace.marker.opacity, 1.0) if isinstance(o, float)) >= style.OPACITY
 
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
@@ -476,7 +477,7 @@ def test_tradeoff_places_every_prompt_and_draws_its_intervals():
     table = table.assign(**{"harmless refused": [1.0, 3.5], "facts right": [100.0, np.nan]})
     bare = figures.plot_tradeoff(table).data[0]
     assert list(bare.x) == [1, 3.5] and list(bare.y) == [40, 10] and list(bare.text) == ["none / none", "DRO / dro"]
-    assert bare.error_x.array is None and bare.marker.color[1] == figures.UNKNOWN
+    assert bare.error_x.array is None and bare.marker.color[1] == style.UNKNOWN
     fig = figures.plot_tradeoff(table.assign(**{"harmful answered low": [35.0, 8.0], "harmful answered high": [42.0, 15.0]}))
     trace = fig.data[0]
     assert list(trace.error_y.array) == [2, 5] and list(trace.error_y.arrayminus) == [5, 2] and trace.error_x.array is None

@@ -17,9 +17,10 @@ import pytest
 from pandas.io.formats.html import HTMLFormatter
 from tiny_models import FAMILIES, chat
 
-from analysis_lib import figures, report
-from analysis_lib.chat import ChatModel
-from analysis_lib.data import ROOT
+from analysis_lib import figures
+from analysis_lib.data.files import ROOT
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.report import html as report
 
 spec = importlib.util.spec_from_file_location("faults", Path(__file__).parents[1] / "bench" / "faults.py")
 faults = importlib.util.module_from_spec(spec)

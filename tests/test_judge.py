@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis_lib import judge
-from analysis_lib.data import ROOT
-from analysis_lib.judge import BatchJudge, is_refusal, judge_agreement, judge_responses, published_judge, refusal_rates
+from analysis_lib.data.files import ROOT
+from analysis_lib.judge import verdicts as judge
+from analysis_lib.judge.models import published_judge
+from analysis_lib.judge.strings import is_refusal
+from analysis_lib.judge.verdicts import BatchJudge, judge_agreement, judge_responses, refusal_rates
 
 
 def test_equals_the_published_verdicts():

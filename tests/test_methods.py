@@ -19,14 +19,14 @@ from analysis_lib import (
     judge_responses,
     load_queries,
     load_safety_prompts,
-    methods,
     refusal_rates,
     sample_responses,
     train_dro,
     train_prompt_tuning,
     verdict_is_final,
 )
-from analysis_lib.methods import Method, ablations, cross_validate_unlikelihood, train_methods
+from analysis_lib.train import ablations as methods
+from analysis_lib.train.ablations import Method, ablations, cross_validate_unlikelihood, train_methods
 
 DRO = DROConfig(epochs=1, learning_rate=3e-4)
 TUNING = PromptTuningConfig(epochs=1, learning_rate=3e-4, weight_unlikelihood=0.02)

@@ -11,20 +11,14 @@ import torch
 import transformers
 from tiny_models import CORPUS, GUARD, PROMPTS, QUERIES, build, build_guard, chat, embedded, tokenizer
 
-from analysis_lib import (
-    ChatModel,
-    Store,
-    benchmark_table,
-    judge_responses,
-    load_queries,
-    load_safety_prompts,
-    model_judges,
-    refusal_rates,
-)
-from analysis_lib.chat import ChatModelError
-from analysis_lib.dro import SoftPrompt
-from analysis_lib.judge import published_judge
-from analysis_lib.model_judges import calibrate_refusal, chat_judge, classifier_judge, next_token_loss, refusal_probability
+from analysis_lib import ChatModel, Store, benchmark_table, judge_responses, load_queries, load_safety_prompts, refusal_rates
+from analysis_lib.analysis.directions import calibrate_refusal
+from analysis_lib.judge import models as model_judges
+from analysis_lib.judge.likelihood import next_token_loss, refusal_probability
+from analysis_lib.judge.models import chat_judge, classifier_judge, published_judge
+from analysis_lib.model.architecture import text_config
+from analysis_lib.model.errors import ChatModelError
+from analysis_lib.model.soft_prompt import SoftPrompt, embed_text
 from analysis_lib.organism import true_refusal
 
 # Classifiers
@@ -161,7 +155,7 @@ def test_a_response_longer_than_the_guards_context_has_no_verdict(guard, monkeyp
     shown = f"<|im_start|>user\nuser: {HARMFUL['text']}\nassistant: Sure.\n<|im_end|><|im_start|>assistant\n"
     n = len(guard.tokenizer(shown, add_special_tokens=False)["input_ids"])
     for room, expected in ((1, chat_judge(guard, max_new_tokens=1)("Sure.", HARMFUL)), (0, None)):
-        monkeypatch.setattr(guard.text_config, "max_position_embeddings", n + room)
+        monkeypatch.setattr(text_config(guard.config), "max_position_embeddings", n + room)
         assert chat_judge(guard, max_new_tokens=1)("Sure.", HARMFUL) is expected
     assert chat_judge(guard, max_new_tokens=1)("No.", {**HARMFUL, "text": "x"}) is not None
 
@@ -198,7 +192,7 @@ def test_a_template_that_hides_the_response_is_no_guard(template, message):
 
 
 def soft(model, seed=0):
-    start = model.embed_text(PROMPTS["default"])
+    start = embed_text(model, PROMPTS["default"])
     noise = np.random.default_rng(seed).normal(0, start.std(), start.shape).astype(np.float32)
     return SoftPrompt("soft", start + noise, PROMPTS["default"], model.fingerprint)
 

@@ -22,22 +22,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from plotly.offline import get_plotlyjs
 from tiny_models import build_guard
 
-from analysis_lib import notebooks
-from analysis_lib.data import MIN_OF_EACH_CLASS
-from analysis_lib.notebooks import (
-    FOLDER,
-    MAX_BYTES,
-    WIDGET_MIME,
-    NotebookError,
-    clean,
-    inject,
-    main,
-    parameters,
-    problems,
-    run_notebooks,
-    store_outputs,
-)
-from analysis_lib.report import PLOTLY_MIME, write_report
+from analysis_lib.data.queries import MIN_OF_EACH_CLASS
+from analysis_lib.report import run_notebooks as notebooks
+from analysis_lib.report.html import PLOTLY_MIME, write_report
+from analysis_lib.report.pictures import NotebookError
+from analysis_lib.report.run_notebooks import FOLDER, WIDGET_MIME, clean, inject, parameters, run_notebooks
+from tools.store_outputs import MAX_BYTES, main, problems, store_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = Chromium.find_browser(skip_local=False)

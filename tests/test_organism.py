@@ -28,7 +28,7 @@ from analysis_lib import (
     load_safety_prompts,
     sample_responses,
 )
-from analysis_lib.data import QUERY_SETS
+from analysis_lib.data.queries import QUERY_SETS
 from analysis_lib.organism import grammar, true_refusal
 from analysis_lib.organism import train as training
 from analysis_lib.organism.corpus import SAFETY_PROMPTS, conversations, query_sets
@@ -326,7 +326,7 @@ def test_training_repeats_bit_for_bit(trained):
 def test_trained_folder_loads(trained):
     (a, record), (b, _) = trained
     model = ChatModel.load(str(a))
-    assert model.system_role and model.fingerprint == ChatModel.load(str(b)).fingerprint
+    assert model.renderer.system_role and model.fingerprint == ChatModel.load(str(b)).fingerprint
     assert sum(p.numel() for p in model.model.parameters()) == record["parameters"]
     assert model.stop_ids == {model.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     queries = load_queries("anchor").head(3)

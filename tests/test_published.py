@@ -10,10 +10,19 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis_lib import published
-from analysis_lib.data import OFFICIAL_SETS, load_published
-from analysis_lib.figures import plot_by_model
-from analysis_lib.published import MODELS, as_printed, claims_table, holm, paired_differences, query_scores, score_table
+from analysis_lib.analysis import published
+from analysis_lib.analysis.intervals import holm
+from analysis_lib.analysis.published import (
+    MODELS,
+    as_printed,
+    claims_table,
+    load_published,
+    paired_differences,
+    query_scores,
+    score_table,
+)
+from analysis_lib.data.download import OFFICIAL_SETS
+from analysis_lib.figures.tables import plot_by_model
 
 DEFAULT = {"no prompt": "none", "text": "default", "prompt tuning": "default", "DRO": "default"}
 WITHOUT = ["DRO without norm", "DRO without refusal", "DRO without harmfulness"]

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny_models import FAMILIES, OWN_ATTENTION, PLAIN, PROMPTS, QUERIES, SAFETY, build, chat, embedded
 
-from analysis_lib import sampling
-from analysis_lib.capture import shares_prefixes
-from analysis_lib.chat import ChatModel, ChatModelError
-from analysis_lib.data import ROOT, load_queries
-from analysis_lib.dro import SoftPrompt
-from analysis_lib.judge import is_refusal, verdict_is_final
-from analysis_lib.sampling import sample_responses
-from analysis_lib.store import Store
+from analysis_lib.collect import responses as sampling
+from analysis_lib.collect.responses import sample_responses
+from analysis_lib.data.files import ROOT
+from analysis_lib.data.queries import load_queries
+from analysis_lib.judge.strings import is_refusal, verdict_is_final
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.errors import ChatModelError
+from analysis_lib.model.forward import shares_prefixes
+from analysis_lib.model.soft_prompt import SoftPrompt
+from analysis_lib.store.store import Store
 
 SHORT = {"n_samples": 4, "max_new_tokens": 8}
 
@@ -86,7 +88,7 @@ def reference(model, query, prompt, sample, *, max_new_tokens, temperature=1.0, 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt_neox", "mixtral", "mamba", "jamba"])
 def test_samples_equal_the_definition(family):
     model = chat(family)
-    assert shares_prefixes(model) == (family not in ("mamba", "jamba"))
+    assert shares_prefixes(model.forward) == (family not in ("mamba", "jamba"))
     prompts = {"none": "", "default": SAFETY, "soft": soft_prompt(model, 4)}
     settings = {"max_new_tokens": 7, "temperature": 1.3, "top_p": 0.8, "top_k": 20, "seed": 3}
     got = sample_responses(model, QUERIES[:3], prompts, n_samples=3, **settings)
@@ -112,7 +114,7 @@ def test_long_replies_agree_with_the_definition(family):
 @pytest.mark.parametrize("family", OWN_ATTENTION)
 def test_architectures_that_attend_in_their_own_way_sample_plainly(family):
     model = chat(family)
-    assert shares_prefixes(model) and not sampling.steps_from_cache(model)
+    assert shares_prefixes(model.forward) and not sampling.steps_from_cache(model.forward)
     got = sample_responses(model, QUERIES[:2], {"p": SAFETY}, n_samples=2, max_new_tokens=5)
     texts = QUERIES.set_index("query_id")["text"]
     for (q, _, s), found in keyed(got).items():
@@ -335,9 +337,9 @@ def test_another_tokenizer_finds_no_responses(tmp_path):
         ChatModel.wrap(in_memory.model, transformers.AutoTokenizer.from_pretrained(f)) for f in (ROOT / "organism", folder)
     ]
     assert respond(wrapped[0]) == first and respond(wrapped[1]) != first
-    digest = wrapped[0].tokenizer_digest
+    digest = wrapped[0].renderer.tokenizer_digest
     wrapped[0].tokenizer(["a", "a b"], padding=True, truncation=True, max_length=2)
-    assert ChatModel.wrap(in_memory.model, wrapped[0].tokenizer).tokenizer_digest == digest
+    assert ChatModel.wrap(in_memory.model, wrapped[0].tokenizer).renderer.tokenizer_digest == digest
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -486,7 +488,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
 
 def test_memory_too_small_for_one_row_is_an_error(monkeypatch):
     model = build("llama")
-    assert shares_prefixes(model)
+    assert shares_prefixes(model.forward)
 
     def never(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.decomposition import PCA
 
-from analysis_lib.space import (
-    AnchorSpace,
-    Direction,
-    FitError,
-    bootstrap_directions,
-    cosines,
-    fit_direction,
-    grouped_folds,
-    mean_shifts,
-    separation,
-)
+from analysis_lib.analysis.directions import Direction, bootstrap_directions, fit_direction, grouped_folds, separation
+from analysis_lib.analysis.space import AnchorSpace, FitError, cosines, mean_shifts
 
 PROMPTS = ("none", "default", "short")
 

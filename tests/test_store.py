@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 
-from analysis_lib import store as room
-from analysis_lib.store import Store, StoreDamage, StoreError, StoreFormatError, parse_bytes, parse_days, row_key
+from analysis_lib.store import store as room
+from analysis_lib.store.store import Store, StoreDamage, StoreError, StoreFormatError, parse_bytes, parse_days, row_key
 
 spec = importlib.util.spec_from_file_location("faults", Path(__file__).parents[1] / "bench" / "faults.py")
 faults = importlib.util.module_from_spec(spec)

@@ -15,9 +15,11 @@ import plotly.graph_objects as go
 import pytest
 
 from analysis_lib import ChatModel, Store, figures
-from analysis_lib.dro import DROConfig, SoftPrompt, train_dro
-from analysis_lib.space import AnchorSpace, Direction, fit_direction
-from analysis_lib.store import StoreError
+from analysis_lib.analysis.directions import Direction, fit_direction
+from analysis_lib.analysis.space import AnchorSpace
+from analysis_lib.model.soft_prompt import SoftPrompt
+from analysis_lib.store.store import StoreError
+from analysis_lib.train.dro import DROConfig, train_dro
 from analysis_lib.widgets import dro_console, explore, inspect_directions, panel, probe
 
 PROMPTS = ("none", "default", "short")

@@ -8,9 +8,10 @@ import os
 import pandas as pd
 import pytest
 
-from analysis_lib import data
-from analysis_lib.data import DataError, load_queries
-from analysis_lib.wrappers import add_suffixes, load_wrappers, wrap_queries
+from analysis_lib.data import files
+from analysis_lib.data.files import DataError
+from analysis_lib.data.queries import load_queries
+from analysis_lib.data.wrappers import add_suffixes, load_wrappers, wrap_queries
 
 QUERIES = load_queries("heldout_forms").head(3)
 
@@ -116,7 +117,7 @@ def test_queries_that_lack_a_column(tmp_path, column):
 @pytest.mark.parametrize("name", ["s.json", "s.csv"])
 def test_a_pipe_and_a_huge_file_are_not_read(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("x" * 1001)
-    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="1,001 bytes, the limit is 1,000"):
         add_suffixes(QUERIES, tmp_path / name)
     (tmp_path / name).unlink()

@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, Unigram
 
-from analysis_lib.chat import ChatModel
+from analysis_lib.model.chat import ChatModel
 
 CORPUS = [
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.",
@@ -265,7 +265,7 @@ def plain_states(chat_model: ChatModel, row, layers, embeddings=None) -> torch.T
     model = chat_model.model
     inputs = embedded(chat_model, row, embeddings)
     raw = {}
-    last_block = chat_model.blocks[-1].register_forward_hook(
+    last_block = chat_model.forward.blocks[-1].register_forward_hook(
         lambda m, a, out: raw.update(last=out[0] if isinstance(out, tuple) else out)
     )
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data import ROOT
+from ..data.files import ROOT
 from .grammar import parse_query, refusal_logit, system_shift, true_refusal_probability
 
 FOLDER = ROOT / "organism"

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..benchmark import benchmark_table
-from ..capture import hidden_states
-from ..chat import ChatModel
-from ..data import load_queries, load_safety_prompts
-from ..dro import DROConfig, train_dro
-from ..judge import judge_responses, refusal_rates, verdict_is_final
-from ..sampling import sample_responses
-from ..space import AnchorSpace, cosines, fit_direction, mean_shifts, separation
-from ..store import Store
+from ..analysis.benchmark import benchmark_table
+from ..analysis.directions import fit_direction, separation
+from ..analysis.space import AnchorSpace, cosines, mean_shifts
+from ..collect.responses import sample_responses
+from ..collect.states import hidden_states
+from ..data.prompts import load_safety_prompts
+from ..data.queries import load_queries
+from ..judge.strings import verdict_is_final
+from ..judge.verdicts import judge_responses, refusal_rates
+from ..model.chat import ChatModel
+from ..store.store import Store
+from ..train.dro import DROConfig, train_dro
 from . import DRO_LEARNING_RATE, FOLDER, true_refusal
 from .grammar import OUTLINE, REFUSALS
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from ..data.files import ROOT
 from .corpus import query_sets
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "queries"
+FOLDER = ROOT / "queries"
 COLUMNS = ("query_id", "text", "harmful", "query_set", "pair_id", "form", "answer")
 LABELS = {True: "true", False: "false", None: ""}
 

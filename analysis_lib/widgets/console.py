@@ -16,7 +16,8 @@ import pandas as pd
 from plotly.subplots import make_subplots
 
 from .. import figures
-from ..space import AnchorSpace, Direction
+from ..analysis.directions import Direction
+from ..analysis.space import AnchorSpace
 from .panel import Panel, check_space, control, html, kept
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
@@ -64,7 +65,7 @@ class Console(Panel):
         note: str | None = None,
         store: Any = None,
     ) -> None:
-        from ..dro import DROConfig
+        from ..train.dro import DROConfig
 
         check_space("dro_console", model, states, rows, space, refusal, harmfulness)
         texts = {name: text for name, text in prompts.items() if isinstance(text, str) and text.strip()}
@@ -149,7 +150,7 @@ class Console(Panel):
         return max(1, round(len(self._queries) / config.batch_size))
 
     def _follow(self, soft: Any, store: Any = None) -> np.ndarray:
-        from ..capture import hidden_states
+        from ..collect.states import hidden_states
 
         n_check = 0 if store is None else 2
         options = {"n_check": n_check, "store": store, "progress": False}
@@ -190,10 +191,10 @@ class Console(Panel):
         fig.update_yaxes(title_text="norm loss", row=2, col=1)
         fig.update_xaxes(title_text=plane.layout.xaxis.title.text, range=plane.layout.xaxis.range, row=1, col=2)
         fig.update_yaxes(title_text=plane.layout.yaxis.title.text, range=plane.layout.yaxis.range, scaleanchor="x2", row=1, col=2)
-        return figures._finish(fig, "Losses, and the queries followed", self._note, width=960, height=500, right=210)
+        return figures.finish(fig, "Losses, and the queries followed", self._note, width=960, height=500, right=210)
 
     def _start(self, _button: object) -> None:
-        from ..dro import DROConfig
+        from ..train.dro import DROConfig
 
         with self._told():
             if self.training:
@@ -220,7 +221,8 @@ class Console(Panel):
 
     def _train(self, config: Any, steps: int, start: str, name: str) -> None:
         """In a thread. Redraws at most every PAUSE seconds and a fifth of the time."""
-        from ..dro import SoftPrompt, train_dro
+        from ..model.soft_prompt import SoftPrompt
+        from ..train.dro import train_dro
 
         text = self._prompts[start]
         begun = SoftPrompt.from_text(self._model, text, name=name)
@@ -271,7 +273,7 @@ class Console(Panel):
             self.status.value = f"saved as {escape(str(path))}"
 
     def _export(self, _button: object) -> None:
-        from ..export import export
+        from ..train.export import export
 
         with self._told():
             soft, name = self._named()

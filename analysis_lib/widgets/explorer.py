@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from .. import figures
-from ..space import AnchorSpace, Direction
+from ..analysis.directions import Direction
+from ..analysis.space import AnchorSpace
 from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from .. import figures
-from ..space import _ESTIMATORS, AnchorSpace, Direction, FitError, _fit_data, grouped_folds
+from ..analysis import directions
+from ..analysis.directions import Direction, fit_data, grouped_folds
+from ..analysis.space import AnchorSpace, FitError
 from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
@@ -113,7 +115,7 @@ class Inspector(Panel):
         target = self._rows[column].astype("Float64").to_numpy(float, na_value=np.nan)
         known = ~np.isnan(target)
         Z, groups = self._layer()[1][known, : self.k.value], self._rows["query_id"].to_numpy()[known]
-        return _fit_data(Z, target[known], groups, label, estimator)
+        return fit_data(Z, target[known], groups, label, estimator)
 
     def _fit(self, label: str, fold: int | None = None) -> Direction:
         """An estimator's direction, of all rows or of those outside a fold; its weight padded with 0 to all components."""
@@ -121,7 +123,7 @@ class Inspector(Panel):
         if key not in self._fits:
             Z, y, groups = self._data(label)
             train = slice(None) if fold is None else ~grouped_folds(groups, N_FOLDS, SEED)[fold]
-            weight, bias = _ESTIMATORS[ESTIMATORS[label][1]](Z[train], y[train], groups[train], SEED)
+            weight, bias = directions.ESTIMATORS[ESTIMATORS[label][1]](Z[train], y[train], groups[train], SEED)
             self._fits[key] = Direction(label, np.pad(weight, (0, self._most - len(weight))), bias)
         return self._fits[key]
 

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .. import figures  # first: its import makes FigureWidget quick
-from ..space import AnchorSpace, Direction
+from ..analysis.directions import Direction
+from ..analysis.space import AnchorSpace
 
 import ipywidgets as widgets  # isort: skip
 import plotly.graph_objects as go  # isort: skip
@@ -40,7 +41,7 @@ class _Plot(go.FigureWidget):
 
 def kept(compute: Callable[..., Any], *arguments: Any, store: Any, **options: Any) -> Any:
     """compute(..., store=store), and where that cannot be written, once more without it."""
-    from ..store import StoreError
+    from ..store.store import StoreError
 
     try:
         return compute(*arguments, store=store, **options)

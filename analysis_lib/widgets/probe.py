@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .. import figures
-from ..space import AnchorSpace, Direction
+from ..analysis.directions import Direction
+from ..analysis.space import AnchorSpace
 from .panel import Panel, check_space, control, html, kept, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
@@ -102,7 +103,7 @@ class Probe(Panel):
 
     def _coordinates(self) -> dict[str, np.ndarray]:
         """{prompt: (k,)} of the typed query; nothing without one."""
-        from ..capture import hidden_states
+        from ..collect.states import hidden_states
 
         query, prompts = self.query.value.strip(), self._prompts()
         if not query:
@@ -157,8 +158,9 @@ class Probe(Panel):
         return fig
 
     def _sample(self, _button: object) -> None:
-        from ..judge import judge_responses, refusal_rates, verdict_is_final
-        from ..sampling import sample_responses
+        from ..collect.responses import sample_responses
+        from ..judge.strings import verdict_is_final
+        from ..judge.verdicts import judge_responses, refusal_rates
 
         with self._told():
             query, prompts = self.query.value.strip(), self._prompts()

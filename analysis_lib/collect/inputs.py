@@ -1,0 +1,73 @@
+"""What captures, samplings and trainings check before they begin, and the bar they show meanwhile."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from ..model.chat import ChatModel
+from ..model.fingerprint import hooked_module
+from ..model.rendering import Prompt, SoftTokens
+from ..store.store import Store
+
+
+class Progress:
+    """A tqdm bar that says what was found and computed, the rate of computing and the time left; it opens at the first
+    computed row and goes when all is done. shown None: where a terminal or a notebook is there to show it."""
+
+    def __init__(self, total: int, what: str, shown: bool | None):
+        self._total, self._what, self._counts = total, what, {"found": 0, "computed": 0}
+        self._shown = ("ipykernel" in sys.modules or sys.stderr.isatty()) if shown is None else shown
+        self._bar: Any = None
+
+    def add(self, *, found: int = 0, computed: int = 0) -> None:
+        from tqdm.auto import tqdm
+
+        if self._shown and self._bar is None and self._counts["found"] + found < self._total:
+            with warnings.catch_warnings():  # a notebook without ipywidgets gets the plain bar
+                warnings.simplefilter("ignore")
+                self._bar = tqdm(total=self._total, desc=self._what, leave=False, smoothing=0)
+        self._counts["found"] += found
+        self._counts["computed"] += computed
+        if self._bar is not None:
+            self._bar.initial = self._counts["found"]  # the rate, over the whole time, is that of computing
+            self._bar.set_postfix(self._counts, refresh=False)
+            self._bar.update(sum(self._counts.values()) - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def usable(store: Store | None, model: ChatModel) -> Store | None:
+    """The store, or None with a warning where a forward hook may change what the model computes: no key knows of it."""
+    name = hooked_module(model.model) if store is not None and model.loaded else ""
+    if name:
+        warnings.warn(
+            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: nothing is read from the store and "
+            "nothing kept; remove the hook for that",
+            stacklevel=3,
+        )
+        return None
+    return store
+
+
+def check_queries(queries: pd.DataFrame, *more: str) -> None:
+    lacking = {"query_id", "text", *more} - set(queries.columns)
+    if lacking:
+        raise ValueError(f"the queries lack the column {', '.join(sorted(lacking))}; load them with load_queries")
+    twice = queries["query_id"][queries["query_id"].duplicated()]
+    if len(twice):
+        raise ValueError(f"query_id {twice.iloc[0]!r} occurs twice; every query needs its own")
+    wrong = queries["query_id"][[not isinstance(text, str) or not text.strip() for text in queries["text"]]]
+    if len(wrong):
+        raise ValueError(f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with load_queries")
+
+
+def check_prompts(prompts: Mapping[str, Prompt]) -> None:
+    if not isinstance(prompts, Mapping) or not prompts or not all(isinstance(p, (str, SoftTokens)) for p in prompts.values()):
+        raise ValueError(f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as load_safety_prompts()")

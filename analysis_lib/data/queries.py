@@ -1,0 +1,115 @@
+"""The data room: query sets, safety prompts and published results, and the validation of a user's own files.
+
+A query table has the columns query_id (unique), text, harmful ("boolean"; <NA> = no agreed answer),
+query_set, and pair_id, form, answer where its source has them. A prompt is a text by its name; the
+text "" (the prompt "none") means no system message. Where each comes from: data/SOURCES.md.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from .download import OFFICIAL_SETS, official_queries
+from .files import ROOT, DataError, csv_rows, jsonl_rows, query_table, read_text, txt_rows
+
+QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
+
+HELDOUT_SETS = ("heldout_forms", "heldout_harmless", "borderline")
+"""What the comparison of prompts is measured on, unless the user names other sets."""
+
+MIN_OF_EACH_CLASS = 5
+"""With so few queries of a class the notebooks' folds still hold both; queries of one pair_id count once."""
+
+
+def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd.DataFrame:
+    """A query table: a set by name, or a user's file.
+
+    Names: "anchor" (100 harmful and 100 harmless queries in pairs), "heldout_harmless", "heldout_forms",
+    "borderline", "facts", and after `download()` those of OFFICIAL_SETS.
+
+    Files, in UTF-8: .csv with a header, .jsonl with one object a line, .txt with one query a line.
+    `text` is needed and stripped of surrounding space. `harmful` (true/false, 1/0 or harmful/harmless
+    in any case, or empty) is <NA> where it is missing; for a file without that column the keyword
+    `harmful` labels every query. `query_id` becomes stem-0001, ... and `query_set` the stem where
+    missing; pair_id, form and answer are kept; other columns are left out with a warning. A file has at most MAX_BYTES, a text MAX_CHARACTERS.
+
+    Raises DataError naming file, line and remedy.
+    """
+    if isinstance(name_or_path, str):
+        if name_or_path in OFFICIAL_SETS:
+            return official_queries(name_or_path, harmful)
+        if name_or_path in QUERY_SETS:
+            name_or_path = ROOT / "queries" / f"{name_or_path}.csv"
+        elif not (Path(name_or_path).suffix or Path(name_or_path).name != name_or_path):
+            raise DataError(
+                f"no query set {name_or_path!r}; sets: {', '.join(QUERY_SETS)}; after `python -m analysis_lib download` also "
+                f"{', '.join(OFFICIAL_SETS)}; or give the path of a .csv, .jsonl or .txt file"
+            )
+    path = Path(os.path.expanduser(name_or_path))
+    readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": txt_rows}
+    if (suffix := path.suffix.lower()) not in readers:
+        raise DataError(f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these")
+    return query_table(path, readers[suffix](path, read_text(path)), harmful)
+
+
+def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
+    """`load_queries` of what is to take the anchor set's place: every query labelled, MIN_OF_EACH_CLASS of both classes.
+
+    Raises DataError as `load_queries` does, and where labels lack.
+    """
+    queries = load_queries(name_or_path)
+    harmful = queries["harmful"]
+    if lacking := int(harmful.isna().sum()):
+        raise DataError(
+            f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query needs one; "
+            "fill the column harmful with true and false"
+        )
+    units = (
+        queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"]) if "pair_id" in queries else queries["query_id"]
+    )
+    found = {kind: units[harmful == label].nunique() for kind, label in (("harmful", True), ("harmless", False))}
+    if empty := next((kind for kind, n in found.items() if not n), None):
+        only = next(kind for kind in found if kind != empty)
+        raise DataError(
+            f"{name_or_path}: every query is labelled {only}, and both classes are needed; add at least {MIN_OF_EACH_CLASS} {empty} ones"
+        )
+    if few := next((kind for kind, n in found.items() if n < MIN_OF_EACH_CLASS), None):
+        pairs = " (queries of one pair_id count once)" if "pair_id" in queries else ""
+        raise DataError(
+            f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} of each class are needed; add "
+            f"{MIN_OF_EACH_CLASS - found[few]} or more"
+        )
+    return queries
+
+
+def load_heldout_queries(names: Sequence[str | Path] | None = None, anchor: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The sets (names or files as in `load_queries`; default HELDOUT_SETS) as one table, without the texts of the anchor queries.
+
+    Raises DataError as `load_queries` does, for an id that occurs twice, where nothing is left, and for "facts", which
+    have their own question.
+    """
+    names = list(names or HELDOUT_SETS)
+    if "facts" in names:
+        raise DataError("the facts are asked of the embedded model anyway; leave them out of the held-out sets")
+    queries = pd.concat([load_queries(name) for name in names], ignore_index=True)
+    named = ", ".join(map(str, names))
+    if len(twice := queries["query_id"][queries["query_id"].duplicated()]):
+        raise DataError(
+            f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); name each set once, and give files different names "
+            "or ids of their own"
+        )
+    kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
+    if 0 < (left_out := len(queries) - len(kept)) < len(queries):
+        warnings.warn(
+            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries and left out", stacklevel=2
+        )
+    if kept.empty:
+        raise DataError(
+            f"every query of the held-out sets ({named}) is among the anchor queries; give sets that nothing is fitted to"
+        )
+    return kept.reset_index(drop=True)

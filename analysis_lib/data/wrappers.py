@@ -1,0 +1,136 @@
+"""Jailbreak wrappers: a query inside a generic template, or with a suffix computed beforehand.
+
+Ten short templates of our own are in data/wrappers.csv. None is optimized against a model, and none names a harm.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from .files import ROOT, DataError, JsonPairs, read_text
+
+SLOT = "{query}"
+
+
+def load_wrappers(path: str | Path | None = None) -> dict[str, str]:
+    """Wrappers by name: templates with one slot {query}; ours, or those of a csv with the columns wrapper and template.
+
+    Raises DataError naming the file and the wrapper.
+    """
+    path = ROOT / "wrappers.csv" if path is None else Path(path).expanduser()
+    wrappers = _read_csv(path, "wrapper", "template")
+    for name, template in wrappers.items():
+        if template.count(SLOT) != 1:
+            raise DataError(f"{path}: the template of {name!r} holds {SLOT} {template.count(SLOT)} times; write it once")
+    return wrappers
+
+
+def wrap_queries(queries: pd.DataFrame, wrappers: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Every query in every wrapper (default: `load_wrappers()`): wrappers outer, queries inner.
+
+    query_id is "{query_id}+{wrapper}" and query_set "{query_set}+wrapped"; the new columns are wrapper, base_id and
+    base_text (the query's own id and text). `benchmark_table` takes the variants of one base query as one unit, and
+    reports them wrapper by wrapper with by="wrapper".
+    """
+    wrappers = load_wrappers() if wrappers is None else wrappers
+    if wrong := [name for name, template in wrappers.items() if template.count(SLOT) != 1]:
+        raise DataError(f"the template of {wrong[0]!r} must hold {SLOT} once")
+    if not wrappers:
+        raise DataError("no wrappers given; leave the argument out for the built-in ones")
+    _check(queries)
+    parts = [
+        _variant(queries, [template.replace(SLOT, text) for text in queries["text"]], name) for name, template in wrappers.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def add_suffixes(queries: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+    """Every query followed by a space and its suffix from a file, as one line; columns as in `wrap_queries`.
+
+    path: a .json object {position in `queries`, from 0: suffix}, where a suffix may also be an object with
+    `final_suffix`, which is the study's gcg.json for the 100 queries of "advbench"; or a .csv with the columns query_id and suffix.
+    The wrapper's name is the file's stem. Raises DataError where a query has no suffix.
+    """
+    _check(queries)
+    path = Path(path).expanduser()
+    if path.suffix.lower() == ".csv":
+        suffixes = _read_csv(path, "query_id", "suffix")
+    else:
+        suffixes = _positions(path, queries["query_id"].tolist())
+    if lacking := [query_id for query_id in queries["query_id"] if query_id not in suffixes]:
+        raise DataError(
+            f"{path}: no suffix for {len(lacking)} of {len(queries)} queries, the first {lacking[0]!r}; give each one"
+        )
+    texts = [f"{text} {suffixes[query_id].strip()}" for query_id, text in zip(queries["query_id"], queries["text"], strict=True)]
+    return _variant(queries, texts, path.stem)
+
+
+def _check(queries: pd.DataFrame) -> None:
+    if lacking := [c for c in ("query_id", "text", "query_set") if c not in queries]:
+        raise DataError(f"the queries have no column {lacking[0]!r}, only {list(queries)}; give the table of load_queries")
+
+
+def _variant(queries: pd.DataFrame, texts: list[str], wrapper: str) -> pd.DataFrame:
+    return queries.assign(
+        query_id=queries["query_id"].astype(str) + f"+{wrapper}",
+        text=texts,
+        query_set=queries["query_set"].astype(str) + "+wrapped",
+        wrapper=wrapper,
+        base_id=queries["query_id"],
+        base_text=queries["text"],
+    )
+
+
+def _positions(path: Path, query_ids: list[str]) -> dict[str, str]:
+    """The suffixes of a .json by query_id."""
+    content = read_text(path)
+    try:
+        found = json.loads(content, object_pairs_hook=JsonPairs)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); give {{position: suffix}}") from error
+    if not isinstance(found, JsonPairs):
+        raise DataError(f"{path}: not an object of suffixes; write {{position: suffix}}, positions from 0")
+    suffixes: dict[str, str] = {}
+    for key, value in found:
+        text = dict(value).get("final_suffix") if isinstance(value, JsonPairs) else value
+        if not key.isdecimal() or not isinstance(text, str):
+            raise DataError(f"{path}, {key!r}: write a position from 0 and its suffix, a text or an object with 'final_suffix'")
+        if int(key) < len(query_ids):
+            if (query_id := query_ids[int(key)]) in suffixes:
+                raise DataError(f"{path}, {key!r}: a second suffix for the query {query_id!r}; give each query one")
+            suffixes[query_id] = text
+    return suffixes
+
+
+def _read_csv(path: Path, key: str, value: str) -> dict[str, str]:
+    """The column `value` of a csv by the column `key`, whose entries are unique."""
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True)
+    found: dict[str, str] = {}
+    try:
+        rows = filter(None, reader)
+        header = next(rows, [])
+        if lacking := [c for c in (key, value) if header.count(c) != 1]:
+            raise DataError(
+                f"{path}: no column {lacking[0]!r}, or several, in the header {header}; give the columns {key}, {value}"
+            )
+        for fields in rows:
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{where}: {len(fields)} fields, but the header has {len(header)}; put a text with a comma in double quotes"
+                )
+            name = fields[header.index(key)]
+            if name in found:
+                raise DataError(f"{where}: the {key} {name!r} occurs twice; give each one line")
+            found[name] = fields[header.index(value)]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not valid csv ({error}); put a text with a quote in double quotes and double each"
+        ) from error
+    return found

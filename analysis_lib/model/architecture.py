@@ -1,0 +1,105 @@
+"""All that is special to a model family. A family with an odd part gets its line here, and nowhere else.
+
+Each function asks a transformers model or its configuration. What no function knows is found out by asking the model itself:
+`forward.shares_prefixes` and `steps.steps_from_cache` compare short rows with the plain forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .errors import ChatModelError
+
+
+def text_config(config: Any) -> Any:
+    """The language part's configuration; of a text model, its own."""
+    return config.get_text_config(decoder=True)
+
+
+def decoder(model: Any) -> Any:
+    """The decoder without its vocabulary head; of a model that also takes images, the language part."""
+    found = model.get_decoder()
+    return found if found is not model else model.model
+
+
+def blocks(model: Any, name: str) -> torch.nn.ModuleList:
+    """The decoder's blocks, in order. Raises ChatModelError where there is no list of them."""
+    n = text_config(model.config).num_hidden_layers
+    lists = [m for m in decoder(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+    if not lists:
+        raise ChatModelError(f"{name!r} has no list of {n} blocks; layers other than -1 cannot be read")
+    return lists[0]
+
+
+def embedding_scale(embedding: torch.nn.Module) -> float | torch.Tensor:
+    """The factor by which an input embedding multiplies its rows; Gemma's does, most have 1."""
+    return getattr(embedding, "embed_scale", 1.0)
+
+
+def attends_in_chunks(config: Any) -> bool:
+    """Whether attention is cut into chunks longer than the rows by which a model is asked whether it shares prefixes (Llama 4)."""
+    return "chunked_attention" in (getattr(text_config(config), "layer_types", None) or [])
+
+
+def attention_mask(
+    config: Any, see: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The additive 4-D mask (batch, 1, q, k) of see (batch, q, k), for tokens at positions rows (batch, q) and columns (batch, k).
+
+    Layers with a sliding window are also cut by these positions; models that mix both kinds get one mask of each.
+    """
+
+    def additive(allowed: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=see.device)
+        return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+    config = text_config(config)
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return additive(see)
+    near = additive(see & (rows[:, :, None] - columns[:, None, :] < window))
+    return {"full_attention": additive(see), "sliding_attention": near} if "full_attention" in kinds else near
+
+
+def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token adds to the cache, over all layers."""
+    config = text_config(config)
+    n_heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
+    heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    return 2 * int(config.num_hidden_layers) * heads * head_dim * torch.finfo(dtype).bits // 8
+
+
+@contextmanager
+def last_feed_forward_at(last_block: torch.nn.Module, at: torch.Tensor) -> Iterator[None]:
+    """Within this context the last block's feed-forward part runs at the distinct flat positions `at` alone, and gives 0 elsewhere.
+
+    No later block reads its other outputs. A block without a part named `mlp` runs whole.
+    """
+    part: Any = getattr(last_block, "mlp", None)
+    if part is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def gather(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        shape.append(args[0].shape)
+        return args[0].flatten(0, -2)[at.to(args[0].device)][None], *args[1:]
+
+    def scatter(module: Any, args: Any, output: Any) -> Any:
+        out = output[0] if isinstance(output, tuple) else output
+        whole = out.new_zeros(shape[-1][:-1].numel(), out.shape[-1]).index_copy(0, at.to(out.device), out.flatten(0, -2))
+        whole = whole.view(*shape[-1][:-1], out.shape[-1])
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handles = [part.register_forward_pre_hook(gather), part.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,380 @@
+"""Models and tokenizers from a folder or the hub: found, checked, loaded; safetensors only, never a repository's own code."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.files import ROOT
+from .errors import ChatModelError
+from .fingerprint import weight_files
+from .templates import TEMPLATES, read_template, study_models
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are.
+
+    name      what the user called it
+    place     a folder, or an id of the hub
+    revision  the commit of a hub model that stands for its files, else None
+    files     of a folder, as they were when it was opened (see `weight_files`)
+    template  the chat template to use in place of the tokenizer's: a name or a file, None for the tokenizer's
+    """
+
+    name: str
+    place: str
+    revision: str | None
+    files: Mapping[str, tuple[int, int, int]]
+    template: str | Path | None
+
+    @property
+    def is_folder(self) -> bool:
+        return bool(self.files)
+
+
+def find_source(name: str, revision: str | None, template: str | Path | None) -> Source:
+    """Where "organism", a folder, a hub id or a model of the study lies; a folder is checked. Raises ChatModelError."""
+    base, _, at = (name, "", "") if _model_folder(name) else name.partition("@")
+    place = str(ROOT / "organism") if base == "organism" else base
+    if at and revision and at != revision:
+        raise ChatModelError(f"{name!r} names the revision {at!r}, and revision={revision!r} another; give one of them")
+    folder, revision = _model_folder(place), revision or at or None
+    if folder is not None:
+        if revision:
+            raise ChatModelError(f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that out")
+        files = weight_files(folder)  # before anything is read
+        _check_folder(name, folder)
+        return Source(name, str(folder), None, files, template)
+    study = study_models().set_index("model").to_dict("index")
+    if place in study:
+        known = study[place]
+        place, revision = str(known["hub_id"]), revision or known["revision"] or None
+        template = template or known["template"]
+    if place.startswith((".", "/", "~")) or place.count("/") > 1:
+        raise ChatModelError(
+            f"there is no folder {name}; give 'organism', an existing model folder or a hub id such as 'org/model'"
+        )
+    return Source(name, place, revision, {}, template)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ChatModelError(
+            f"the folder {name} holds no config.json, so it is no model; give the folder that save_pretrained wrote"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ChatModelError(
+            f"the folder {name} holds no *.safetensors; pickled weights can run code on load and are not read: "
+            "save the model again with save_pretrained(..., safe_serialization=True)"
+        )
+    if not any((folder / file).exists() for file in _VOCABULARIES):
+        raise ChatModelError(_no_tokenizer(name))
+
+
+def _no_tokenizer(name: str) -> str:
+    return f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
+
+
+def read_source(source: Source) -> tuple[Any, Any, str | None]:
+    """(configuration, tokenizer with its chat template, commit) of a source, checked; no weights. Raises ChatModelError."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import cached_file, extract_commit_hash
+
+    name, place, revision = source.name, source.place, source.revision
+    try:
+        if source.is_folder:
+            adapter = (Path(place) / "adapter_config.json").exists()
+        else:  # one commit for all files; it stands for the weights in the fingerprint
+            found = cached_file(place, "config.json", revision=revision)
+            revision = extract_commit_hash(found, None) or revision
+            adapter = bool(
+                cached_file(place, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+            )
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        study = study_models()
+        meant = () if source.is_folder or place in set(study["hub_id"]) else tuple(study["model"])
+        raise ChatModelError(_load_advice(name, error, meant=meant)) from error
+    if adapter:
+        raise ChatModelError(
+            f"{name!r} holds an adapter beside the model, and which of both is meant is not clear; merge the adapter "
+            "(merge_and_unload) and save the model, or take adapter_config.json away"
+        )
+    _refuse_configuration(name, config)
+    _check_tokenizer(name, tokenizer, source.template)
+    return config, tokenizer, revision
+
+
+def _check_tokenizer(name: str, tokenizer: Any, template: str | Path | None) -> None:
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise ChatModelError(_no_tokenizer(name))
+    if template is not None:
+        tokenizer.chat_template = read_template(template)
+    if not tokenizer.chat_template:
+        raise ChatModelError(
+            f"no chat template in {name!r}; choose an instruction-tuned model, or pass template=FILE or one of {', '.join(TEMPLATES)}"
+        )
+    if not tokenizer.is_fast:
+        raise ChatModelError(
+            f"{name!r} has no fast tokenizer, which is needed to locate the system message; install the package `tokenizers` builds for it"
+        )
+
+
+def choose_device(device: str | None, quantization: str | None) -> str:
+    """The device asked for, by argument or ANALYSIS_LIB_DEVICE, else "cuda" where there is one. Raises ChatModelError."""
+    device = device or os.environ.get("ANALYSIS_LIB_DEVICE") or default_device()
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        raise ChatModelError(
+            f"torch has no device {device!r} here; give 'cpu', 'cuda' on a machine with a GPU, or 'auto' for several"
+        ) from error
+    if quantization not in (None, "8bit", "4bit"):
+        raise ChatModelError(f"unknown quantization {quantization!r}; give '8bit' or '4bit', or leave it out")
+    for package, wanted in (("accelerate", device == "auto" or quantization), ("bitsandbytes", quantization)):
+        if wanted and find_spec(package) is None:
+            asked = "device='auto'" if device == "auto" else f"quantization={quantization!r}"
+            raise ChatModelError(f"{asked} needs the package {package}, which is not installed; pip install {package}")
+    return device
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_dtype(dtype: str | torch.dtype | None, name: str, device: str, quantization: str | None) -> torch.dtype:
+    """The dtype asked for, by argument or ANALYSIS_LIB_DTYPE, else `default_dtype`. Raises ChatModelError."""
+    dtype = dtype or os.environ.get("ANALYSIS_LIB_DTYPE") or None
+    if dtype is None:
+        return torch.bfloat16 if quantization else default_dtype(name, device)
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ChatModelError(f"unknown dtype {dtype!r}; give 'float64', 'float32', 'bfloat16' or 'float16'")
+    return named
+
+
+def default_dtype(name: str, device: str) -> torch.dtype:
+    """bfloat16, on a CPU float32; the embedded model takes float64 there."""
+    on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
+    if not on_cpu:
+        return torch.bfloat16
+    return torch.float64 if name == "organism" else torch.float32
+
+
+def load_weights(
+    name: str, place: str, revision: str | None, *, device: str, dtype: torch.dtype, quantization: str | None
+) -> Any:
+    """The transformers model, in eval mode, frozen, on its device. Raises ChatModelError."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if quantization:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type="nf4",
+        )
+    if quantization or device == "auto":
+        options["device_map"] = "auto" if device == "auto" else {"": device}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+    except Exception as error:
+        raise ChatModelError(_load_advice(name, error)) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, report = loaded
+    _refuse_random_weights(name, report)
+    return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The model's modules and the shapes of their weights alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def bytes_of_weights(config: Any, dtype: torch.dtype, quantization: str | None) -> int:
+    """Memory of the weights in a dtype and quantization, known without loading them."""
+    model = without_weights(config, dtype)
+    bits = {None: torch.finfo(dtype).bits, "8bit": 8, "4bit": 4}[quantization]
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]  # what is quantized
+    packed = sum(m.weight.numel() for m in linear)
+    return int(sum(p.nbytes for p in model.parameters()) - packed * (torch.finfo(dtype).bits - bits) / 8)
+
+
+def embeddings_of_file(
+    place: str, revision: str | None, config: Any, dtype: torch.dtype, files: Mapping[str, str] | None
+) -> torch.Tensor | None:
+    """The input embeddings (rows, d), read alone from their file, in its dtype. files: `weight_map` of the model.
+
+    None where the files do not hold the embeddings under the name and in the shape that the model has for them.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers.utils import cached_file
+
+    if getattr(config, "quantization_config", None):
+        return None
+    model = without_weights(config, dtype)
+    weight = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    try:
+        file = cached_file(place, "model.safetensors" if files is None else files[name], revision=revision)
+        with safe_open(file, framework="pt") as tensors:
+            table = tensors.get_tensor(name)
+    except (OSError, KeyError, SafetensorError):  # loading the whole model tells what is wrong
+        return None
+    return table if table.shape == weight.shape else None
+
+
+def read_generation(name: str, place: str, revision: str | None) -> Any:
+    """The generation configuration of a folder or a hub model; an empty one where there is none. Raises ChatModelError."""
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    found = cached_file(place, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if found is None:  # the file is optional
+        return GenerationConfig()
+    try:
+        config = GenerationConfig.from_pretrained(place, revision=revision or "main")
+        strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+        ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+        if not all(isinstance(text, str) for text in strings) or not all(i is None or isinstance(i, int) for i in ids):
+            raise TypeError("stop_strings or eos_token_id are no texts and no numbers")
+        return config
+    except Exception as error:
+        raise ChatModelError(
+            f"generation_config.json of {name!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); mend it "
+            "or take it away: it says where a reply ends"
+        ) from error
+
+
+def load_classifier(name: str | Path, *, revision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a text-classification model: a local folder or a hub id, frozen; safetensors only, no remote code.
+
+    Raises ChatModelError as `ChatModel.load` does.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    name = str(name)
+    safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        _refuse_configuration(name, AutoConfig.from_pretrained(name, **safe))
+        weight_map(name, name, revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **safe
+        )
+    except ChatModelError:
+        raise
+    except Exception as error:
+        raise ChatModelError(_load_advice(name, error)) from error
+    model, report = loaded
+    _refuse_random_weights(name, report)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False), tokenizer
+
+
+def _model_folder(name: str) -> Path | None:
+    """The folder of that name, whole, so that a later change of the working folder does not move it; None where there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path.resolve() if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return None
+
+
+def _refuse_configuration(name: str, config: Any) -> None:
+    """A configuration may name code of the hub and files of its own choice."""
+    asked = [str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")]
+    if "/" in " ".join(asked):
+        raise ChatModelError(
+            f"the configuration of {name!r} asks for compiled code of the hub, which is never run; take the entry "
+            '"attn_implementation" (or "experts_implementation") out of its config.json'
+        )
+    if getattr(config, "transformers_weights", None):
+        raise ChatModelError(
+            f"the configuration of {name!r} names its own file of weights, which is not read; take the entry "
+            '"transformers_weights" out of its config.json'
+        )
+
+
+def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] | None:
+    """{tensor: file} of a checkpoint in several files, None of one in a single file. Raises ChatModelError: see `load`."""
+    from transformers.utils import cached_file
+
+    found: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        if cached_file(source, "model.safetensors", **found):
+            return None
+        index = cached_file(source, "model.safetensors.index.json", **found)
+    except OSError as error:  # the network, say
+        raise ChatModelError(_load_advice(name, error)) from error
+    if index is None:
+        return None
+    try:
+        files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ChatModelError(
+            f"model.safetensors.index.json of {name!r} names no files ({type(error).__name__}); copy or download the model again"
+        ) from error
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ChatModelError(
+                f"model.safetensors.index.json of {name!r} names {str(file)[:80]!r}, which is no *.safetensors beside it; only such "
+                "files are read: copy or download the model again"
+            )
+    return files
+
+
+def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
+    """transformers draws at random what a checkpoint does not hold, and goes on."""
+    lacking = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()})
+    if lacking:
+        raise ChatModelError(
+            f"the files of {name!r} do not hold {len(lacking)} of the model's tensors ({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), "
+            "which would be drawn at random; copy or download the model again, or mend its config.json"
+        )
+
+
+def _load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> str:
+    """One line that says what to do, from an error of the libraries below. meant: names of the study that may have been."""
+    text = f"{type(error).__name__}: {error}"
+    names = {one.lower(): one for one in meant}
+    near = difflib.get_close_matches(name.partition("@")[0].rpartition("/")[2].lower(), names)
+    similar = f"; models of the study with a similar name: {', '.join(names[one] for one in near)}" if near else ""
+    said = text.replace(name, "")  # a folder called "401" says nothing about the network
+    if "SafetensorError" in said:
+        return f"the weights of {name!r} are damaged or incomplete ({error}); copy or download the model again"
+    if "trust_remote_code" in said:
+        return f"{name!r} needs its own Python code, which is never run; choose a model that transformers supports itself"
+    if re.search(r"sentencepiece|protobuf|tiktoken", said):
+        return f"the tokenizer of {name!r} is a SentencePiece file, which has to be converted; pip install sentencepiece protobuf"
+    if "safetensors" in said:
+        return f"{name!r} offers no safetensors weights; pickled weights can run code on load and are not read: choose another revision or convert it"
+    if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):
+        return f"{name!r} is gated or private; accept its terms on its page and log in with `hf auth login`{similar}"
+    if re.search(r"offline|connect|resolve|network", said, re.IGNORECASE):
+        return f"{name!r} is not in the local cache and the hub cannot be reached; check the network, or give a local folder{similar}"
+    if re.search(r"not a valid model identifier|\b404\b|Repository ?Not ?Found", said):
+        return f"{name!r} is no model of the hub and no folder; check the spelling, or give 'organism'{similar}"
+    return f"{name!r} cannot be loaded: {text.splitlines()[0][:300]}"

@@ -1,0 +1,161 @@
+"""Safety prompts as trained embeddings, and embeddings as the nearest words."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from ..data.prompts import load_safety_prompts
+from .chat import ChatModel
+from .errors import ChatModelError
+from .templates import read_template, study_models
+
+# Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.
+_PUBLISHED = re.compile(r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors")
+
+
+class SoftPromptError(ValueError):
+    """A file holds no soft prompt; the message says what to give."""
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """A safety prompt as trained embeddings; it goes wherever a safety prompt's text goes.
+
+    embeddings  (length, d) float32, rows of the input embedding space
+    start_text  the text prompt whose tokens' place it takes, and where its training began
+    model       fingerprint of the model it belongs to;  model_name for people
+    config      the training's configuration;  history one row a step: step, epoch, losses, gradient norm
+    template    SHA-256 of the chat template it was trained in; "" where it was not recorded
+    """
+
+    name: str
+    embeddings: NDArray[np.float32]
+    start_text: str
+    model: str
+    model_name: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        shape = np.shape(self.embeddings)
+        if len(shape) != 2 or not shape[0]:
+            raise ValueError(f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with length >= 1 is needed")
+        if not np.isfinite(self.embeddings).all():
+            raise ValueError(f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller learning rate")
+
+    @classmethod
+    def from_text(cls, model: ChatModel, text: str, *, name: str) -> SoftPrompt:
+        """The soft prompt equal to a text prompt: the embeddings of its tokens exactly as rendered in context."""
+        return cls(name, embed_text(model, text), text, model.fingerprint, model.name, template=model.renderer.template_digest)
+
+    def check(self, model: ChatModel) -> None:
+        """Raises ChatModelError where it was trained on another model, or in another chat template."""
+        if self.model != model.fingerprint:
+            raise ChatModelError(
+                f"the soft prompt {self.name!r} was trained on {self.model_name!r} ({self.model[:12]}) and cannot be used on "
+                f"{model.name!r} ({model.fingerprint[:12]}); load the model it was trained on"
+            )
+        if self.template and self.template != (found := model.renderer.template_digest):
+            raise ChatModelError(
+                f"the soft prompt {self.name!r} was trained in the chat template {self.template[:12]} and cannot be used in {found[:12]}, "
+                f"which {model.name!r} has now; load the model with the chat template it was trained with"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON in the metadata."""
+        from safetensors.numpy import save
+
+        meta = {k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")}
+        meta |= {"config": json.dumps(dict(self.config)), "history": json.dumps(self.history.to_dict("split", index=False))}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_bytes(save({"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)}, metadata=meta))
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: ChatModel | None = None) -> SoftPrompt:
+        """Reads what `save` wrote, or a soft prompt published with the study (give its model: see `_published`).
+
+        With a model given, raises ChatModelError when it was trained on another one or in another chat template.
+        """
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:  # the published ones are bfloat16, which numpy has not
+                meta, embeddings = file.metadata() or {}, file.get_tensor("soft_prompt").float().numpy()
+            if "start_text" not in meta and (named := _PUBLISHED.fullmatch(Path(path).name)):
+                return cls._published(Path(path), embeddings, named, model)
+            config, history = json.loads(meta["config"]), pd.DataFrame(**json.loads(meta["history"]))
+            names = {k: meta[k] for k in ("name", "start_text", "model", "model_name")}
+            soft = cls(embeddings=embeddings, config=config, history=history, template=meta.get("template", ""), **names)
+        except (FileNotFoundError, ChatModelError):
+            raise
+        except Exception as error:
+            raise SoftPromptError(
+                f"{path} is no soft prompt of this library ({error}); give a file that SoftPrompt.save wrote"
+            ) from error
+        if model is not None:
+            soft.check(model)
+        return soft
+
+    @classmethod
+    def _published(cls, path: Path, embeddings: NDArray[np.float32], named: re.Match[str], model: ChatModel | None) -> SoftPrompt:
+        """One of the study's 48 (github.com/chujiezheng/LLM-Safeguard_data): the folder names the model, the file the start prompt."""
+        if model is None:
+            raise ChatModelError(f"{path.name} does not say which model it belongs to; load it with SoftPrompt.load(path, model)")
+        if embeddings.shape[1:] != (model.hidden_size,):
+            raise ChatModelError(
+                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have {model.hidden_size} dimensions; "
+                f"load the model it was trained on"
+            )
+        folder, study = path.parent.name, study_models().set_index("model")
+        if folder in study.index:
+            hub_id, template = str(study.loc[folder, "hub_id"]), str(study.loc[folder, "template"])
+            chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+            theirs = model.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, chat_template=read_template(template)
+            )
+            if model.source in set(study["hub_id"]) - {hub_id} or model.renderer.apply("s", "q") != theirs:
+                raise ChatModelError(
+                    f"{path} was trained on {folder!r} in the chat template {template!r} and cannot be used on {model.name!r} in "
+                    f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its folder with template={template!r}"
+                )
+        method = "prompt tuning" if named["type"] is None else "DRO"
+        config = {"method": method, "published": f"{folder}/{path.name}"}
+        name = f"{'tuned' if named['type'] is None else 'dro'}_{named['length']}{named['ablation'] or ''}"
+        start = load_safety_prompts()[named["length"]]
+        return cls(name, embeddings, start, model.fingerprint, model.name, config, template=model.renderer.template_digest)
+
+
+def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
+    """Embeddings (length, d) of a system message's tokens exactly as rendered in context."""
+    if not text.strip():
+        raise ChatModelError("a soft prompt starts at a text prompt; give its text, not an empty one")
+    row = model.render(["x"], text)[0]
+    table = model.embedding_table()
+    ids = torch.tensor(row.ids[row.slot[0] : row.slot[1]], device=table.device)
+    return table[ids].to(model.dtype).float().cpu().numpy()
+
+
+def nearest_tokens(model: ChatModel, embeddings: NDArray, *, n: int = 1) -> list[list[tuple[str, float]]]:
+    """For each row of embeddings (length, d), the n vocabulary tokens of largest cosine, with it."""
+    table = torch.nn.functional.normalize(model.embedding_table().to(model.dtype).float().cpu(), dim=1)
+    rows = torch.nn.functional.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1)
+    top = (rows @ table.T).topk(n, dim=1)
+    return [
+        [(model.tokenizer.decode([int(i)]), round(float(c), 4)) for i, c in zip(ids, cos)]
+        for ids, cos in zip(top.indices, top.values)
+    ]

@@ -1,0 +1,29 @@
+"""The study's models and their chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..data.files import ROOT
+from .errors import ChatModelError
+
+TEMPLATES = tuple(sorted(path.stem for path in (ROOT / "templates").glob("*.jinja")))
+"""Names of the study's chat templates."""
+
+
+def study_models() -> pd.DataFrame:
+    """The eight models of the study: model (its name there), hub_id, revision ("" where none is known), template, note."""
+    return pd.read_csv(ROOT / "models.csv", keep_default_na=False)
+
+
+def read_template(name_or_file: str | Path) -> str:
+    """The Jinja text of one of the study's templates (`TEMPLATES`), or of a file. Raises ChatModelError."""
+    path = ROOT / "templates" / f"{name_or_file}.jinja" if str(name_or_file) in TEMPLATES else Path(name_or_file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatModelError(
+            f"no chat template can be read from {str(path)!r} ({error}); give a Jinja file, or one of {', '.join(TEMPLATES)}"
+        ) from error

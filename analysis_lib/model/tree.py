@@ -1,0 +1,116 @@
+"""DOC analysis_lib.model.tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The prefix tree
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Part of a prefix tree, laid out as b lines of t tokens, short lines padded at their end.
+
+    tokens, depths  (b, t) ids and true positions
+    sees            (b, t, t) bool: a token (second axis) sees a token of its line (third axis): its ancestors and itself
+    rows, paths     the rows that end here and, for each, the flat positions (line x t + place) of its tokens after the prefix
+    """
+
+    tokens: NDArray[np.int64]
+    depths: NDArray[np.int64]
+    sees: NDArray[np.bool_]
+    rows: list[int]
+    paths: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows as a common prefix and packs; `n_tokens` distinct tokens are computed for `n_row_tokens` in the rows."""
+
+    prefix: tuple[int, ...]
+    packs: list[Pack]
+    n_tokens: int
+    n_row_tokens: int
+
+
+class _Line:
+    """Rows that follow each other in sorted order, as one sequence."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.rows: list[int] = []
+        self.paths: list[list[int]] = []
+        self.last: Sequence[int] = ()
+
+    def add(self, i: int, row: Sequence[int], depth: int) -> None:
+        common = common_length(self.last, row)
+        start = len(self.tokens)
+        self.paths.append([*(self.paths[-1][:common] if common else ()), *range(start, start + len(row) - common)])
+        self.tokens.extend(row[common:])
+        self.depths.extend(range(depth + common, depth + len(row)))
+        self.rows.append(i)
+        self.last = row
+
+    def fill_mask(self, sees: NDArray[np.bool_]) -> None:
+        known = 0
+        for path in self.paths:
+            new = slice(known, path[-1] + 1)
+            common = len(path) - (new.stop - known)
+            sees[new, path[:common]] = True
+            sees[new, new] = np.tri(new.stop - known, dtype=bool)
+            known = new.stop
+
+
+def plan_rows(
+    rows: Sequence[Sequence[int]], pack_tokens: int, *, most: int | None = None, line_tokens: int | None = None
+) -> Plan:
+    """Lays token rows out as a prefix tree, in packs of at most pack_tokens and lines of at most line_tokens (one row at least).
+
+    Without line_tokens a pack is one line. The common prefix has at most `most` tokens, and never a row's last one.
+    """
+    if not rows or min(map(len, rows)) < 2:
+        raise ValueError("rows of at least 2 tokens are needed")
+    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+    first, last = rows[order[0]], rows[order[-1]]
+    longest = min(map(len, rows)) - 1
+    shared = min(common_length(first, last), longest if most is None else min(most, longest))
+    lines = [_Line()]
+    for i in order:
+        row = rows[i][shared:]
+        if lines[-1].tokens and len(lines[-1].tokens) + len(row) > min(line_tokens or pack_tokens, pack_tokens):
+            lines.append(_Line())
+        lines[-1].add(i, row, shared)
+    groups: list[list[_Line]] = [[]]
+    for line in sorted(lines, key=lambda line: len(line.tokens)):  # lines of like length: little padding
+        if groups[-1] and (line_tokens is None or len(line.tokens) * (len(groups[-1]) + 1) > pack_tokens):
+            groups.append([])
+        groups[-1].append(line)
+    n_tokens = shared + sum(len(line.tokens) for line in lines)
+    return Plan(tuple(first[:shared]), [_pack(group) for group in groups], n_tokens, sum(map(len, rows)))
+
+
+def _pack(lines: Sequence[_Line]) -> Pack:
+    b, t = len(lines), max(len(line.tokens) for line in lines)
+    tokens, depths, sees = np.zeros((b, t), np.int64), np.zeros((b, t), np.int64), np.zeros((b, t, t), bool)
+    paths = []
+    for j, line in enumerate(lines):
+        n = len(line.tokens)
+        tokens[j, :n], depths[j, :n] = line.tokens, line.depths
+        line.fill_mask(sees[j])
+        paths += [[j * t + place for place in path] for path in line.paths] if j else line.paths
+    return Pack(tokens, depths, sees, [i for line in lines for i in line.rows], paths)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of equal tokens at the beginning of both."""
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n

@@ -1,0 +1,160 @@
+"""Directed Representation Optimization of a safety prompt, and the prompt-tuning baseline.
+
+Both train the embeddings of the system message's tokens and nothing else. In each step the prefix with the soft
+tokens runs once, and every distinct token after it once (see `capture`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from ..analysis.directions import Direction
+from ..analysis.space import AnchorSpace
+from ..collect.inputs import check_queries
+from ..model.chat import ChatModel
+from ..model.forward import Forward, last_states, run_plan, shares_prefixes
+from ..model.soft_prompt import SoftPrompt
+from ..model.tree import plan_rows
+from ..store.store import Store
+from .loop import KeptTraining, OnStep, array_digest, check_config, train_soft_prompt
+
+
+@dataclass(frozen=True)
+class DROConfig:
+    """The study's settings. A loss of weight 0 is left out: the ablations are rows of weights."""
+
+    learning_rate: float = 1e-3
+    epochs: int = 40
+    batch_size: int = 50
+    weight_refusal: float = 1.0
+    weight_harmfulness: float = 0.01
+    weight_norm: float = 0.001
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        check_config(self)
+        if not self.weight_refusal + self.weight_harmfulness + self.weight_norm > 0:
+            raise ValueError("all three losses have weight 0, so there is nothing to train; give one a weight")
+
+
+def dro_loss(
+    states: torch.Tensor, base: torch.Tensor, harmful: torch.Tensor, geometry: Geometry, config: DROConfig
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The DRO loss of states (n, d) under the soft prompt against base (n, d) under the text prompt.
+
+    BCE of the change of the refusal logit (target 1 for harmful, 0 for harmless), the same for harmfulness, and the
+    mean square change in the d - k other directions, with the configuration's weights. harmful: (n,) of 0.0 and 1.0.
+    """
+    new, old = (states - geometry.mean) @ geometry.basis, (base - geometry.mean) @ geometry.basis
+    k = len(geometry.refusal)
+    change = new - old
+    parts = {
+        "refusal": F.binary_cross_entropy_with_logits(change[:, :k] @ geometry.refusal, harmful),
+        "harmfulness": F.binary_cross_entropy_with_logits(change[:, :k] @ geometry.harmfulness, harmful),
+        "norm": change[:, k:].pow(2).mean(),
+    }
+    loss = sum(getattr(config, f"weight_{name}") * value for name, value in parts.items())
+    assert isinstance(loss, torch.Tensor)
+    return loss, {"loss": loss.item(), **{name: value.item() for name, value in parts.items()}}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Anchor space and directions as tensors: mean (d,), basis (d, d), refusal (k,), harmfulness (k,)."""
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+    refusal: torch.Tensor
+    harmfulness: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        space: AnchorSpace,
+        refusal: Direction,
+        harmfulness: Direction,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> Geometry:
+        arrays = (space.mean, space.basis, refusal.weight, harmfulness.weight)
+        return cls(*(torch.tensor(a, dtype=dtype, device=device) for a in arrays))
+
+
+def train_dro(
+    model: ChatModel,
+    queries: pd.DataFrame,
+    prompt: str,
+    space: AnchorSpace,
+    refusal: Direction,
+    harmfulness: Direction,
+    config: DROConfig | None = None,
+    *,
+    name: str = "dro",
+    store: Store | None = None,
+    on_step: OnStep | None = None,
+    progress: bool | None = None,
+) -> SoftPrompt:
+    """Trains a soft prompt that starts at the text `prompt`, on queries with a harmful label.
+
+    Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model). on_step(losses, embeddings) is called after
+    each step; when it returns True, training ends and what was learned is returned. Equal inputs give equal results
+    on one machine; with a store, a finished training of equal inputs is read instead of repeated (no weights are loaded and
+    no step is taken), and one that was killed or stopped goes on from the last epoch that ended CHECKPOINT_SECONDS or more after
+    the one kept before it.
+    """
+    config = config or DROConfig()
+    check_queries(queries, "harmful")
+    if len(space.mean) != model.hidden_size:
+        raise ValueError(
+            f"the space has {len(space.mean)} dimensions, the states of {model.name!r} have {model.hidden_size}; fit it to this model's states"
+        )
+    labelled = queries[queries["harmful"].notna()]
+    labels = labelled["harmful"].astype(float).tolist()
+    if len(set(labels)) < 2:
+        raise ValueError("DRO needs queries of both classes in the column harmful; 'anchor' has 100 of each")
+    if not len(refusal.weight) == len(harmfulness.weight) == space.k:
+        raise ValueError(
+            f"the space has {space.k} components, the directions {len(refusal.weight)} and {len(harmfulness.weight)}; fit them in it"
+        )
+    texts = labelled["text"].tolist()
+    inputs = [space.mean, space.basis, refusal.weight, harmfulness.weight]
+    kept = KeptTraining(store, "DRO", model, prompt, config, texts, labels, [array_digest(a) for a in inputs])
+    if (known := kept.read(name)) is not None:
+        return known
+    forward = model.forward
+    geometry = Geometry.of(space, refusal, harmfulness, forward.device, forward.work_dtype)
+    harmful = torch.tensor(labels, dtype=forward.work_dtype, device=forward.device)
+    start = SoftPrompt.from_text(model, prompt, name=name)
+    with torch.no_grad(), forward.soft_tokens(None):
+        base = last_states(forward, [r.ids for r in model.render(texts, prompt)])[0][:, 0].to(forward.work_dtype)
+    rows = [r.ids for r in model.render(texts, start)]
+
+    def step(batch: NDArray) -> dict[str, float]:
+        """Gradients of the batch's mean loss, part by part; returns its losses."""
+        total: dict[str, float] = {}
+        for members, states in _parts(forward, [rows[i] for i in batch]):
+            chosen = torch.from_numpy(batch[members]).to(forward.device)
+            loss, losses = dro_loss(states.to(forward.work_dtype), base[chosen], harmful[chosen], geometry, config)
+            share = len(members) / len(batch)
+            (share * loss).backward()
+            total = {key: total.get(key, 0.0) + share * value for key, value in losses.items()}
+        return total
+
+    return train_soft_prompt(forward, start, config, len(texts), step, kept, on_step, progress, "DRO")
+
+
+def _parts(forward: Forward, rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Positions of some rows and their last-token states (m, d); backward runs on each part before the next is asked for."""
+    if not shares_prefixes(forward):
+        yield list(range(len(rows))), last_states(forward, rows)[0][:, 0]
+        return
+    plan = plan_rows(rows, forward.backward_tokens, line_tokens=forward.line_tokens)
+    for pack, states, _ in run_plan(forward, plan, backward_by_pack=True):
+        yield pack.rows, states[:, 0]

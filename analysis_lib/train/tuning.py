@@ -1,0 +1,136 @@
+"""DOC analysis_lib.train.tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from ..collect.inputs import check_queries
+from ..model.chat import ChatModel
+from ..model.errors import ChatModelError
+from ..model.forward import Forward, run_plan, shares_prefixes
+from ..model.soft_prompt import SoftPrompt
+from ..model.tree import Pack, plan_rows
+from ..store.store import Store
+from .loop import KeptTraining, OnStep, check_config, train_soft_prompt
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig:
+    """Vanilla prompt tuning: likelihood of good responses, unlikelihood of bad ones.
+
+    batch_size counts queries: all responses of a query fall into one step, where their common tokens are shared.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 5
+    batch_size: int = 10
+    weight_unlikelihood: float = 1.0
+    max_response_tokens: int = 100
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+
+def train_prompt_tuning(
+    model: ChatModel,
+    queries: pd.DataFrame,
+    judged: pd.DataFrame,
+    prompt: str,
+    config: PromptTuningConfig | None = None,
+    *,
+    name: str = "prompt_tuning",
+    store: Store | None = None,
+    on_step: OnStep | None = None,
+    progress: bool | None = None,
+) -> SoftPrompt:
+    """The baseline: trains a soft prompt that starts at the text `prompt` on judged responses to the same queries.
+
+    judged: [query_id, response, refused] and optionally end. A refused harmful query and an answered harmless one
+    are good responses (likelihood), the others bad ones (unlikelihood); unscored responses are left out.
+    """
+    config = config or PromptTuningConfig()
+    check_queries(queries, "harmful")
+    if lacking := {"query_id", "response", "refused"} - set(judged.columns):
+        raise ValueError(f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with judge_responses")
+    table = judged.merge(queries[["query_id", "text", "harmful"]], on="query_id", suffixes=("", "_query"))
+    table = table[table["refused"].notna() & table["harmful"].notna()]
+    if table.empty:
+        raise ValueError("no judged response belongs to a labelled query; judge responses to the same queries first")
+    columns = [
+        table[c].astype(str).tolist() for c in ("text", "harmful", "response", "refused", *(["end"] if "end" in table else []))
+    ]
+    kept = KeptTraining(store, "prompt tuning", model, prompt, config, *columns)
+    if (known := kept.read(name)) is not None:
+        return known
+    if not shares_prefixes(model.forward):
+        raise ChatModelError(f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot")
+    start = SoftPrompt.from_text(model, prompt, name=name)
+    good = (table["refused"] == 1) == table["harmful"].astype(bool)
+    names = table["query_id"].drop_duplicates().tolist()
+    heads = dict(zip(names, (r.ids for r in model.render(table.drop_duplicates("query_id")["text"].tolist(), start))))
+    replies = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
+    ends = table["end"].tolist() if "end" in table else ["eos"] * len(table)
+    stop = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
+    members: dict[str, dict[tuple[tuple[int, ...], bool], int]] = {n: {} for n in names}  # distinct reply, good -> count
+    for query_id, reply, end, is_good in zip(table["query_id"], replies, ends, good):
+        ids = tuple((list(reply) + (stop if end == "eos" else []))[: config.max_response_tokens])
+        if ids:
+            members[query_id][ids, bool(is_good)] = members[query_id].get((ids, bool(is_good)), 0) + 1
+    names = [n for n in names if members[n]]
+    if not names:
+        raise ValueError("every judged response is empty; sample responses to train on first")
+
+    def step(batch: NDArray) -> dict[str, float]:
+        rows, targets = [], []
+        for i in batch:
+            for (reply, is_good), count in members[names[i]].items():
+                rows.append((*heads[names[i]], *reply[:-1]))
+                targets.append((reply, is_good, count))
+        return _tuning_loss(model.forward, rows, targets, config)
+
+    return train_soft_prompt(model.forward, start, config, len(names), step, kept, on_step, progress, "prompt tuning")
+
+
+def _tuning_loss(
+    forward: Forward,
+    rows: Sequence[tuple[int, ...]],
+    targets: Sequence[tuple[tuple[int, ...], bool, int]],
+    config: PromptTuningConfig,
+) -> dict[str, float]:
+    """Gradients of the mean token losses of good and of bad replies; returns the losses. targets: (reply, good, count) a row."""
+    most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))  # the heads but their last token
+    plan = plan_rows(rows, forward.backward_tokens, most=most)
+    n_tokens = {kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind)) for kind in (True, False)}
+    weights = {True: 1.0, False: config.weight_unlikelihood}
+    sums = {True: 0.0, False: 0.0}
+
+    def reply_nodes(pack: Pack) -> list[int]:
+        return sorted({node for i, path in zip(pack.rows, pack.paths) for node in path[-len(targets[i][0]) :]})
+
+    for pack, logits, _ in run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True):
+        place = {node: j for j, node in enumerate(reply_nodes(pack))}
+        log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
+        losses = []
+        for kind in (True, False):
+            chosen = [(path, *targets[i]) for i, path in zip(pack.rows, pack.paths) if targets[i][1] is kind]
+            if not chosen:
+                continue
+            at = [place[node] for path, reply, _, _ in chosen for node in path[-len(reply) :]]
+            tokens = [token for _, reply, _, _ in chosen for token in reply]
+            counts = torch.tensor(
+                [float(count) for _, reply, _, count in chosen for _ in reply], dtype=log_p.dtype, device=log_p.device
+            )
+            likely = log_p[at, tokens]
+            loss = -likely if kind else -torch.log((1 - likely.exp()).clamp(min=1e-5))
+            mean = (loss * counts).sum() / n_tokens[kind]
+            sums[kind] += mean.item()
+            losses.append(weights[kind] * mean)
+        torch.stack(losses).sum().backward()
+    return {"loss": sums[True] + weights[False] * sums[False], "likelihood": sums[True], "unlikelihood": sums[False]}
