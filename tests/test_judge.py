@@ -11,15 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis_lib import judge
-from analysis_lib.data import ROOT
 from analysis_lib.judge import BatchJudge, is_refusal, judge_agreement, judge_responses, published_judge, refusal_rates
-
-
-def test_equals_the_published_verdicts():
-    published = pd.read_csv(ROOT / "published" / "judged_harmless_sample.csv.gz")
-    assert len(published) == 4000 and set(published["refused"]) == {0, 1}
-    differing = published[published["output"].map(is_refusal) != published["refused"].astype(bool)]
-    assert differing.empty
 
 
 @pytest.mark.parametrize(
