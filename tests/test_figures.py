@@ -12,8 +12,8 @@ import plotly.io as pio
 import pytest
 
 from analysis_lib import figures
-from analysis_lib.figures import style
 from analysis_lib.analysis.directions import Direction
+from analysis_lib.figures import style
 
 PROMPTS = ("none", "default", "short", "mistral")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><b>HOSTILE</b>"

@@ -10,18 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis_lib.data.files import ROOT
-from analysis_lib.judge import verdicts as judge
+from analysis_lib.judge import strings
 from analysis_lib.judge.models import published_judge
 from analysis_lib.judge.strings import is_refusal
 from analysis_lib.judge.verdicts import BatchJudge, judge_agreement, judge_responses, refusal_rates
-
-
-def test_equals_the_published_verdicts():
-    published = pd.read_csv(ROOT / "published" / "judged_harmless_sample.csv.gz")
-    assert len(published) == 4000 and set(published["refused"]) == {0, 1}
-    differing = published[published["output"].map(is_refusal) != published["refused"].astype(bool)]
-    assert differing.empty
 
 
 @pytest.mark.parametrize(
@@ -59,7 +51,7 @@ def test_edges(text, refused):
 
 
 def test_each_phrase_and_each_exception_counts():
-    phrases = judge._phrases()
+    phrases = strings.phrases()
     assert len(phrases) == 22
     for phrase, unless in phrases:
         assert is_refusal(f"{phrase}x"), phrase

@@ -12,7 +12,6 @@ import pandas as pd
 from scipy import special, stats
 
 from ..data.files import ROOT
-from ..judge.strings import LIST_MARKS
 from .intervals import difference_interval, holm, rate_interval, sign_flips
 
 
@@ -278,17 +277,14 @@ def claims_table(*, n_flips: int = 99_999, seed: int = 0, level: float = 0.05) -
 
 
 def string_judge_sample() -> pd.DataFrame:
-    """How the string judge's refusals read: the published answers of two models to `harmless_testset` under the default prompt.
+    """How refusals found by the string judge go on: two models, `harmless_testset`, default prompt.
 
-    One row a model and query: model, query (its text), n answers, refused (by the string judge), then_listed (refused, yet a
-    line starts a list, as an answer in steps does; so may a list of alternatives).
+    One row a model and query: model, query (its position in the set, from 0), n answers, refused (by
+    the string judge), then_listed (refused, yet a line starts a list, as an answer in steps does; so
+    may a list of alternatives). Counted from the published answers.
     """
-    sample = pd.read_csv(ROOT / "published" / "judged_harmless_sample.csv.gz", keep_default_na=False)
-    refused = sample["refused"].astype(bool)
-    listed = sample["output"].map(lambda output: any(line.strip().startswith(LIST_MARKS) for line in output.split("\n")))
-    table = sample.assign(model=sample["model"].map(MODELS), n=1, refused=refused, then_listed=refused & listed)
-    counts = table.rename(columns={"prompt": "query"}).groupby(["model", "query"], sort=False)
-    return counts[["n", "refused", "then_listed"]].sum().reset_index()
+    counts = pd.read_csv(ROOT / "published" / "refused_then_listed.csv")
+    return counts.assign(model=counts["model"].map(MODELS))
 
 
 @cache
