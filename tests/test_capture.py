@@ -15,6 +15,7 @@ from tiny_models import FAMILIES, PLAIN, PROMPTS, QUERIES, SAFETY, WINDOWED, bui
 from analysis_lib.collect import states as capture
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.collect.states import HiddenStates, ParityError, hidden_states
+from analysis_lib.model import forward
 from analysis_lib.model.architecture import text_config
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.forward import last_states, shares_prefixes
@@ -101,7 +102,7 @@ def test_equal_texts_under_different_ids_have_equal_states():
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "gpt_neox"])
 def test_many_small_packs_give_the_same_states(family, monkeypatch):
-    monkeypatch.setattr(capture, "PACK_TOKENS", {"cpu": 40, "cuda": 40})
+    monkeypatch.setattr(forward, "PACK_TOKENS", {"cpu": 40, "cuda": 40})
     model = chat(family)
     assert_plain(model, QUERIES, PROMPTS, hidden_states(model, QUERIES, PROMPTS, layers=LAYERS))
 
@@ -204,8 +205,8 @@ def test_a_tree_without_its_mask_is_found_out(monkeypatch):
     """Every token of a pack sees every other: a model asked afterwards runs plainly, one asked before raises."""
     asked, fresh = build("llama"), build("llama")
     assert shares_prefixes(asked.forward)
-    right = capture.attention_mask
-    monkeypatch.setattr(capture, "attention_mask", lambda model, see, *rest: right(model, torch.ones_like(see), *rest))
+    right = forward.attention_mask
+    monkeypatch.setattr(forward, "attention_mask", lambda config, see, *rest: right(config, torch.ones_like(see), *rest))
     with pytest.raises(ParityError):
         hidden_states(asked, QUERIES, {"p": SAFETY})
     got = hidden_states(fresh, QUERIES, {"p": SAFETY}, layers=LAYERS)
@@ -406,7 +407,7 @@ def test_a_whole_request_found_in_the_store_loads_no_weights(store, tmp_path, mo
     first = hidden_states(ChatModel.load(str(tmp_path / "model"), dtype="float32"), QUERIES, PROMPTS, store=store)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     for device in ("cpu", "auto"):  # spread over devices, where the weights lie is known only once they are loaded
-        monkeypatch.setattr("analysis_lib.chat.find_spec", lambda package: True)
+        monkeypatch.setattr("analysis_lib.model.loading.find_spec", lambda package: True)
         again = hidden_states(
             ChatModel.load(str(tmp_path / "model"), dtype="float32", device=device), QUERIES, PROMPTS, store=store
         )
@@ -468,15 +469,15 @@ def test_hidden_states_are_frozen():
 def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
     model = build("llama")
     whole = hidden_states(model, QUERIES, PROMPTS)
-    run, failures = capture.run_plan, [0]
+    run, failures = forward.run_plan, [0]
 
     def narrow(model, plan, *arguments, **options):
-        if capture._pack_tokens(model) > 100:
+        if model.pack_tokens > 100:
             failures[0] += 1
             raise torch.OutOfMemoryError("planted")
         yield from run(model, plan, *arguments, **options)
 
-    monkeypatch.setattr(capture, "run_plan", narrow)
+    monkeypatch.setattr(forward, "run_plan", narrow)
     again = hidden_states(model, QUERIES, PROMPTS)
     assert failures[0] == 4 and again.certificate["way"] == "tree" and again.certificate["peak_bytes"] > 0
     np.testing.assert_allclose(again.states, whole.states, atol=1e-5)
@@ -490,7 +491,9 @@ def test_the_last_feed_forward_runs_on_last_tokens_alone(family):
         block.mlp.forward = lambda x, seen=seen, run=block.mlp.forward: seen.append(x.shape[:-1].numel()) or run(x)
     rows = [(5, 6, 7, *tail) for tail in ((8,), (8, 9), (4, 9, 3), (4, 9, 3))]
     states = last_states(model.forward, rows)[0]
-    assert shares_prefixes(model.forward) and widths[0][-2:] == [3, 5] and widths[1][-2:] == [1, 3]  # prefix, then pack: 3 distinct ends
+    assert (
+        shares_prefixes(model.forward) and widths[0][-2:] == [3, 5] and widths[1][-2:] == [1, 3]
+    )  # prefix, then pack: 3 distinct ends
     assert not model.forward.blocks[0].mlp._forward_hooks and not model.forward.blocks[-1].mlp._forward_hooks
     plain = torch.cat([model.forward.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:] for row in rows])
     assert relative(states, plain) <= 1e-4

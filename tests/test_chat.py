@@ -28,7 +28,7 @@ from tiny_models import (
     tokenizer,
 )  # fmt: skip
 
-import analysis_lib.model.chat as room
+import analysis_lib.model.loading as room
 from analysis_lib.analysis.published import load_published
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.collect.states import hidden_states
@@ -40,7 +40,8 @@ from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.loading import load_classifier
 from analysis_lib.model.rendering import soft_digest
 from analysis_lib.model.soft_prompt import SoftPrompt, embed_text, nearest_tokens
-from analysis_lib.model.templates import TEMPLATES, study_models
+from analysis_lib.model.templates import TEMPLATES, read_template, study_models
+from analysis_lib.report.reproduce import environment_of
 from analysis_lib.store.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
@@ -274,7 +275,7 @@ MORE_TURNS = {
 def test_templates_of_the_study_render_as_documented(name):
     made = tokenizer("sentencepiece", VICUNA)
     model = ChatModel("x", "", None, "cpu", torch.float32, made, chat("mixtral").config, template=name)
-    made.chat_template, own = room._read_template(name), made.chat_template
+    made.chat_template, own = read_template(name), made.chat_template
     try:
         for system, expected in zip(["S!", ""], STUDY_FORMATS[name], strict=True):
             assert model.renderer.apply(system, "Q?") == expected
@@ -513,7 +514,7 @@ def test_embeddings_are_read_without_the_rest_of_the_weights(family, shards, tmp
         assert nearest_tokens(found, embed_text(model, SAFETY)) == nearest_tokens(model, embed_text(model, SAFETY))
         half = ChatModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
         rows = embed_text(half, SAFETY)
-    assert np.array_equal(rows, ChatModel.wrap(half.model, half.tokenizer).embed_text(SAFETY))
+    assert np.array_equal(rows, embed_text(ChatModel.wrap(half.model, half.tokenizer), SAFETY))
     assert not np.array_equal(rows, embed_text(model, SAFETY))
 
 
@@ -647,7 +648,7 @@ def test_a_folder_that_changes_under_an_open_model_is_found_out(folder, tmp_path
         with pytest.raises(ChatModelError, match="changed after the model was opened; open it again with ChatModel.load"):
             hidden_states(model, QUERIES[:4], {"p": ""}, store=store)
     with pytest.raises(ChatModelError, match="changed after the model was opened"):
-        opened[1].embed_text(SAFETY)
+        embed_text(opened[1], SAFETY)
     again = ChatModel.load(str(folder), device="cpu")
     assert again.fingerprint != opened[0].fingerprint
     found = hidden_states(again, QUERIES[:4], {"p": ""}, store=store)
@@ -765,11 +766,11 @@ def test_an_end_of_sequence_that_is_partly_unknown(folder, end):
     [({}, {}), ({"dtype": "float32"}, {"ANALYSIS_LIB_DTYPE": "float32"}), ({"dtype": "float64", "device": "cpu"}, {})],
 )
 def test_only_settings_that_are_not_the_default_are_handed_on(options, expected, folder, monkeypatch):
-    assert ChatModel.load(**options).settings == expected
-    assert ChatModel.load(str(folder), dtype="bfloat16").settings == {"ANALYSIS_LIB_DTYPE": "bfloat16"}
-    assert ChatModel.load(str(folder)).settings == {}
+    assert environment_of(ChatModel.load(**options)) == expected
+    assert environment_of(ChatModel.load(str(folder), dtype="bfloat16")) == {"ANALYSIS_LIB_DTYPE": "bfloat16"}
+    assert environment_of(ChatModel.load(str(folder))) == {}
     monkeypatch.setattr(room, "find_spec", lambda package: True)
-    assert ChatModel.load(str(folder), device="auto").settings == {"ANALYSIS_LIB_DEVICE": "auto"}
+    assert environment_of(ChatModel.load(str(folder), device="auto")) == {"ANALYSIS_LIB_DEVICE": "auto"}
 
 
 def test_buffers_are_part_of_the_fingerprint():
@@ -977,7 +978,7 @@ def test_a_model_that_also_takes_images_is_read_through_its_language_part():
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
     whole = transformers.AutoModelForCausalLM.from_config(config)
     assert type(whole).__name__ == "Gemma3ForConditionalGeneration"
-    whole.get_decoder().load_state_dict(chat("gemma3").body.state_dict())
+    whole.get_decoder().load_state_dict(chat("gemma3").forward.body.state_dict())
     model = ChatModel.wrap(whole, own)
     assert (model.n_layers, model.hidden_size, model.n_embeddings) == (3, 32, chat("gemma3").n_embeddings)
     prompts = {"s": SoftPrompt.from_text(model, SAFETY, name="s"), "default": SAFETY}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -534,7 +535,7 @@ def test_without_jupyter_and_plotly_the_dry_run_works_and_the_run_says_what_to_i
     blocked = f"blocked = {NOTEBOOK_PACKAGES!r}" + BLOCK
     quick = """
 import pandas as pd
-from analysis_lib import reproduce
+from analysis_lib.report import reproduce
 numbers = {"rows": 8, "found": 0, "tokens": 80, "seconds": 60.0, "memory_bytes": 2e9}
 reproduce.estimate = lambda *a, **k: pd.DataFrame([{"step": s, **numbers} for s in ("states", "responses", "DRO")])
 """
@@ -559,7 +560,7 @@ def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
     for name in ("00_small", "01_next"):
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), one_notebook / f"{name}.ipynb")
     code = (
-        "import functools, sys; from analysis_lib import __main__ as cli, notebooks as room;"
+        "import functools, sys; from analysis_lib import __main__ as cli; from analysis_lib.report import run_notebooks as room;"
         f"room.run_notebooks = functools.partial(room.run_notebooks, folder={str(one_notebook)!r});"
         f"sys.exit(cli.main(['reproduce', '--jobs', '1', '--out', {str(tmp_path / 'out')!r}]))"
     )
@@ -581,19 +582,19 @@ def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, cap
     import nbformat
     import plotly.graph_objects as go
 
-    from analysis_lib.report import run_notebooks as notebooks
+    from analysis_lib.report import pictures
 
     class NoBrowser:
         def __enter__(self):
-            raise notebooks.NotebookError("no Chromium")
+            raise pictures.NotebookError("no Chromium")
 
         def __exit__(self, *exception): ...
 
-    monkeypatch.setattr(notebooks, "_Pictures", NoBrowser)
-    data = {notebooks.PLOTLY_MIME: json.loads(go.Figure(go.Bar(y=[7.25])).to_json())}
+    monkeypatch.setattr(pictures, "Pictures", NoBrowser)
+    data = {pictures.PLOTLY_MIME: json.loads(go.Figure(go.Bar(y=[7.25])).to_json())}
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
-    run = notebooks.Run(tmp_path / "03_x.ipynb", nbformat.v4.new_notebook(cells=[cell]), 0.0, None)
-    assert notebooks.write_figures([run], tmp_path / "figures") == [tmp_path / "figures" / "03_x-1.html"]
+    notebook = {"03_x": nbformat.v4.new_notebook(cells=[cell])}
+    assert pictures.write_figures(notebook, tmp_path / "figures") == [tmp_path / "figures" / "03_x-1.html"]
     assert "7.25" in (tmp_path / "figures" / "03_x-1.html").read_text()
     assert "No .svg figures: no Chromium" in capsys.readouterr().out
 
@@ -750,7 +751,8 @@ def test_organism_train_hands_on_folder_and_seed(call, monkeypatch, tmp_path):
 def test_download_reports_files_and_failures(call, monkeypatch, tmp_path):
     from analysis_lib.data import download
 
-    monkeypatch.setattr(download, "_fetch", lambda url: b"tampered")
+    tampered = lambda url, output_file, pooch: Path(output_file).write_bytes(b"tampered")  # noqa: E731
+    monkeypatch.setattr("pooch.core.choose_downloader", lambda url, progressbar: tampered)
     fails(call("download", "--out", tmp_path), "SHA-256", "try another connection")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(download, "download", lambda folder: {"advbench": folder / "advbench.txt"})

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import csv
-import email.message
 import hashlib
-import io
 import json
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-import urllib.response
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis_lib.analysis.published import load_published
-from analysis_lib.data import download, files, prompts, queries
+from analysis_lib.data import download as room
+from analysis_lib.data import files, prompts, queries
 from analysis_lib.data.download import download
 from analysis_lib.data.files import DataError
 from analysis_lib.data.prompts import load_safety_prompts
@@ -86,7 +84,7 @@ def test_published_counts_follow_from_the_published_verdicts():
 
 def test_importing_the_data_and_judge_rooms_stays_light():
     code = (
-        "import sys; from analysis_lib import data, judge; queries.load_queries('facts'); judge.is_refusal('x');"
+        "import sys; from analysis_lib import is_refusal, load_queries; load_queries('facts'); is_refusal('x');"
         "print([m for m in ('torch', 'transformers', 'plotly', 'ipywidgets') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -337,14 +335,25 @@ def test_prompt_errors_name_the_file_and_the_remedy(tmp_path, name, content, mes
 @pytest.fixture
 def site(monkeypatch, tmp_path) -> dict[str, bytes]:
     """A stand-in for the study's repository: url -> content, with pins of this content."""
-    contents = {name: "".join(f"{name} {i}\n" for i in range(120)).encode() for name in download.OFFICIAL_SETS}
+    contents = {name: "".join(f"{name} {i}\n" for i in range(120)).encode() for name in room.OFFICIAL_SETS}
     sets = {
-        name: download.OfficialSet(official.path, hashlib.sha256(contents[name]).hexdigest(), official.harmful)
-        for name, official in download.OFFICIAL_SETS.items()
+        name: room.OfficialSet(official.path, hashlib.sha256(contents[name]).hexdigest(), official.harmful)
+        for name, official in room.OFFICIAL_SETS.items()
     }
-    monkeypatch.setattr(download, "OFFICIAL_SETS", sets)
+    monkeypatch.setattr(room, "OFFICIAL_SETS", sets)
     monkeypatch.setenv("ANALYSIS_LIB_DATA", str(tmp_path / "cache"))
     return {sets[name].url: contents[name] for name in sets}
+
+
+def serving(contents: dict[str, bytes], fetched: list[str] | None = None):
+    """A downloader of these contents, by url."""
+
+    def write(url, output_file, pooch):
+        if fetched is not None:
+            fetched.append(url)
+        Path(output_file).write_bytes(contents[url])
+
+    return write
 
 
 def test_download_then_load_by_name(site, tmp_path):
@@ -352,7 +361,7 @@ def test_download_then_load_by_name(site, tmp_path):
         load_queries("advbench")
     fetched: list[str] = []
     for _ in range(2):  # the second time nothing is fetched
-        files = download(fetch=lambda url: fetched.append(url) or site[url])
+        files = download(downloader=serving(site, fetched))
     assert fetched == list(site) and all(url.startswith("https://raw.githubusercontent.com/") for url in site)
     assert sorted(files.values()) == sorted((tmp_path / "cache").iterdir())
     table = load_queries("advbench")
@@ -362,65 +371,41 @@ def test_download_then_load_by_name(site, tmp_path):
     files["advbench"].write_bytes(b"changed\n")
     with pytest.raises(DataError, match="not the official file .wrong SHA-256.; run `python -m analysis_lib download`"):
         load_queries("advbench")
-    download(fetch=site.__getitem__)
+    download(downloader=serving(site))
     assert len(load_queries("advbench")) == 100
 
 
 def test_a_wrong_digest_keeps_nothing(site, tmp_path):
-    url = download.OFFICIAL_SETS["custom_harmful"].url
-    with pytest.raises(DataError, match="SHA-256 .* instead of .*, nothing kept"):
-        download(tmp_path / "own", fetch=(site | {url: site[url] + b"x"}).__getitem__)
+    url = room.OFFICIAL_SETS["custom_harmful"].url
+    with pytest.raises(DataError, match="SHA-256 is not .*, nothing kept"):
+        download(tmp_path / "own", downloader=serving(site | {url: site[url] + b"x"}))
     assert list((tmp_path / "own").iterdir()) == []
 
 
-def test_a_failed_write_leaves_nothing_half_written(site, tmp_path, monkeypatch):
-    def fail(*_):
+def test_a_failed_write_leaves_nothing_half_written(site, tmp_path):
+    def full(url, output_file, pooch):
+        Path(output_file).write_bytes(site[url][:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        download(tmp_path / "own", fetch=site.__getitem__)
+    with pytest.raises(DataError, match="No space left"):
+        download(tmp_path / "own", downloader=full)
     assert list((tmp_path / "own").iterdir()) == []
 
 
 def test_no_connection_says_what_to_do(site, tmp_path):
-    def fail(url):
-        raise urllib.error.URLError("no route")
+    def fail(url, output_file, pooch):
+        raise requests.ConnectionError("no route")
 
     with pytest.raises(
         DataError, match=r"custom\.txt: .*no route.*; check the connection, or save the file by hand as .*custom_harmful\.txt"
     ):
-        download(tmp_path / "own", fetch=fail)
+        download(tmp_path / "own", downloader=fail)
 
 
 def test_the_platform_cache_is_the_place_without_a_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("ANALYSIS_LIB_DATA", raising=False)
-    monkeypatch.setattr(download.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    assert download.queries_folder() == tmp_path / "analysis_lib" / "queries"
-
-
-def test_only_https_is_fetched_even_after_a_redirect(monkeypatch):
-    class Server(urllib.request.BaseHandler):
-        """Answers https itself: /hop redirects to https, /down to http, and any other path is content."""
-
-        handler_order = 1
-
-        def https_open(self, request):
-            target = {"/hop": "https://host/there", "/down": "http://host/there"}.get(request.selector)
-            headers = email.message.Message()
-            if target:
-                headers["Location"] = target
-            answer = urllib.response.addinfourl(io.BytesIO(b"content"), headers, request.full_url, 302 if target else 200)
-            answer.msg = "answer"
-            return answer
-
-    opener = download._opener()
-    opener.add_handler(Server())
-    monkeypatch.setattr(download, "_opener", lambda: opener)
-    assert download._fetch("https://host/hop") == b"content"
-    for url in ("https://host/down", "http://host/there", "file:///etc/hostname"):
-        with pytest.raises(urllib.error.URLError, match="unknown url type"):
-            download._fetch(url)
+    monkeypatch.setattr(room.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    assert room.queries_folder() == tmp_path / "analysis_lib" / "queries"
 
 
 @pytest.mark.parametrize("name", prompts.RESERVED_PROMPTS)

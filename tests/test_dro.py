@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from analysis_lib.analysis.directions import Direction
 from analysis_lib.analysis.space import AnchorSpace
-from analysis_lib.collect import states as capture
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.collect.states import hidden_states
+from analysis_lib.model import forward
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.soft_prompt import SoftPrompt, embed_text
 from analysis_lib.store.store import Store, StoreDamage, StoreError
-from analysis_lib.train import dro
+from analysis_lib.train import dro, loop
 from analysis_lib.train.dro import DROConfig, Geometry, dro_loss, train_dro
 from analysis_lib.train.tuning import PromptTuningConfig, train_prompt_tuning
 
@@ -52,7 +52,7 @@ def qwen():
 def packs(request, monkeypatch):
     """Rows laid out as one sequence, and as many."""
     if request.param == "many packs":
-        monkeypatch.setattr(capture, "PACK_TOKENS", {"cpu": 30, "cuda": 30})
+        monkeypatch.setattr(forward, "PACK_TOKENS", {"cpu": 30, "cuda": 30})
 
 
 def forbid_training(monkeypatch):
@@ -345,7 +345,7 @@ def test_found_trainings_load_no_weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("method", ["DRO", "prompt tuning"])
 def test_an_interrupted_training_goes_on_where_it_was(method, dtype, store, monkeypatch):
-    monkeypatch.setattr(dro, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     model = build("qwen2", dtype=dtype)
     geometry, seen = geometry_for(model), []
 
@@ -381,7 +381,7 @@ def test_an_interrupted_training_goes_on_where_it_was(method, dtype, store, monk
 
 
 def test_a_checkpoint_that_cannot_be_kept_ends_no_training(qwen, tmp_path, monkeypatch):
-    monkeypatch.setattr(dro, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     model, *geometry = qwen
     with pytest.warns(UserWarning) as told:
         got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path))
@@ -392,7 +392,7 @@ def test_a_checkpoint_that_cannot_be_kept_ends_no_training(qwen, tmp_path, monke
 
 
 def test_a_damaged_checkpoint_is_told_and_the_training_begins_anew(qwen, store, monkeypatch):
-    monkeypatch.setattr(dro, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     model, *geometry = qwen
 
     def stop(losses, embeddings):

@@ -416,8 +416,8 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     model = build("llama")
     with pytest.raises(ExportError, match="unknown form onnx; choose among peft, vllm, plain"):
         export(moved(model), model, tmp_path, ["onnx"])
-    merging = build("qwen2")  # the slot's last token reaches beyond it, so that the soft tokens take the place of more
-    merging.tokenizer = copy.deepcopy(merging.tokenizer)
+    plain = build("qwen2")  # the slot's last token reaches beyond it, so that the soft tokens take the place of more
+    merging = ChatModel.wrap(plain.model, copy.deepcopy(plain.tokenizer), name=plain.name)
     merging.tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] + ('stant' if m['role'] == 'system' else '')")
     row = merging.render(["x"], "You are an assi")[0]
     assert merging.tokenizer.decode(row.ids[row.slot[1] - 1]) == " assistant"

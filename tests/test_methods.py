@@ -79,7 +79,7 @@ def test_each_row_is_the_training_it_names(anchor, tmp_path):
         raise AssertionError("a kept training was repeated")
 
     with pytest.MonkeyPatch.context() as patch:  # an interrupted run goes on from the store
-        patch.setattr("analysis_lib.dro._train", again)
+        patch.setattr("analysis_lib.train.dro.train_soft_prompt", again)
         kept = train_methods(model, queries, PROMPTS, judged, rows, store=store)
     assert all((kept[name].embeddings == soft.embeddings).all() for name, soft in trained.items())
 

@@ -13,7 +13,7 @@ from tiny_models import CORPUS, GUARD, PROMPTS, QUERIES, build, build_guard, cha
 
 from analysis_lib import ChatModel, Store, benchmark_table, judge_responses, load_queries, load_safety_prompts, refusal_rates
 from analysis_lib.analysis.directions import calibrate_refusal
-from analysis_lib.judge import models as model_judges
+from analysis_lib.judge import likelihood
 from analysis_lib.judge.likelihood import next_token_loss, refusal_probability
 from analysis_lib.judge.models import chat_judge, classifier_judge, published_judge
 from analysis_lib.model.architecture import text_config
@@ -144,7 +144,7 @@ def test_a_guard_judges_in_batches_as_one_by_one_and_its_replies_are_kept(tmp_pa
     expected = [verdicts.get(word) for word in words]
     found = judge.many(texts * 2, [about[0]] * len(texts) + [about[1]] * len(texts))
     assert found == expected and {True, False, None} == set(found)
-    monkeypatch.setattr("analysis_lib.sampling._sample_batch", None)
+    monkeypatch.setattr("analysis_lib.collect.responses._sample_batch", None)
     assert judge.many(texts[::-1], [about[0]] * len(texts)) == expected[: len(texts)][::-1]
     with pytest.raises(TypeError, match="not callable"):
         judge("another response", about[0])
@@ -282,9 +282,9 @@ def test_probabilities_and_losses_are_read_from_the_store(tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(first, refusal_probability(model, QUERIES, prompts, openings=["I cannot", "Sure"]))
     pd.testing.assert_frame_equal(losses, next_token_loss(model, QUERIES, answers, prompts))
     counts = []
-    computed = model_judges._log_p
+    computed = likelihood.log_probabilities
     monkeypatch.setattr(
-        model_judges, "_log_p", lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies)
+        likelihood, "log_probabilities", lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies)
     )
     renamed = {f"{name} again": prompt for name, prompt in prompts.items()}
     again = refusal_probability(model, QUERIES, renamed, openings=["Sure", "I cannot"], store=Store(tmp_path))

@@ -27,7 +27,7 @@ from analysis_lib.report import run_notebooks as notebooks
 from analysis_lib.report.html import PLOTLY_MIME, write_report
 from analysis_lib.report.pictures import NotebookError
 from analysis_lib.report.run_notebooks import FOLDER, WIDGET_MIME, clean, inject, parameters, run_notebooks
-from tools.store_outputs import MAX_BYTES, main, problems, store_outputs
+from tools.store_outputs import MAX_BYTES, main, problems, readme_parts, store_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = Chromium.find_browser(skip_local=False)
@@ -218,7 +218,7 @@ def test_a_kernel_that_may_not_load_weights_does_not(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name, code in loads.items():
-        head = "from analysis_lib.chat import ChatModel, load_classifier\nfrom analysis_lib.data import ROOT\n"
+        head = "from analysis_lib import ChatModel\nfrom analysis_lib.model.loading import load_classifier\nfrom analysis_lib.data.files import ROOT\n"
         nbformat.write(new_notebook(cells=[new_code_cell(head + code)]), source / name)
     for run in run_notebooks(tmp_path / "out", folder=source, env={"IPYTHONDIR": str(tmp_path / "ipython")}):
         assert "the weights were loaded" in run.error
@@ -465,7 +465,7 @@ def test_stored_notebook_of_the_project_keeps_the_rules(path):
 
 
 def test_the_readme_shows_what_the_stored_notebooks_hold():
-    picture, table = notebooks.readme_parts()
+    picture, table = readme_parts()
     root = notebooks.FOLDER.parent
     assert table in (root / "README.md").read_text(), "run make notebooks: the README's table is not notebook 06's"
     assert picture == (root / "docs" / "anchor_space.png").read_bytes(), (

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
-import linecache
 import shutil
 from collections import Counter
 from itertools import product
@@ -24,10 +22,12 @@ from analysis_lib.collect.responses import sample_responses
 from analysis_lib.data.files import ROOT
 from analysis_lib.data.queries import load_queries
 from analysis_lib.judge.strings import is_refusal, verdict_is_final
+from analysis_lib.model import steps
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.forward import shares_prefixes
 from analysis_lib.model.soft_prompt import SoftPrompt
+from analysis_lib.model.steps import steps_from_cache
 from analysis_lib.store.store import Store
 
 SHORT = {"n_samples": 4, "max_new_tokens": 8}
@@ -103,7 +103,7 @@ def test_samples_equal_the_definition(family):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_long_replies_agree_with_the_definition(family):
-    model, settings = chat(family), {"max_new_tokens": 2 * sampling.ROOM + 8}
+    model, settings = chat(family), {"max_new_tokens": 2 * steps.ROOM + 8}
     got = sample_responses(model, QUERIES[:2], {"p": SAFETY}, n_samples=2, **settings)
     texts = QUERIES.set_index("query_id")["text"]
     for (q, _, s), found in keyed(got).items():
@@ -114,7 +114,7 @@ def test_long_replies_agree_with_the_definition(family):
 @pytest.mark.parametrize("family", OWN_ATTENTION)
 def test_architectures_that_attend_in_their_own_way_sample_plainly(family):
     model = chat(family)
-    assert shares_prefixes(model.forward) and not sampling.steps_from_cache(model.forward)
+    assert shares_prefixes(model.forward) and not steps_from_cache(model.forward)
     got = sample_responses(model, QUERIES[:2], {"p": SAFETY}, n_samples=2, max_new_tokens=5)
     texts = QUERIES.set_index("query_id")["text"]
     for (q, _, s), found in keyed(got).items():
@@ -122,7 +122,7 @@ def test_architectures_that_attend_in_their_own_way_sample_plainly(family):
 
 
 def test_most_families_step_from_the_cache():
-    assert {family for family in FAMILIES if not sampling.steps_from_cache(chat(family))} == PLAIN
+    assert {family for family in FAMILIES if not steps_from_cache(chat(family).forward)} == PLAIN
 
 
 def test_ends_of_replies_agree_with_the_definition():
@@ -294,26 +294,20 @@ def two_words(text):
     return text.count(" ") >= 2
 
 
-def test_another_stop_function_of_the_same_name_finds_nothing(store, tmp_path, monkeypatch):
-    """As when a notebook's cell is edited and run again."""
-    model, found = chat("llama"), []
+def test_the_store_serves_no_stop_function_but_its_own(store):
+    """What another function says is in no key: as when a notebook's cell is edited and run again."""
+    model = chat("llama")
     options = {"n_samples": 2, "max_new_tokens": 8, "store": store}
-    for n in ("3", "1", "3  # said otherwise"):
-        (tmp_path / "stopping.py").write_text(f"def halt(text):\n    'After {len(n)} letters'\n    return len(text) > {n}\n")
-        linecache.clearcache()
-        spec = importlib.util.spec_from_file_location("stopping", tmp_path / "stopping.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found.append(sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=module.halt, **options))
-    assert store.ls()["rows"].sum() == 2 * 5 * 2  # distinct texts, samples, functions
-    assert found[0].equals(found[2]) and not found[0].equals(found[1])
-    assert sampling._identity(verdict_is_final).startswith("analysis_lib.judge.verdict_is_final:")
-    with pytest.raises(ValueError, match="the source of stop_when .* cannot be read .* put it into a module"):
-        namespace = {"__name__": "typed"}
-        exec("def halt(text): return True", namespace)
-        sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=namespace["halt"], **options)
-    for other in (functools.partial(verdict_is_final), Counter().update, str.isupper):  # what they hold is in no key
-        with pytest.raises(ValueError, match="must be a named function"):
+    for n in (3, 1):
+        with pytest.warns(UserWarning, match="a function of your own.*neither read from the store nor kept"):
+            got = sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **options)
+        fresh = {key: value for key, value in options.items() if key != "store"}
+        assert got.equals(sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **fresh))
+    assert store.ls().empty
+    sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=verdict_is_final, **options)
+    assert store.ls()["rows"].sum() == 2 * 5  # distinct texts, samples
+    for other in (functools.partial(verdict_is_final), Counter().update, str.isupper):
+        with pytest.raises(ValueError, match="must be a function"):
             sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=other, **options)
 
 
@@ -438,7 +432,7 @@ def test_final_verdicts_occur_before_the_end():
         ({"top_p": 0.0}, "top_p 0.0 in"),
         ({"top_p": 1.1}, "top_p 1.1 in"),
         ({"top_k": -1}, "top_k -1 >= 0"),
-        ({"stop_when": lambda text: True}, "named function"),
+        ({"stop_when": str.isupper}, "must be a function"),
     ],
 )
 def test_bad_settings_are_refused(settings, said):

@@ -742,7 +742,7 @@ def test_a_whole_training_is_kept_in_the_consoles_store_and_a_part_of_one_is_not
 
     whole, part = train(per_epoch), train(per_epoch - 1)
     assert (len(whole.soft_prompt.history), len(part.soft_prompt.history)) == (per_epoch, per_epoch - 1)
-    monkeypatch.setattr("analysis_lib.dro._train", None)
+    monkeypatch.setattr("analysis_lib.train.dro.train_soft_prompt", None)
     again = train(per_epoch)
     assert again.message.value == "" and f"{per_epoch} of {per_epoch} steps" in again.status.value
     assert again.progress.value == per_epoch and np.array_equal(again.soft_prompt.embeddings, whole.soft_prompt.embeddings)
@@ -761,7 +761,7 @@ def test_a_failing_training_is_shown_in_the_console(tmp_path, monkeypatch):
     assert "nothing to train" in w.message.value and not w.start.disabled
     w.weight_refusal.value = 1
     assert w.message.value == ""
-    monkeypatch.setattr("analysis_lib.dro.train_dro", fails)
+    monkeypatch.setattr("analysis_lib.train.dro.train_dro", fails)
     w.start.click()
     w.wait()
     assert "FloatingPointError: NaN &lt;script&gt;" in w.message.value and not w.start.disabled and w.soft_prompt is None

@@ -1,19 +1,18 @@
-"""DOC analysis_lib.data.download."""
+"""The study's own query sets, fetched and pinned by SHA-256."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import platformdirs
 
-from .files import DataError, query_table, read_text, txt_rows, write_atomically
+from .files import DataError, query_table, read_text, txt_rows
 
 
 @dataclass(frozen=True)
@@ -52,30 +51,33 @@ def queries_folder() -> Path:
     return Path(given).expanduser() if given else platformdirs.user_cache_path("analysis_lib") / "queries"
 
 
-def download(folder: str | Path | None = None, *, fetch: Callable[[str], bytes] | None = None) -> dict[str, Path]:
-    """Fetch the study's query sets over https into `folder` (default: `queries_folder()`): {name: file}.
+Downloader = Callable[[str, Any, Any], None]  # url, output file, pooch
 
-    A file whose SHA-256 is the pinned one is put in place by an atomic rename; another is not kept, and
-    DataError is raised. Files already there are not fetched again. With a folder of your own, set
-    ANALYSIS_LIB_DATA to it so that `load_queries` finds them by name. fetch: url -> content.
+
+def download(folder: str | Path | None = None, *, downloader: Downloader | None = None) -> dict[str, Path]:
+    """Fetches the study's query sets into `folder` (default: `queries_folder()`): {name: file}.
+
+    A file whose SHA-256 is the pinned one is put in place whole; another is not kept, and DataError is raised. Files already
+    there are not fetched again. With a folder of your own, set ANALYSIS_LIB_DATA to it so that `load_queries` finds them by
+    name. downloader: one of pooch's, or a function like them; default: that of the address.
     """
+    import pooch
+
     folder = queries_folder() if folder is None else Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    pooch.get_logger().setLevel("WARNING")
     files = {}
     for name, official in OFFICIAL_SETS.items():
         path = files[name] = folder / f"{name}.txt"
-        if path.is_file() and _sha256(path.read_bytes()) == official.sha256:
-            continue
         try:
-            content = (fetch or _fetch)(official.url)
-        except (OSError, http.client.HTTPException) as error:
+            pooch.retrieve(official.url, f"sha256:{official.sha256}", fname=path.name, path=folder, downloader=downloader)
+        except OSError as error:  # what requests raises is one, too
             raise DataError(f"{official.url}: {error}; check the connection, or save the file by hand as {path}") from error
-        if (found := _sha256(content)) != official.sha256:
+        except ValueError as error:
             raise DataError(
-                f"{official.url}: SHA-256 {found} instead of {official.sha256}, nothing kept; "
-                "something on the way changes the file: try another connection"
-            )
-        write_atomically(path, content)
+                f"{official.url}: its SHA-256 is not {official.sha256}, nothing kept; something on the way changes the file: try "
+                "another connection"
+            ) from error
     return files
 
 
@@ -92,23 +94,3 @@ def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """An opener that knows https alone: a redirect to http fails as an unknown kind of address."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _fetch(url: str) -> bytes:
-    with _opener().open(url, timeout=60) as response:
-        return response.read(1 << 20)  # the largest official file has 38 kB

@@ -1,14 +1,11 @@
-"""DOC analysis_lib.data.files."""
+"""What travels with the package, and a user's own files: read with care, their faults named by file and line."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 import stat
-import tempfile
 import unicodedata
 import warnings
 from collections import Counter
@@ -180,17 +177,3 @@ def read_text(path: Path) -> str:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); save the file as UTF-8") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

@@ -47,18 +47,12 @@ class ChatModel:
     ):
         self.name, self.source, self.revision = name, source, revision
         self.dtype, self.template, self.quantization = dtype, template, quantization
-        self.tokenizer, self.config = tokenizer, config
+        self.config = config
         self.asked_device, self.dtype_name = device, str(dtype).removeprefix("torch.")
+        self.renderer = Renderer(tokenizer, config, name=name, template=template)
         text = text_config(config)
         self.n_layers, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
-        self.n_embeddings = int(text.vocab_size)  # rows of the input embedding; soft tokens take the ids from here on
-        self.renderer = Renderer(
-            tokenizer,
-            name=name,
-            template=template,
-            n_embeddings=self.n_embeddings,
-            context=getattr(text, "max_position_embeddings", None),
-        )
+        self.n_embeddings = self.renderer.n_embeddings
         self.lock = threading.RLock()  # of what changes how the model computes
         self._forward: Forward | None = None
         self._loaded: tuple | None = None  # the state of the weights when they were read from `source`
@@ -138,6 +132,11 @@ class ChatModel:
                 self._loaded = state_of(model)
                 self._forward = _passes(self, model)
             return self._forward
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer that chats are rendered with."""
+        return self.renderer.tokenizer
 
     @property
     def model(self) -> Any:

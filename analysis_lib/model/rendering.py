@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from .architecture import text_config
 from .errors import ChatModelError
 from .templates import TEMPLATES
 
@@ -60,16 +61,21 @@ class Rendered:
 class Renderer:
     """Renders chats with one tokenizer and its chat template.
 
-    name and template are for messages; n_embeddings are the rows of the model's input embedding, from which soft tokens
-    count; context is the most tokens a row may have, None for no limit.
+    config is the model's configuration; name and template are for messages. Soft tokens take the ids from n_embeddings on,
+    the rows of the input embedding matrix.
     """
 
-    def __init__(self, tokenizer: Any, *, name: str, template: str, n_embeddings: int, context: int | None):
-        self.tokenizer, self.name, self.template = tokenizer, name, template
-        self.n_embeddings, self.context = n_embeddings, context
+    def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str):
+        self.tokenizer, self.config, self.name, self.template = tokenizer, config, name, template
+        self.n_embeddings = int(text_config(config).vocab_size)
         self._frames: dict[str, tuple[str, str]] = {}
         self._said: set[str] = set()
         self.system_role = self._finds_system_role()
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that a row may have; None where the configuration says nothing."""
+        return getattr(text_config(self.config), "max_position_embeddings", None)
 
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
         """See `ChatModel.render`."""
