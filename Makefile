@@ -17,6 +17,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NOTEBOOKS ?= $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 OUT ?= reports
+SKIPPED := .pytest_cache/skipped
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -45,8 +46,9 @@ test: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy analysis_lib
-	$(RUN) -m pytest -n 2 --dist=loadfile tests
+	$(RUN) -m pytest -n 2 --dist=loadfile --skipped-to=$(SKIPPED) tests
 	$(MAKE) test-notebooks
+	@cat $(SKIPPED)
 
 # First with an empty store: every number is computed again, none is read back. Then with the store that this left, in kernels that
 # cannot load weights: the same outputs, from what was kept. --dist=loadfile keeps a notebook's cells in one kernel.

@@ -1,8 +1,13 @@
-"""What every test runs under: an empty store of its own, no network, one thread a process, none of the user's settings."""
+"""What every test runs under: an empty store of its own, no network, one thread a process, none of the user's settings.
+
+At the end it says how many tests were skipped, and why.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +23,19 @@ def empty_store(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANALYSIS_LIB_STORE", str(tmp_path_factory.mktemp("store")))
         yield
+
+
+def pytest_addoption(parser):
+    parser.addoption("--skipped-to", type=Path, help="a file for the lines on skipped tests")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    lines = []
+    for reason, count in sorted(reasons.items()):
+        lines.append(f"{count} {'test' if count == 1 else 'tests'} skipped: {reason}")
+        terminalreporter.write_line(lines[-1], yellow=True)
+    if file := config.getoption("--skipped-to"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

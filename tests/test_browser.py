@@ -21,16 +21,14 @@ from typing import Any
 
 import nbformat
 import pytest
-from choreographer.browsers.chromium import Chromium
+from browser import CHROMIUM, needs_browser
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from analysis_lib.report.html import write_report
 from analysis_lib.report.run_notebooks import FOLDER, KERNEL
 
-CHROMIUM = Chromium.find_browser(skip_local=False)
-if not CHROMIUM:
-    pytest.skip("no Chromium or Chrome on this machine: apt-get install chromium", allow_module_level=True)
+pytestmark = needs_browser
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
@@ -59,7 +57,7 @@ DRAWN = """plot => ({
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         expect.set_options(timeout=PATIENCE)
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from browser import CHROMIUM, needs_browser
 from choreographer.browsers.chromium import Chromium
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from plotly.offline import get_plotlyjs
@@ -30,8 +31,6 @@ from analysis_lib.report.run_notebooks import FOLDER, WIDGET_MIME, clean, inject
 from tools.store_outputs import MAX_BYTES, main, problems, readme_parts, store_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSER = Chromium.find_browser(skip_local=False)
-needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome on this machine")
 
 EVIL = "</script><script>document.title = 'taken'</script>"
 EVIL_HTML = "<img src='http://192.0.2.1/a.png' onerror='document.title=1'><b>bold</b>"
@@ -322,7 +321,7 @@ def test_report_draws_offline_in_both_colour_schemes(ran):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(BROWSER), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         backs, asked, failed = [], [], []
         for scheme in ("light", "dark"):
             page = browser.new_page(color_scheme=scheme)
@@ -366,20 +365,24 @@ def nbval(*paths: Path) -> subprocess.CompletedProcess:
 
 
 def test_nbval_compares_every_stored_output(ran, tmp_path):
+    """Numbers a unit of their last digit off pass, in text and in html; two units off they fail."""
     good, other, wrong = tmp_path / "01_all.ipynb", tmp_path / "02_numbers.ipynb", tmp_path / "03_wrong.ipynb"
-    good.write_bytes((ran[1] / "01_all.ipynb").read_bytes())
-    numbers = (ran[1] / "03_broken.ipynb").read_text(encoding="utf-8")
-    nb = nbformat.reads(numbers, as_version=4)
+    text = (ran[1] / "01_all.ipynb").read_text(encoding="utf-8")
+    assert "<td>0.25</td>" in text
+    good.write_text(text.replace("<td>0.25</td>", "<td>0.26</td>"), encoding="utf-8")
+    nb = nbformat.read(ran[1] / "03_broken.ipynb", as_version=4)
     nb.cells = nb.cells[:1]
+    assert nb.cells[0].outputs[0].data["text/plain"] == "0.25"
+    nb.cells[0].outputs[0].data["text/plain"] = "0.24"
     nbformat.write(nb, other)
     cells = len([cell for cell in nbformat.read(good, as_version=4).cells if cell.cell_type == "code"])
     passed = nbval(good, other)
     assert passed.returncode == 0, passed.stdout
     assert f"{cells + 1} passed" in passed.stdout  # a cell that xdist drops would pass unseen
 
-    nb.cells[0].outputs[0].data["text/plain"] = "0.26"
+    nb.cells[0].outputs[0].data["text/plain"] = "0.27"
     nbformat.write(nb, wrong)
-    good.write_text(good.read_text(encoding="utf-8").replace("<td>0.25</td>", "<td>0.26</td>"), encoding="utf-8")
+    good.write_text(text.replace("<td>0.25</td>", "<td>0.27</td>"), encoding="utf-8")
     failed = nbval(good, wrong)
     assert failed.returncode == 1, failed.stdout
     assert f"2 failed, {cells - 1} passed" in failed.stdout

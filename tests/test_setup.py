@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from shutil import which
 
 import pytest
 import yaml
@@ -141,17 +142,75 @@ def test_setup_refuses_an_old_python(tmp_path):
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_ci_ends_with_the_status_of_make_test(tmp_path, status):
+@pytest.mark.parametrize("apt", [0, 100])
+@pytest.mark.parametrize("pause", [0, 1])
+@pytest.mark.parametrize("there", [(), ("chromium",), ("python3",), ("python3", "chromium")])
+def test_ci_ends_with_the_status_of_make_test(tmp_path, status, apt, pause, there):
+    """Whatever is there, and whether or not it can be installed. Nothing is installed by a test."""
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(which(tool))
     fake(tmp_path, "make", f'echo "called: $*"\nexit {status}')
-    for name in ("apt-get", "sleep"):  # nothing is installed by a test
-        fake(tmp_path, name, "exit 1")
+    fake(tmp_path, "apt-get", f'echo "apt-get $*"\nexit {apt}')
+    fake(tmp_path, "sleep", f"exit {pause}")
+    for name in there:
+        fake(tmp_path, name, "exit 0")
     ran = subprocess.run(
         [ROOT / ".ci" / "run"],
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**os.environ, "PATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=60,
         cwd=tmp_path,
     )
     assert ran.returncode == status
-    assert "called: test" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "called: test"
+    assert ("Installing: chromium fonts-dejavu-core" in ran.stdout) == ("chromium" not in there)
+    assert ("Installing: python3 python3-venv" in ran.stdout) == ("python3" not in there)
+    assert ("Going on without" in ran.stderr) == (len(there) < 2 and (apt, pause) != (0, 0))
+
+
+WRITES_SKIPPED = """echo "called: $*"
+for argument; do
+    case $argument in
+        --skipped-to=*) echo "2 tests skipped: no Chromium" > "${argument#*=}";;
+    esac
+done"""
+
+
+def test_make_test_ends_with_what_was_skipped(tmp_path):
+    """After the notebooks, which are compared last."""
+    (tmp_path / ".installed").touch()
+    python = fake(tmp_path, "python", WRITES_SKIPPED)
+    given = {"VENV": tmp_path, "RUN": python, "SKIPPED": tmp_path / "skipped", "NOTEBOOKS": "all"}
+    outer = ("MAKEFLAGS", "MAKELEVEL", "PYTHON")
+    made = subprocess.run(
+        ["make", "test", *(f"{name}={value}" for name, value in given.items())],
+        env={name: value for name, value in os.environ.items() if name not in outer},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert made.returncode == 0, made.stderr
+    *before, last = made.stdout.splitlines()
+    assert "--nbval" in " ".join(before) and last == "2 tests skipped: no Chromium"
+
+
+def test_without_chromium_its_tests_are_skipped_and_counted(tmp_path):
+    file = tmp_path / "new" / "skipped"
+    absent = {"BROWSER_PATH": str(tmp_path / "absent"), "XDG_DATA_HOME": str(tmp_path)}
+    options = ["-p", "no:cacheprovider", f"--skipped-to={file}"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/test_browser.py"],
+        env={**os.environ, **absent},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stdout
+    *_, told, totals = ran.stdout.splitlines()
+    count = re.fullmatch(r"=+ (\d+) skipped\b.*", totals)
+    assert count and int(count[1]) > 1
+    assert told.startswith(f"{count[1]} tests skipped: no Chromium or Chrome")
+    assert file.read_text() == f"{told}\n"
