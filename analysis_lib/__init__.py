@@ -11,7 +11,13 @@ from typing import Any
 
 _ROOMS = {
     "analysis.benchmark": ["benchmark_table", "metric_table"],
-    "analysis.directions": ["Direction", "bootstrap_directions", "calibrate_refusal", "fit_direction", "separation"],
+    "analysis.directions": [
+        "Direction",
+        "bootstrap_directions",
+        "calibrate_refusal",
+        "fit_direction",
+        "separation",
+    ],
     "analysis.published": ["load_published"],
     "analysis.space": ["AnchorSpace", "cosines", "mean_shifts"],
     "collect.responses": ["sample_responses"],

@@ -69,12 +69,34 @@ class Size:
     slope_plain: tuple[int, int]
     slope_ours: tuple[int, int]
     lengths: tuple[int, ...] = (0, 100, 400)
-    repeats: Mapping[str, int] = field(default_factory=lambda: {"capture": 1, "dro": 2, "sampling": 1, "slope": 1})
+    repeats: Mapping[str, int] = field(
+        default_factory=lambda: {"capture": 1, "dro": 2, "sampling": 1, "slope": 1}
+    )
 
 
 FULL = {
-    "organism": Size(200, 50, 20, 20, 20, 64, (20, 80), (50, 200), repeats={"capture": 7, "dro": 7, "sampling": 5, "slope": 5}),
-    "110M": Size(100, 50, 20, 3, 20, 64, (2, 8), (20, 100), repeats={"capture": 3, "dro": 3, "sampling": 2, "slope": 3}),
+    "organism": Size(
+        200,
+        50,
+        20,
+        20,
+        20,
+        64,
+        (20, 80),
+        (50, 200),
+        repeats={"capture": 7, "dro": 7, "sampling": 5, "slope": 5},
+    ),
+    "110M": Size(
+        100,
+        50,
+        20,
+        3,
+        20,
+        64,
+        (2, 8),
+        (20, 100),
+        repeats={"capture": 3, "dro": 3, "sampling": 2, "slope": 3},
+    ),
 }
 QUICK = {
     "organism": Size(20, 12, 6, 6, 20, 24, (2, 6), (2, 6)),
@@ -111,14 +133,23 @@ class Row:
     detail: str = ""
     difference: str = ""
     equal: bool | None = None
-    floor: float | None = None  # seconds: FLOPs of the distinct tokens at the matrix rate of the same rounds
-    peak_bytes: tuple[int | None, int | None] = (None, None)  # plain, ours; above the memory held before the phase
+    floor: float | None = (
+        None  # seconds: FLOPs of the distinct tokens at the matrix rate of the same rounds
+    )
+    peak_bytes: tuple[int | None, int | None] = (
+        None,
+        None,
+    )  # plain, ours; above the memory held before the phase
     extra: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        return float(np.median(self.plain) / np.median(self.ours)) if self.plain and self.ours else None
+        return (
+            float(np.median(self.plain) / np.median(self.ours))
+            if self.plain and self.ours
+            else None
+        )
 
     @property
     def of_floor(self) -> float | None:
@@ -132,13 +163,18 @@ class Row:
             "floor": -(self.of_floor or np.inf),
             "seconds": -float(np.median(self.ours or [np.inf])),
         }
-        return {kind: (goal, reached[kind] >= (goal if kind == "ratio" else -goal)) for kind, goal in found.items()}
+        return {
+            kind: (goal, reached[kind] >= (goal if kind == "ratio" else -goal))
+            for kind, goal in found.items()
+        }
 
 
 # Models and inputs
 
 
-def random_llama(shape: str, like: ChatModel, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ChatModel:
+def random_llama(
+    shape: str, like: ChatModel, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> ChatModel:
     """A randomly initialised Llama with the tokenizer and template of `like`; every id decodes to a text of its own, none stops."""
     hidden, layers, heads, inner, vocabulary, tied = SHAPES[shape]
     tokenizer = copy.deepcopy(like.tokenizer)
@@ -165,7 +201,10 @@ def random_llama(shape: str, like: ChatModel, *, device: str = "cpu", dtype: tor
 def anchor(n: int, n_harmless: int | None = None) -> pd.DataFrame:
     """n anchor queries, harmful ones first; half of them harmless where no number is given."""
     queries, n_harmless = load_queries("anchor"), n // 2 if n_harmless is None else n_harmless
-    parts = queries[queries["harmful"]].head(n - n_harmless), queries[~queries["harmful"]].head(n_harmless)
+    parts = (
+        queries[queries["harmful"]].head(n - n_harmless),
+        queries[~queries["harmful"]].head(n_harmless),
+    )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -186,8 +225,14 @@ def prompt_of(chat: ChatModel, n_tokens: int) -> tuple[str, int]:
 
 
 def plain_ids(chat: ChatModel, text: str, prompt: str) -> list[int]:
-    messages = ([{"role": "system", "content": prompt}] if prompt else []) + [{"role": "user", "content": text}]
-    return list(chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+    messages = ([{"role": "system", "content": prompt}] if prompt else []) + [
+        {"role": "user", "content": text}
+    ]
+    return list(
+        chat.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    )
 
 
 @torch.no_grad()
@@ -214,7 +259,9 @@ class DRO:
     config: DROConfig
 
     @classmethod
-    def of(cls, chat: ChatModel, n: int, prompt: str, steps: int, n_harmless: int | None = None) -> DRO:
+    def of(
+        cls, chat: ChatModel, n: int, prompt: str, steps: int, n_harmless: int | None = None
+    ) -> DRO:
         queries = anchor(n, n_harmless)
         states = hidden_states(chat, queries, {"prompt": prompt}, n_check=0).states[:, 0]
         space = AnchorSpace.fit(states)
@@ -247,8 +294,12 @@ def plain_dro(problem: DRO) -> Callable[[], tuple[float, float]]:
             e = table(torch.tensor(row.ids, device=chat.device))
             embedded.append(torch.cat([e[: row.slot[0]], soft.to(e.dtype), e[row.slot[1] :]]))
         padded = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
-        out = chat.model(inputs_embeds=padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        return out.hidden_states[-1][torch.arange(len(rows), device=chat.device), lengths - 1].float()
+        out = chat.model(
+            inputs_embeds=padded, attention_mask=mask, output_hidden_states=True, use_cache=False
+        )
+        return out.hidden_states[-1][
+            torch.arange(len(rows), device=chat.device), lengths - 1
+        ].float()
 
     with torch.no_grad():
         base = states()
@@ -257,7 +308,9 @@ def plain_dro(problem: DRO) -> Callable[[], tuple[float, float]]:
         optimizer.zero_grad()
         change = (states() - base) @ basis
         loss = config.weight_norm * change[:, k:].pow(2).mean()
-        for direction, weight in zip(directions, (config.weight_refusal, config.weight_harmfulness), strict=True):
+        for direction, weight in zip(
+            directions, (config.weight_refusal, config.weight_harmfulness), strict=True
+        ):
             logit = change[:, :k] @ direction
             loss = loss + weight * (torch.nn.functional.softplus(logit) - harmful * logit).mean()
         loss.backward()
@@ -282,7 +335,9 @@ class Training:
     losses: tuple[np.ndarray, np.ndarray]
 
 
-def train_in_turns(problem: DRO, plain: Callable[[], tuple[float, float]], work: Callable[[], None]) -> Training:
+def train_in_turns(
+    problem: DRO, plain: Callable[[], tuple[float, float]], work: Callable[[], None]
+) -> Training:
     """Trains as `train_dro` does; after each of its steps but the last a plain step and the matrix products run. Its first step, with
     all that comes before it, is not timed."""
     runs = {name: Run(problem.chat.device) for name in ("plain", "ours", "rate")}
@@ -307,7 +362,13 @@ def train_in_turns(problem: DRO, plain: Callable[[], tuple[float, float]], work:
     hook = register_optimizer_step_pre_hook(keep_gradient)
     try:
         train_dro(
-            problem.chat, problem.queries, problem.prompt, problem.space, *problem.directions, problem.config, on_step=on_step
+            problem.chat,
+            problem.queries,
+            problem.prompt,
+            problem.space,
+            *problem.directions,
+            problem.config,
+            on_step=on_step,
         )
     finally:
         hook.remove()
@@ -316,10 +377,20 @@ def train_in_turns(problem: DRO, plain: Callable[[], tuple[float, float]], work:
 
 @torch.no_grad()
 def plain_samples(
-    chat: ChatModel, texts: Sequence[str], prompt: str, n: int, max_new: int, *, temperature: float = 1.0
+    chat: ChatModel,
+    texts: Sequence[str],
+    prompt: str,
+    n: int,
+    max_new: int,
+    *,
+    temperature: float = 1.0,
 ) -> list[list[str]]:
     """n responses to each query by `generate`, one query at a time; temperature 0 is greedy."""
-    how = {"do_sample": True, "temperature": temperature, "top_k": 50, "top_p": 0.9} if temperature else {"do_sample": False}
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_k": 50, "top_p": 0.9}
+        if temperature
+        else {"do_sample": False}
+    )
     out = []
     for text in texts:
         ids = torch.tensor([plain_ids(chat, text, prompt)], device=chat.device)
@@ -331,15 +402,35 @@ def plain_samples(
             pad_token_id=chat.tokenizer.pad_token_id,
             **how,
         )
-        out.append([t.strip() for t in chat.tokenizer.batch_decode(new[:, ids.shape[1] :], skip_special_tokens=True)])
+        out.append(
+            [
+                t.strip()
+                for t in chat.tokenizer.batch_decode(
+                    new[:, ids.shape[1] :], skip_special_tokens=True
+                )
+            ]
+        )
     return out
 
 
 def our_samples(
-    chat: ChatModel, queries: pd.DataFrame, prompt: str, n: int, max_new: int, *, temperature: float = 1.0, seed: int = 0
+    chat: ChatModel,
+    queries: pd.DataFrame,
+    prompt: str,
+    n: int,
+    max_new: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> list[list[str]]:
     table = sample_responses(
-        chat, queries, {"p": prompt}, n_samples=n, max_new_tokens=max_new, temperature=temperature, seed=seed
+        chat,
+        queries,
+        {"p": prompt},
+        n_samples=n,
+        max_new_tokens=max_new,
+        temperature=temperature,
+        seed=seed,
     )
     return [group["response"].tolist() for _, group in table.groupby("query_id", sort=False)]
 
@@ -383,7 +474,9 @@ class Run:
         return result
 
 
-def alternate(ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | str = "cpu") -> dict[str, Run]:
+def alternate(
+    ways: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device | str = "cpu"
+) -> dict[str, Run]:
     """Runs the ways in turn, `repeats` rounds."""
     runs = {name: Run(device) for name in ways}
     for number in range(repeats):
@@ -419,13 +512,18 @@ def _status(name: str) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None
+    )
 
 
 def matrix_work(chat: ChatModel, m: int) -> tuple[Callable[[], None], float]:
     """The matrix products of one block on m tokens, and their FLOPs: what the matrix rate is measured with."""
     layers = [x for x in chat.forward.blocks[0].modules() if isinstance(x, torch.nn.Linear)]
-    inputs = {x.in_features: torch.randn(m, x.in_features, device=chat.device).to(chat.dtype) for x in layers}
+    inputs = {
+        x.in_features: torch.randn(m, x.in_features, device=chat.device).to(chat.dtype)
+        for x in layers
+    }
 
     @torch.no_grad()
     def work() -> None:
@@ -441,7 +539,10 @@ def distinct_depths(rows: Sequence[Sequence[int]]) -> np.ndarray:
     depths: list[int] = []
     before: Sequence[int] = ()
     for row in sorted(map(tuple, rows)):
-        same = next((i for i, (a, b) in enumerate(zip(before, row, strict=False)) if a != b), min(len(before), len(row)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, row, strict=False)) if a != b),
+            min(len(before), len(row)),
+        )
         depths.extend(range(same, len(row)))
         before = row
     return np.array(depths)
@@ -449,7 +550,11 @@ def distinct_depths(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 def flops(chat: ChatModel, depths: np.ndarray, *, backward_from: int | None = None) -> float:
     """FLOPs of the blocks for tokens at these depths; with backward_from, of the gradient to the inputs from that depth on too."""
-    linear = sum(2 * x.weight.numel() for x in chat.forward.blocks.modules() if isinstance(x, torch.nn.Linear))
+    linear = sum(
+        2 * x.weight.numel()
+        for x in chat.forward.blocks.modules()
+        if isinstance(x, torch.nn.Linear)
+    )
     attention = 4 * chat.n_layers * chat.forward.blocks[0].self_attn.q_proj.out_features
     total = linear * len(depths) + attention * float((depths + 1).sum())
     if backward_from is not None:
@@ -478,19 +583,31 @@ class counted_tokens:
 
 def sampling_flops(chat: ChatModel, prompts: Sequence[Sequence[int]], computed: int) -> float:
     """FLOPs of a sampling run in blocks and head (attention left out) when `computed` tokens went through the decoder."""
-    linear = sum(2 * x.weight.numel() for x in chat.forward.blocks.modules() if isinstance(x, torch.nn.Linear))
+    linear = sum(
+        2 * x.weight.numel()
+        for x in chat.forward.blocks.modules()
+        if isinstance(x, torch.nn.Linear)
+    )
     return float(
-        linear * computed + 2 * chat.hidden_size * chat.n_embeddings * (computed - len(distinct_depths(prompts)) + len(prompts))
+        linear * computed
+        + 2
+        * chat.hidden_size
+        * chat.n_embeddings
+        * (computed - len(distinct_depths(prompts)) + len(prompts))
     )
 
 
 def relative(a: Any, b: Any) -> float:
     """Largest absolute difference, relative to the root mean square of b."""
-    a, b = (torch.tensor(x) if isinstance(x, np.ndarray) else x.detach().float().cpu() for x in (a, b))
+    a, b = (
+        torch.tensor(x) if isinstance(x, np.ndarray) else x.detach().float().cpu() for x in (a, b)
+    )
     return float((a - b).abs().max() / b.pow(2).mean().sqrt().clamp(min=1e-12))
 
 
-def same_distribution(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]], *, permutations: int = 999) -> float:
+def same_distribution(
+    a: Sequence[Sequence[str]], b: Sequence[Sequence[str]], *, permutations: int = 999
+) -> float:
     """p-value of "a[q] and b[q] come from one distribution for each query q", by permutation within queries.
 
     The statistic is a kernel two-sample one: what share of their leading characters two responses have in common,
@@ -525,7 +642,9 @@ def capture_rows(chat: ChatModel, size: Size) -> Iterator[Row]:
         {
             "plain": lambda: plain_states(chat, texts, prompt),
             "ours": lambda: hidden_states(chat, queries, {"default": prompt}).states[:, 0],
-            "unchecked": lambda: hidden_states(chat, queries, {"default": prompt}, n_check=0).states[:, 0],
+            "unchecked": lambda: hidden_states(
+                chat, queries, {"default": prompt}, n_check=0
+            ).states[:, 0],
             "rate": work,
         },
         size.repeats["capture"],
@@ -558,18 +677,24 @@ def capture_rows(chat: ChatModel, size: Size) -> Iterator[Row]:
             [float(size_kept)],
             unit="bytes",
             detail=f"{len(texts)} queries against all tokens, all layers",
-            difference="read back exactly" if (same := np.array_equal(kept, back.states)) else "read back changed",
+            difference="read back exactly"
+            if (same := np.array_equal(kept, back.states))
+            else "read back changed",
             equal=bool(same and back.certificate["found"] == len(texts)),
         )
 
 
 def dro_row(chat: ChatModel, size: Size) -> Iterator[Row]:
-    problem = DRO.of(chat, size.batch, load_safety_prompts()["default"], steps=size.repeats["dro"] + 1)
+    problem = DRO.of(
+        chat, size.batch, load_safety_prompts()["default"], steps=size.repeats["dro"] + 1
+    )
     work, work_flops = matrix_work(chat, 2048)
     training = train_in_turns(problem, plain_dro(problem), work)
     runs, rate = training.runs, work_flops / training.runs["rate"].median
     far = relative(*training.gradients)
-    ours, plain = (losses[:2] for losses in training.losses)  # the second step is the first in which all parts are above 0
+    ours, plain = (
+        losses[:2] for losses in training.losses
+    )  # the second step is the first in which all parts are above 0
     steps = float(np.abs(ours / plain - 1).max())
     rendered = chat.render(problem.queries["text"].tolist(), problem.prompt)
     depths = distinct_depths([r.ids for r in rendered])
@@ -604,15 +729,24 @@ def sampling_row(chat: ChatModel, size: Size) -> Iterator[Row]:
 
     def ours() -> tuple[list[list[str]], int]:
         with counted_tokens(chat) as counter:
-            return our_samples(chat, queries, prompt, size.samples, size.tokens, seed=next(seed)), counter.n
+            return our_samples(
+                chat, queries, prompt, size.samples, size.tokens, seed=next(seed)
+            ), counter.n
 
     work, work_flops = matrix_work(chat, 2048)
     runs = alternate({"plain": plain, "ours": ours, "rate": work}, size.repeats["sampling"])
     rate = work_flops / runs["rate"].median
     run, computed = runs["ours"].first
-    mine = [responses for responses, text in zip(run, queries["text"], strict=True) if text in set(texts)]
+    mine = [
+        responses
+        for responses, text in zip(run, queries["text"], strict=True)
+        if text in set(texts)
+    ]
     p = same_distribution(mine, runs["plain"].first)
-    rates = [float(np.mean([is_refusal(t) for responses in run for t in responses])) for run in (runs["plain"].first, mine)]
+    rates = [
+        float(np.mean([is_refusal(t) for responses in run for t in responses]))
+        for run in (runs["plain"].first, mine)
+    ]
     scale = size.sampling / size.sampling_plain
     yield Row(
         "sampling",
@@ -622,10 +756,13 @@ def sampling_row(chat: ChatModel, size: Size) -> Iterator[Row]:
         detail=f"{size.sampling} queries x {size.samples} samples x {size.tokens} tokens",
         difference=f"greedy equal {same}/{len(texts)}; refused {rates[0]:.3f} and {rates[1]:.3f}; same distribution p={p:.3f}",
         equal=same == len(texts) and p > RAREST,
-        floor=sampling_flops(chat, [plain_ids(chat, t, prompt) for t in queries["text"]], computed) / rate,
+        floor=sampling_flops(chat, [plain_ids(chat, t, prompt) for t in queries["text"]], computed)
+        / rate,
         peak_bytes=(runs["plain"].peak, runs["ours"].peak),
         extra={"gflops": rate / 1e9, "computed_tokens": computed},
-        note=f"plain: {size.sampling_plain} queries timed, scaled by {scale:g}" if scale != 1 else "",
+        note=f"plain: {size.sampling_plain} queries timed, scaled by {scale:g}"
+        if scale != 1
+        else "",
     )
 
 
@@ -640,10 +777,15 @@ def slope_rows(chat: ChatModel, size: Size) -> Iterator[Row]:
         for which in (0, 1):
             a, b = size.slope_plain[which], size.slope_ours[which]
             ways[f"plain{which}"] = partial(plain_states, chat, texts[:a], prompt)
-            ways[f"ours{which}"] = partial(hidden_states, chat, queries.head(b), {"p": prompt}, n_check=0)
+            ways[f"ours{which}"] = partial(
+                hidden_states, chat, queries.head(b), {"p": prompt}, n_check=0
+            )
         runs = alternate(ways, size.repeats["slope"])
         plain, ours = (
-            [1e3 * (b - a) / (n[1] - n[0]) for a, b in zip(runs[f"{way}0"].seconds, runs[f"{way}1"].seconds, strict=True)]
+            [
+                1e3 * (b - a) / (n[1] - n[0])
+                for a, b in zip(runs[f"{way}0"].seconds, runs[f"{way}1"].seconds, strict=True)
+            ]
             for way, n in (("plain", size.slope_plain), ("ours", size.slope_ours))
         )
         both = min(size.slope_plain[1], size.slope_ours[1])
@@ -659,7 +801,9 @@ def slope_rows(chat: ChatModel, size: Size) -> Iterator[Row]:
             difference=f"states {far:.1e}",
             equal=far <= LIMIT,
             extra={"of_no_prompt": float(np.median(ours)) / without},
-            note="slope between {} and {} queries; plain between {} and {}".format(*size.slope_ours, *size.slope_plain),
+            note="slope between {} and {} queries; plain between {} and {}".format(
+                *size.slope_ours, *size.slope_plain
+            ),
         )
 
 
@@ -670,7 +814,11 @@ def import_row(repeats: int) -> Row:
     def seconds(statement: str) -> list[list[str]]:
         return [
             subprocess.run(
-                [sys.executable, "-c", script.format(statement)], cwd=ROOT, capture_output=True, text=True, check=True
+                [sys.executable, "-c", script.format(statement)],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout.split()
             for _ in range(repeats)
         ]
@@ -696,7 +844,9 @@ ROWS: dict[str, Callable[[ChatModel, Size], Iterator[Row]]] = {
 }
 
 
-def cpu_rows(organism: ChatModel, sizes: Mapping[str, Size], only: str | None, repeats: int) -> Iterator[Row]:
+def cpu_rows(
+    organism: ChatModel, sizes: Mapping[str, Size], only: str | None, repeats: int
+) -> Iterator[Row]:
     if only in (None, "import"):
         yield import_row(repeats)
     for name, size in sizes.items():
@@ -735,17 +885,47 @@ def gpu_rows(like: ChatModel, shape: str, device: str) -> Iterator[Row]:
     limit = TOLERANCE["bfloat16"]
     work, work_flops = matrix_work(chat, m)
 
-    def finished(what: str, runs: Mapping[str, Run], row_tokens: int, total: float, difference: str, equal: bool) -> Row:
+    def finished(
+        what: str,
+        runs: Mapping[str, Run],
+        row_tokens: int,
+        total: float,
+        difference: str,
+        equal: bool,
+    ) -> Row:
         ours, rate = runs["ours"], work_flops / runs["rate"].median
-        extra = {"tokens_per_s": row_tokens / ours.median, "matrix_share": total / rate / ours.median, "tflops": rate / 1e12}
-        return Row(what, name, [], ours.seconds, "s", details[what], difference, equal, total / rate, (None, ours.peak), extra)
+        extra = {
+            "tokens_per_s": row_tokens / ours.median,
+            "matrix_share": total / rate / ours.median,
+            "tflops": rate / 1e12,
+        }
+        return Row(
+            what,
+            name,
+            [],
+            ours.seconds,
+            "s",
+            details[what],
+            difference,
+            equal,
+            total / rate,
+            (None, ours.peak),
+            extra,
+        )
 
     hidden_states(chat, queries.head(2), prompts)
-    runs = alternate({"ours": lambda: hidden_states(chat, queries, prompts), "rate": work}, rounds, device)
+    runs = alternate(
+        {"ours": lambda: hidden_states(chat, queries, prompts), "rate": work}, rounds, device
+    )
     rows = [r.ids for p in prompts.values() for r in chat.render(texts, p)]
-    far = relative(runs["ours"].first.at(prompt="default")[0][:4], plain_states(chat, texts[:4], prompts["default"])[0])
+    far = relative(
+        runs["ours"].first.at(prompt="default")[0][:4],
+        plain_states(chat, texts[:4], prompts["default"])[0],
+    )
     total = flops(chat, distinct_depths(rows))
-    yield finished("GPU capture", runs, sum(map(len, rows)), total, f"states of 4 rows {far:.1e}", far <= limit)
+    yield finished(
+        "GPU capture", runs, sum(map(len, rows)), total, f"states of 4 rows {far:.1e}", far <= limit
+    )
 
     # One harmless query: at the start the two classes' gradients nearly cancel, and bfloat16 would leave their rounding.
     few = DRO.of(chat, 6, prompts["default"], steps=2, n_harmless=1)
@@ -754,9 +934,18 @@ def gpu_rows(like: ChatModel, shape: str, device: str) -> Iterator[Row]:
     problem = DRO.of(chat, n // 2, prompts["default"], steps=2 * rounds + 1)
     runs = train_in_turns(problem, lambda: (np.nan, np.nan), work).runs
     rendered = chat.render(problem.queries["text"].tolist(), problem.prompt)
-    total = flops(chat, distinct_depths([r.ids for r in rendered]), backward_from=rendered[0].slot[0])
+    total = flops(
+        chat, distinct_depths([r.ids for r in rendered]), backward_from=rendered[0].slot[0]
+    )
     row_tokens = sum(len(r.ids) for r in rendered)
-    yield finished("GPU DRO step", runs, row_tokens, total, f"gradient of 6 rows {far:.1e} (norm)", far <= limit)
+    yield finished(
+        "GPU DRO step",
+        runs,
+        row_tokens,
+        total,
+        f"gradient of 6 rows {far:.1e} (norm)",
+        far <= limit,
+    )
 
     our_samples(chat, queries.head(2), prompts["default"], 2, 4)
 
@@ -767,10 +956,19 @@ def gpu_rows(like: ChatModel, shape: str, device: str) -> Iterator[Row]:
     runs = alternate({"ours": ours, "rate": work}, 2, device)
     responses, computed = runs["ours"].first
     torch.manual_seed(0)
-    p = same_distribution(responses[:4], plain_samples(chat, texts[:4], prompts["default"], samples, tokens))
+    p = same_distribution(
+        responses[:4], plain_samples(chat, texts[:4], prompts["default"], samples, tokens)
+    )
     total = sampling_flops(chat, [plain_ids(chat, t, prompts["default"]) for t in texts], computed)
     row_tokens = n * samples * tokens
-    yield finished("GPU sampling", runs, row_tokens, total, f"same distribution p={p:.3f} (4 queries)", p > RAREST)
+    yield finished(
+        "GPU sampling",
+        runs,
+        row_tokens,
+        total,
+        f"same distribution p={p:.3f} (4 queries)",
+        p > RAREST,
+    )
 
 
 # Output
@@ -779,7 +977,9 @@ def gpu_rows(like: ChatModel, shape: str, device: str) -> Iterator[Row]:
 def machine(device: str) -> dict[str, Any]:
     try:
         cpu = next(
-            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
         )
     except (OSError, StopIteration):
         cpu = platform.processor()
@@ -790,7 +990,9 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()),
-        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") and torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name()
+        if device.startswith("cuda") and torch.cuda.is_available()
+        else None,
         "versions": {
             "python": platform.python_version(),
             **{p: version(p) for p in ("torch", "transformers", "numpy", "pandas")},
@@ -805,7 +1007,9 @@ def _number(values: Sequence[float], unit: str) -> str:
     if unit == "bytes":
         return f"{values[0]:,.0f} bytes"
     digits = max(0, 2 - int(np.floor(np.log10(max(1e-6, abs(np.median(values)))))))
-    low, middle, high = (f"{x:.{digits}f}" for x in (min(values), float(np.median(values)), max(values)))
+    low, middle, high = (
+        f"{x:.{digits}f}" for x in (min(values), float(np.median(values)), max(values))
+    )
     return f"{middle} ({low}-{high}) {unit}"
 
 
@@ -820,13 +1024,19 @@ def line(row: Row, *, timed: bool) -> str:
             _number(row.ours, row.unit),
             f"{row.ratio:.1f}x" if row.ratio else "-",
             f"{row.of_floor:.2f}" if row.of_floor else "-",
-            ", ".join(goals[kind].format(goal) + (" met" if met else " missed") for kind, (goal, met) in row.goals().items())
+            ", ".join(
+                goals[kind].format(goal) + (" met" if met else " missed")
+                for kind, (goal, met) in row.goals().items()
+            )
             or "-",
             memory,
             str(len(row.ours)),
         ]
     cells += [row.difference or "-", {True: "equal", False: "DIFFERENT", None: "-"}[row.equal]]
-    cells.append("; ".join([*(f"{k} {v:,.4g}" for k, v in row.extra.items() if timed), row.note]).strip("; ") or "-")
+    cells.append(
+        "; ".join([*(f"{k} {v:,.4g}" for k, v in row.extra.items() if timed), row.note]).strip("; ")
+        or "-"
+    )
     return "| " + " | ".join(cells) + " |"
 
 
@@ -851,17 +1061,27 @@ def head(*, timed: bool) -> str:
 
 
 def as_json(rows: Sequence[Row], about: Mapping[str, Any], seconds: float) -> str:
-    table = [asdict(row) | {"ratio": row.ratio, "of_floor": row.of_floor, "goals": row.goals()} for row in rows]
+    table = [
+        asdict(row) | {"ratio": row.ratio, "of_floor": row.of_floor, "goals": row.goals()}
+        for row in rows
+    ]
     return json.dumps({**about, "seconds": round(seconds, 1), "rows": table}, indent=1) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few queries: are the results equal?")
     parser.add_argument("--only", choices=["import", *ROWS], help="one kind of row")
-    parser.add_argument("--organism", default="organism", metavar="FOLDER", help="another folder of the small model")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the results as JSON too, for example bench/results/NAME.json"
+        "--organism", default="organism", metavar="FOLDER", help="another folder of the small model"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the results as JSON too, for example bench/results/NAME.json",
     )
     parser.add_argument("--gpu", action="store_true", help="absolute figures on a GPU instead")
     parser.add_argument("--gpu-shape", choices=["7b", "tiny"], default="7b")
@@ -870,19 +1090,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     begin = time.perf_counter()
     organism = ChatModel.load(args.organism, device="cpu", dtype="float32")
-    about = machine(args.device if args.gpu else "cpu") | {"organism": organism.fingerprint, "quick": args.quick}
+    about = machine(args.device if args.gpu else "cpu") | {
+        "organism": organism.fingerprint,
+        "quick": args.quick,
+    }
     print(json.dumps(about))
     print(head(timed=not args.quick), flush=True)
     rows = []
     made = gpu_rows(organism, args.gpu_shape, args.device) if args.gpu else None
-    for row in made or cpu_rows(organism, QUICK if args.quick else FULL, args.only, 1 if args.quick else 5):
+    for row in made or cpu_rows(
+        organism, QUICK if args.quick else FULL, args.only, 1 if args.quick else 5
+    ):
         print(line(row, timed=not args.quick), flush=True)
         rows.append(row)
     different = [row for row in rows if row.equal is False]
     missed = [row for row in rows if not all(met for _, met in row.goals().values())]
     seconds = time.perf_counter() - begin
     print(
-        f"{len(rows)} rows in {seconds:.0f} s; {len(different)} differ" + ("" if args.quick else f"; {len(missed)} miss a goal")
+        f"{len(rows)} rows in {seconds:.0f} s; {len(different)} differ"
+        + ("" if args.quick else f"; {len(missed)} miss a goal")
     )
     if args.out:
         args.out.write_text(as_json(rows, about, seconds), encoding="utf-8")

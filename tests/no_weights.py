@@ -4,7 +4,9 @@ from transformers import PreTrainedModel
 
 
 def _load(*args, **kwargs):
-    raise AssertionError("the weights were loaded, though the store holds all that this notebook asks for")
+    raise AssertionError(
+        "the weights were loaded, though the store holds all that this notebook asks for"
+    )
 
 
 PreTrainedModel.from_pretrained = _load

@@ -17,37 +17,72 @@ from analysis_lib.data.files import DataError
 
 @pytest.fixture
 def queries(tmp_path):
-    entries = [{"instruction": f" Name {i} birds.\n", "output": "x", "dataset": "helpful_base"} for i in range(120)]
+    entries = [
+        {"instruction": f" Name {i} birds.\n", "output": "x", "dataset": "helpful_base"}
+        for i in range(120)
+    ]
     (tmp_path / "alpaca_eval.json").write_text(json.dumps(entries))
     return load_instructions(tmp_path / "alpaca_eval.json")
 
 
 def test_instructions_are_queries(queries, tmp_path):
-    assert len(queries) == 100 and queries["harmful"].eq(False).all() and queries["harmful"].dtype == "boolean"
+    assert (
+        len(queries) == 100
+        and queries["harmful"].eq(False).all()
+        and queries["harmful"].dtype == "boolean"
+    )
     assert queries.iloc[9].tolist() == ["alpaca-0010", "Name 9 birds.", False, "alpaca_eval"]
     assert len(load_instructions(tmp_path / "alpaca_eval.json", None)) == 120
 
 
 def test_answers_take_the_form_of_the_package(queries, tmp_path):
     responses = pd.DataFrame(
-        {"query_id": ["alpaca-0002", "alpaca-0001"], "prompt": "dro", "sample": 0, "response": ["Zwei Vögel", ""]}
+        {
+            "query_id": ["alpaca-0002", "alpaca-0001"],
+            "prompt": "dro",
+            "sample": 0,
+            "response": ["Zwei Vögel", ""],
+        }
     )
-    write_alpaca_eval(responses, queries, tmp_path / "new" / "answers.json", generator="m under dro")
+    write_alpaca_eval(
+        responses, queries, tmp_path / "new" / "answers.json", generator="m under dro"
+    )
     written = json.loads((tmp_path / "new" / "answers.json").read_text(encoding="utf-8"))
     assert written == [
-        {"instruction": "Name 1 birds.", "output": "Zwei Vögel", "generator": "m under dro", "dataset": "alpaca_eval"},
-        {"instruction": "Name 0 birds.", "output": "", "generator": "m under dro", "dataset": "alpaca_eval"},
+        {
+            "instruction": "Name 1 birds.",
+            "output": "Zwei Vögel",
+            "generator": "m under dro",
+            "dataset": "alpaca_eval",
+        },
+        {
+            "instruction": "Name 0 birds.",
+            "output": "",
+            "generator": "m under dro",
+            "dataset": "alpaca_eval",
+        },
     ]
     for wrong in (pd.concat([responses, responses]), responses.assign(prompt=["a", "b"])):
         with pytest.raises(ValueError, match="one answer a query under one prompt"):
             write_alpaca_eval(wrong, queries, tmp_path / "answers.json", generator="m")
     with pytest.raises(ValueError, match="query 'x' is not in the queries' table"):
-        write_alpaca_eval(responses.assign(query_id=["x", "alpaca-0001"]), queries, tmp_path / "a.json", generator="m")
+        write_alpaca_eval(
+            responses.assign(query_id=["x", "alpaca-0001"]),
+            queries,
+            tmp_path / "a.json",
+            generator="m",
+        )
 
 
 def annotations(path, *preferences, **changes):
     entries = [
-        {"instruction": f"Name {i} birds.", "generator_1": "text_davinci_003", "generator_2": "m", "preference": p, **changes}
+        {
+            "instruction": f"Name {i} birds.",
+            "generator_1": "text_davinci_003",
+            "generator_2": "m",
+            "preference": p,
+            **changes,
+        }
         for i, p in enumerate(preferences)
     ]
     path.write_text(json.dumps(entries))
@@ -76,7 +111,9 @@ def test_wrong_files(queries, tmp_path, monkeypatch):
         path.write_text(path.read_text().replace('"m"', '"n"', 1))
         read_alpaca_eval(path, queries, prompt="dro")
     with pytest.raises(DataError, match="none of its instructions"):
-        read_alpaca_eval(annotations(tmp_path / "a.json", 2, instruction="else"), queries, prompt="dro")
+        read_alpaca_eval(
+            annotations(tmp_path / "a.json", 2, instruction="else"), queries, prompt="dro"
+        )
     for content, message in [
         ("[", "cannot be read as JSON"),
         ("{}", "not a list"),
@@ -88,6 +125,9 @@ def test_wrong_files(queries, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.json")
     monkeypatch.setattr(files, "MAX_BYTES", 1000)
     (tmp_path / "huge.json").write_text("[" + " " * 1000)
-    for name, message in [("huge", "1,001 bytes, the limit is 1,000"), ("pipe", "not a regular file")]:
+    for name, message in [
+        ("huge", "1,001 bytes, the limit is 1,000"),
+        ("pipe", "not a regular file"),
+    ]:
         with pytest.raises(DataError, match=message):
             load_instructions(tmp_path / f"{name}.json")

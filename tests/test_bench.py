@@ -22,7 +22,16 @@ bench = importlib.util.module_from_spec(spec)
 sys.modules["bench"] = bench  # dataclasses look their module up
 spec.loader.exec_module(bench)
 
-SIZE = replace(bench.QUICK["organism"], capture=8, batch=6, sampling=4, sampling_plain=3, samples=16, tokens=12, lengths=(0, 60))
+SIZE = replace(
+    bench.QUICK["organism"],
+    capture=8,
+    batch=6,
+    sampling=4,
+    sampling_plain=3,
+    samples=16,
+    tokens=12,
+    lengths=(0, 60),
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +49,20 @@ def test_capture_equals_the_plain_way_and_a_fault_is_told(organism, monkeypatch)
     checked, unchecked, stored = bench.capture_rows(organism, SIZE)
     assert checked.equal and unchecked.equal and stored.equal
     prompt, texts = bench.load_safety_prompts()["default"], bench.anchor(8)["text"]
-    assert stored.plain[0] == sum(len(bench.plain_ids(organism, t, prompt)) for t in texts) * 5 * 128 * 4
+    assert (
+        stored.plain[0]
+        == sum(len(bench.plain_ids(organism, t, prompt)) for t in texts) * 5 * 128 * 4
+    )
     assert stored.ours[0] >= 8 * 128 * 4
-    work = bench.flops(organism, bench.distinct_depths([bench.plain_ids(organism, t, prompt) for t in texts]))
+    work = bench.flops(
+        organism, bench.distinct_depths([bench.plain_ids(organism, t, prompt) for t in texts])
+    )
     assert checked.floor * checked.extra["gflops"] * 1e9 == pytest.approx(work)
-    monkeypatch.setattr(bench, "hidden_states", changed(bench.hidden_states, lambda h: replace(h, states=h.states * 1.01)))
+    monkeypatch.setattr(
+        bench,
+        "hidden_states",
+        changed(bench.hidden_states, lambda h: replace(h, states=h.states * 1.01)),
+    )
     assert [row.equal for row in bench.capture_rows(organism, SIZE)] == [False, False, True]
 
 
@@ -53,7 +71,9 @@ def test_dro_steps_equal_the_plain_ones_and_a_fault_is_told(organism, monkeypatc
     assert row.equal and row.floor > 0 and len(row.plain) == len(row.ours) == 2
     trained = bench.train_dro
     for part in ("weight_refusal", "weight_harmfulness", "weight_norm"):
-        weaker = lambda *args, p=part, **kw: trained(*args[:-1], replace(args[-1], **{p: 0.5}), **kw)  # noqa: E731
+        weaker = lambda *args, p=part, **kw: trained(
+            *args[:-1], replace(args[-1], **{p: 0.5}), **kw
+        )  # noqa: E731
         monkeypatch.setattr(bench, "train_dro", weaker)
         assert not next(bench.dro_row(organism, SIZE)).equal, part
 
@@ -61,7 +81,9 @@ def test_dro_steps_equal_the_plain_ones_and_a_fault_is_told(organism, monkeypatc
 def test_samples_have_the_plain_distribution_and_a_fault_is_told(organism, monkeypatch):
     (row,) = bench.sampling_row(organism, SIZE)
     assert row.equal and "greedy equal 3/3" in row.difference and "3 queries timed" in row.note
-    rendered = organism.render(bench.anchor(4)["text"].tolist(), bench.load_safety_prompts()["default"])
+    rendered = organism.render(
+        bench.anchor(4)["text"].tolist(), bench.load_safety_prompts()["default"]
+    )
     tree = len(bench.distinct_depths([r.ids for r in rendered]))
     assert tree < row.extra["computed_tokens"] < tree + 4 * 16 * 12
     with monkeypatch.context() as patch:
@@ -100,21 +122,27 @@ def test_flops_are_those_a_counter_sees(organism, training):
     seen = counter.get_flop_counts()["Global"]
     products = sum(count for op, count in seen.items() if str(op) in ("aten.mm", "aten.addmm"))
     attention = 4 * layers * d * sum(range(1, n + 1)) * (3 if training else 1)
-    assert bench.flops(organism, np.arange(n), backward_from=0 if training else None) == products + attention
+    assert (
+        bench.flops(organism, np.arange(n), backward_from=0 if training else None)
+        == products + attention
+    )
 
 
 def test_same_distribution_tells_equal_from_different():
     rng = np.random.default_rng(1)
 
     def draw(p):
-        return [["".join(rng.choice(["a", "b"], 6, p=[p, 1 - p])) for _ in range(20)] for _ in range(8)]
+        return [
+            ["".join(rng.choice(["a", "b"], 6, p=[p, 1 - p])) for _ in range(20)] for _ in range(8)
+        ]
 
     assert min(bench.same_distribution(draw(0.5), draw(0.5)) for _ in range(10)) > bench.RAREST
     assert bench.same_distribution(draw(0.5), draw(0.8)) <= bench.RAREST
 
 
 @pytest.mark.parametrize(
-    ("ours", "floor", "met"), [(1.0, 0.9, (True, True)), (2.0, 1.9, (False, True)), (1.0, 0.5, (True, False))]
+    ("ours", "floor", "met"),
+    [(1.0, 0.9, (True, True)), (2.0, 1.9, (False, True)), (1.0, 0.5, (True, False))],
 )
 def test_a_missed_goal_is_shown(ours, floor, met):
     row = bench.Row("capture", "110M", [10.0, 9.0, 20.0], [ours], floor=floor)
@@ -126,7 +154,9 @@ def test_a_missed_goal_is_shown(ours, floor, met):
 
 def test_peak_memory_is_above_what_was_held():
     held = np.ones(5_000_000)
-    runs = bench.alternate({"large": lambda: np.ones(8_000_000).sum(), "small": lambda: held.sum()}, 2)
+    runs = bench.alternate(
+        {"large": lambda: np.ones(8_000_000).sum(), "small": lambda: held.sum()}, 2
+    )
     if runs["large"].peak is None:
         pytest.skip("this system keeps no high-water mark")
     assert 60e6 < runs["large"].peak < 90e6 and runs["small"].peak < 20e6
@@ -136,10 +166,16 @@ def test_peak_memory_is_above_what_was_held():
 def test_gpu_rows_on_a_tiny_shape_and_without_a_gpu(organism, monkeypatch):
     rows = list(bench.gpu_rows(organism, "tiny", "cpu"))
     assert [row.equal for row in rows] == [True] * 3
-    assert all(row.extra["tokens_per_s"] > 0 and row.extra["matrix_share"] * row.of_floor == pytest.approx(1) for row in rows)
+    assert all(
+        row.extra["tokens_per_s"] > 0
+        and row.extra["matrix_share"] * row.of_floor == pytest.approx(1)
+        for row in rows
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for row in bench.gpu_rows(organism, "7b", "cuda"):
-        assert row.ours == [] and row.note == "no GPU at hand" and " - " in bench.line(row, timed=True)
+        assert (
+            row.ours == [] and row.note == "no GPU at hand" and " - " in bench.line(row, timed=True)
+        )
 
 
 def test_results_are_written_only_on_request_and_hold_no_path(tmp_path, monkeypatch, capsys):
@@ -153,6 +189,10 @@ def test_results_are_written_only_on_request_and_hold_no_path(tmp_path, monkeypa
     assert found["rows"][0]["what"] == "import" and found["versions"]["torch"] and found["date"]
     assert str(Path.home()) not in text and str(BENCH.parent) not in text
 
-    monkeypatch.setattr(bench, "cpu_rows", lambda *args: [bench.Row("capture", "organism", [1.0], [1.0], equal=False)])
+    monkeypatch.setattr(
+        bench,
+        "cpu_rows",
+        lambda *args: [bench.Row("capture", "organism", [1.0], [1.0], equal=False)],
+    )
     assert bench.main(["--quick"]) == 1
     assert "DIFFERENT" in capsys.readouterr().out

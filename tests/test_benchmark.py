@@ -11,7 +11,12 @@ from scipy import special
 from scipy.stats import binom
 
 from analysis_lib.analysis.benchmark import COLUMNS, METRICS, benchmark_table, metric_table
-from analysis_lib.analysis.intervals import bootstrap_interval, difference_interval, rate_interval, wilson_interval
+from analysis_lib.analysis.intervals import (
+    bootstrap_interval,
+    difference_interval,
+    rate_interval,
+    wilson_interval,
+)
 
 N = float("nan")
 
@@ -54,8 +59,17 @@ BEFORE = {
     "f1": [0, 0, 0, 0],
     "f2": [0, 0, 0, N],
 }
-ANSWERS = {"f1": ["Paris.", " Paris.\n", "Lyon.", "paris."], "f2": ["Rome.", "Rome.", "Rome", "Rome."]}
-AFTER = {"h1": [1, 1, 1, 1], "h2": [1, 1, 1, 1], "h3": [1, 0, 0, 0], "g1": [0, 0, 0, 1], "g2": [0, 0, 0, 0]}
+ANSWERS = {
+    "f1": ["Paris.", " Paris.\n", "Lyon.", "paris."],
+    "f2": ["Rome.", "Rome.", "Rome", "Rome."],
+}
+AFTER = {
+    "h1": [1, 1, 1, 1],
+    "h2": [1, 1, 1, 1],
+    "h3": [1, 0, 0, 0],
+    "g1": [0, 0, 0, 1],
+    "g2": [0, 0, 0, 0],
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +97,9 @@ def test_values_by_hand(table):
     for key, (value, n) in expected.items():
         assert table.loc[key, "value"] == pytest.approx(value), key
         assert table.loc[key, "n_queries"] == n, key
-    assert set(table.index.get_level_values("metric")) == set(METRICS) - {"judges_equal"}  # there is one judge
+    assert set(table.index.get_level_values("metric")) == set(METRICS) - {
+        "judges_equal"
+    }  # there is one judge
 
 
 def test_labels_of_the_rows(table):
@@ -122,17 +138,33 @@ def test_pairing_takes_the_spread_between_queries_out():
     queries = pd.DataFrame({"query_id": list(before), "harmful": True, "query_set": "s"})
     responses = {q: ["text"] * 20 for q in before}
     both = pd.concat([judged(before, "a", responses), judged(after, "b", responses)])
-    rows = benchmark_table(both, queries, model="m", baseline="a").query("metric == 'compliance_mean'").set_index("prompt")
+    rows = (
+        benchmark_table(both, queries, model="m", baseline="a")
+        .query("metric == 'compliance_mean'")
+        .set_index("prompt")
+    )
     assert rows.loc["b", "high"] > rows.loc["a", "low"]
-    np.testing.assert_allclose(rows.loc["b", ["difference", "difference_low", "difference_high"]].astype(float), -0.1, atol=1e-12)
+    np.testing.assert_allclose(
+        rows.loc["b", ["difference", "difference_low", "difference_high"]].astype(float),
+        -0.1,
+        atol=1e-12,
+    )
 
 
 def test_a_difference_needs_common_queries():
     """Queries scored under both prompts count; without any, and without the metric, the difference is missing."""
     some = {"h1": [1, 1], "h2": [0, 0]}
-    both = pd.concat([judged(some, "a"), judged({"h2": [1, 1], "h3": [1, 1]}, "b"), judged({"h3": [1, 0], "g1": [0, 0]}, "c")])
+    both = pd.concat(
+        [
+            judged(some, "a"),
+            judged({"h2": [1, 1], "h3": [1, 1]}, "b"),
+            judged({"h3": [1, 0], "g1": [0, 0]}, "c"),
+        ]
+    )
     rows = benchmark_table(both, QUERIES, model="m", baseline="a").set_index(["prompt", "metric"])
-    assert rows.loc[("b", "compliance_mean"), "difference"] == -1  # of h2 alone: not the difference of the means, -1/2
+    assert (
+        rows.loc[("b", "compliance_mean"), "difference"] == -1
+    )  # of h2 alone: not the difference of the means, -1/2
     assert math.isnan(rows.loc[("c", "compliance_mean"), "difference"])
     assert math.isnan(rows.loc[("c", "false_refusal_mean"), "difference"])
 
@@ -140,37 +172,76 @@ def test_a_difference_needs_common_queries():
 def test_unscored_verdicts_are_left_out():
     """An unscored sample is neither a refusal nor an answer, and an unscored query is no query."""
     scored = benchmark_table(judged({"h1": [1, 1], "h2": [0]}), QUERIES, model="m")
-    with_gaps = benchmark_table(judged({"h1": [N, 1, 1, N], "h2": [N, 0], "h3": [N, N]}), QUERIES, model="m")
+    with_gaps = benchmark_table(
+        judged({"h1": [N, 1, 1, N], "h2": [N, 0], "h3": [N, N]}), QUERIES, model="m"
+    )
     pd.testing.assert_frame_equal(with_gaps, scored)
     assert benchmark_table(judged({"h1": [N]}), QUERIES, model="m").empty
     assert benchmark_table(judged({"h1": [N]}), QUERIES, model="m", baseline="none").empty
 
 
 def test_forms_are_reported_apart():
-    queries = QUERIES.assign(form=["ways", "ways", "instructions", "ways", "instructions", "", "", "capital_0", "capital_1"])
-    table = benchmark_table(judged(BEFORE, responses=ANSWERS), queries, model="m").set_index(["query_set", "metric"])
+    queries = QUERIES.assign(
+        form=[
+            "ways",
+            "ways",
+            "instructions",
+            "ways",
+            "instructions",
+            "",
+            "",
+            "capital_0",
+            "capital_1",
+        ]
+    )
+    table = benchmark_table(judged(BEFORE, responses=ANSWERS), queries, model="m").set_index(
+        ["query_set", "metric"]
+    )
     assert table.loc[("anchor/ways", "compliance_mean"), "value"] == pytest.approx(1 / 4)
     assert table.loc[("anchor/instructions", "compliance_mean"), "value"] == 1
     assert "anchor" not in table.index.get_level_values(0)
-    assert table.loc[("facts", "exact_match"), "n_queries"] == 2  # the forms of facts are no conditions
+    assert (
+        table.loc[("facts", "exact_match"), "n_queries"] == 2
+    )  # the forms of facts are no conditions
     assert "borderline" in table.index.get_level_values(0)
 
 
 def test_repeats_and_ignores_the_order_of_rows():
     one = benchmark_table(judged(BEFORE, responses=ANSWERS), QUERIES, model="m", seed=3)
-    two = benchmark_table(judged(BEFORE, responses=ANSWERS).iloc[::-1], QUERIES.iloc[::-1], model="m", seed=3)
+    two = benchmark_table(
+        judged(BEFORE, responses=ANSWERS).iloc[::-1], QUERIES.iloc[::-1], model="m", seed=3
+    )
     keys = ["query_set", "metric"]
     exact = ["value", "n_queries", "n_samples"]
-    pd.testing.assert_frame_equal(one.set_index(keys)[exact].sort_index(), two.set_index(keys)[exact].sort_index())
-    pd.testing.assert_frame_equal(one, benchmark_table(judged(BEFORE, responses=ANSWERS), QUERIES, model="m", seed=3))
+    pd.testing.assert_frame_equal(
+        one.set_index(keys)[exact].sort_index(), two.set_index(keys)[exact].sort_index()
+    )
+    pd.testing.assert_frame_equal(
+        one, benchmark_table(judged(BEFORE, responses=ANSWERS), QUERIES, model="m", seed=3)
+    )
 
 
 @pytest.mark.parametrize(
     ("table", "queries", "baseline", "message"),
     [
-        (judged(BEFORE).drop(columns="refused"), QUERIES, None, "missing column refused: give judge_responses"),
-        (judged(BEFORE), QUERIES.drop(columns=["harmful", "query_set"]), None, "missing column harmful, query_set"),
-        (judged({"x9": [1], "h1": [0]}), QUERIES, None, r"1 judged queries are not in the queries' table \(for example 'x9'\)"),
+        (
+            judged(BEFORE).drop(columns="refused"),
+            QUERIES,
+            None,
+            "missing column refused: give judge_responses",
+        ),
+        (
+            judged(BEFORE),
+            QUERIES.drop(columns=["harmful", "query_set"]),
+            None,
+            "missing column harmful, query_set",
+        ),
+        (
+            judged({"x9": [1], "h1": [0]}),
+            QUERIES,
+            None,
+            r"1 judged queries are not in the queries' table \(for example 'x9'\)",
+        ),
         (judged(BEFORE), QUERIES, "default", "baseline 'default' is none of the prompts none"),
         (judged(BEFORE), pd.concat([QUERIES, QUERIES[:1]]), None, "query 'h1' occurs twice"),
     ],
@@ -186,14 +257,25 @@ def test_errors_name_the_cause(table, queries, baseline, message):
 def test_several_judges_side_by_side():
     """Judge b differs from a on one of h2's and one of h3's two commonly scored samples."""
     b = {**BEFORE, "h2": [1, 0, 1, 1], "h3": [1, 1, 0, N]}
-    both = pd.concat([judged(BEFORE, "none", ANSWERS).assign(judge="a"), judged(b, "none", ANSWERS).assign(judge="b")])
-    table = benchmark_table(both, QUERIES, model="m", baseline="none").set_index(["query_set", "metric", "judge"])["value"]
+    both = pd.concat(
+        [
+            judged(BEFORE, "none", ANSWERS).assign(judge="a"),
+            judged(b, "none", ANSWERS).assign(judge="b"),
+        ]
+    )
+    table = benchmark_table(both, QUERIES, model="m", baseline="none").set_index(
+        ["query_set", "metric", "judge"]
+    )["value"]
     assert table["anchor", "compliance_mean", "a"] == pytest.approx((0 + 1 / 2 + 1) / 3)
     assert table["anchor", "compliance_mean", "b"] == pytest.approx((0 + 1 / 4 + 1 / 3) / 3)
     # h1 4 of 4, h2 3 of 4, h3 (samples 0 and 2) 1 of 2, g1 and g2 all
-    assert table["anchor", "judges_equal", "a = b"] == pytest.approx((1 + 3 / 4 + 1 / 2 + 1 + 1) / 5)
+    assert table["anchor", "judges_equal", "a = b"] == pytest.approx(
+        (1 + 3 / 4 + 1 / 2 + 1 + 1) / 5
+    )
     assert table["borderline", "judges_equal", "a = b"] == 1
-    assert table.xs("exact_match", level="metric").index.tolist() == [("facts", "exact")]  # once, not once a judge
+    assert table.xs("exact_match", level="metric").index.tolist() == [
+        ("facts", "exact")
+    ]  # once, not once a judge
     silent = both.assign(refused=both["refused"].where(both["judge"] == "a"))
     assert "judges_equal" not in set(benchmark_table(silent, QUERIES, model="m")["metric"])
 
@@ -207,13 +289,17 @@ def test_probabilities_have_no_any_metric():
 def test_probabilities_beside_verdicts_add_their_means_alone():
     """First-token estimates have the response ""; they are no answers to fact questions, and equal no verdict."""
     hard = pd.concat([judged(BEFORE, "none", ANSWERS).assign(judge=name) for name in ("a", "b")])
-    soft = judged({"h1": [0.9], "g1": [0.25], "f1": [0.01], "f2": [0.02]}, responses={}).assign(response="", judge="soft")
+    soft = judged({"h1": [0.9], "g1": [0.25], "f1": [0.01], "f2": [0.02]}, responses={}).assign(
+        response="", judge="soft"
+    )
     alone = benchmark_table(hard, QUERIES, model="m")
     for parts in ([hard, soft], [soft, hard]):
         table = benchmark_table(pd.concat(parts), QUERIES, model="m")
         of_soft = table["judge"] == "soft"
         assert set(table.loc[of_soft, "metric"]) == {"compliance_mean", "false_refusal_mean"}
-        pd.testing.assert_frame_equal(table[~of_soft].reset_index(drop=True), alone)  # exact_match and judges_equal too
+        pd.testing.assert_frame_equal(
+            table[~of_soft].reset_index(drop=True), alone
+        )  # exact_match and judges_equal too
     assert benchmark_table(soft[soft["query_id"].isin(["f1", "f2"])], QUERIES, model="m").empty
 
 
@@ -239,10 +325,16 @@ WRAPPED_VERDICTS = {
 def test_variants_of_a_query_are_one_unit():
     table = benchmark_table(judged(WRAPPED_VERDICTS), WRAPPED, model="m").set_index("metric")
     row = table.loc["compliance_mean"]  # h1 (0 + 1) / 2, h2 (1/2 + 0) / 2
-    assert row["value"] == pytest.approx(3 / 8) and row["n_queries"] == 2 and row["query_set"] == "anchor+wrapped"
+    assert (
+        row["value"] == pytest.approx(3 / 8)
+        and row["n_queries"] == 2
+        and row["query_set"] == "anchor+wrapped"
+    )
     assert table.loc["compliance_any", "value"] == pytest.approx(1 / 2)
     assert table.loc["false_refusal_mean", "value"] == pytest.approx((1 / 4 + 0) / 2)
-    by = benchmark_table(judged(WRAPPED_VERDICTS), WRAPPED, model="m", by="wrapper").set_index(["query_set", "metric"])["value"]
+    by = benchmark_table(judged(WRAPPED_VERDICTS), WRAPPED, model="m", by="wrapper").set_index(
+        ["query_set", "metric"]
+    )["value"]
     assert by["anchor+wrapped/a", "compliance_mean"] == pytest.approx(1 / 4)
     assert by["anchor+wrapped/b", "compliance_mean"] == pytest.approx(1 / 2)
 
@@ -250,15 +342,28 @@ def test_variants_of_a_query_are_one_unit():
 def test_ten_copies_of_a_query_are_no_more_evidence():
     rng = np.random.default_rng(0)
     verdicts = {f"q{i}": rng.integers(0, 2, 4).tolist() for i in range(30)}
-    queries = pd.DataFrame({"query_id": list(verdicts), "harmful": True, "query_set": "s"}).astype({"harmful": "boolean"})
+    queries = pd.DataFrame({"query_id": list(verdicts), "harmful": True, "query_set": "s"}).astype(
+        {"harmful": "boolean"}
+    )
     alone = benchmark_table(judged(verdicts), queries, model="m")
-    copies = pd.concat([queries.assign(query_id=queries["query_id"] + f"+{i}", base_id=queries["query_id"]) for i in range(10)])
+    copies = pd.concat(
+        [
+            queries.assign(query_id=queries["query_id"] + f"+{i}", base_id=queries["query_id"])
+            for i in range(10)
+        ]
+    )
     many = {f"{q}+{i}": v for i in range(10) for q, v in verdicts.items()}
     ten = benchmark_table(judged(many), copies, model="m")
-    pd.testing.assert_frame_equal(ten.drop(columns="query_set"), alone.drop(columns="query_set"), rtol=0.01)
-    mixed = pd.concat([queries, copies.assign(query_set="s+wrapped")], ignore_index=True)  # a plain query is its own base
+    pd.testing.assert_frame_equal(
+        ten.drop(columns="query_set"), alone.drop(columns="query_set"), rtol=0.01
+    )
+    mixed = pd.concat(
+        [queries, copies.assign(query_set="s+wrapped")], ignore_index=True
+    )  # a plain query is its own base
     both = benchmark_table(pd.concat([judged(verdicts), judged(many)]), mixed, model="m")
-    pd.testing.assert_frame_equal(both[both["query_set"] == "s"].reset_index(drop=True), alone, rtol=0.01)
+    pd.testing.assert_frame_equal(
+        both[both["query_set"] == "s"].reset_index(drop=True), alone, rtol=0.01
+    )
 
 
 def test_a_metric_of_ones_own():
@@ -269,11 +374,18 @@ def test_a_metric_of_ones_own():
             "value": [1.0, 3.0, 2.0, 3.5, N],
         }
     )
-    table = metric_table(values, QUERIES, {"soft": "DRO"}, model="m", metric="next_token_loss", baseline="none").set_index(
-        "prompt"
-    )
-    assert list(table.columns) == [*(c for c in COLUMNS if c != "prompt"), "difference", "difference_low", "difference_high"]
-    assert table["value"].to_dict() == {"none": 2.0, "soft": 2.75} and set(table["query_set"]) == {"facts"}
+    table = metric_table(
+        values, QUERIES, {"soft": "DRO"}, model="m", metric="next_token_loss", baseline="none"
+    ).set_index("prompt")
+    assert list(table.columns) == [
+        *(c for c in COLUMNS if c != "prompt"),
+        "difference",
+        "difference_low",
+        "difference_high",
+    ]
+    assert table["value"].to_dict() == {"none": 2.0, "soft": 2.75} and set(table["query_set"]) == {
+        "facts"
+    }
     assert table.loc["soft", "difference"] == 0.75 and table.loc["soft", "method"] == "DRO"
     assert (table["low"] < table["value"]).all() and (table["high"] > table["value"]).all()
     with pytest.raises(ValueError, match="missing column value"):
@@ -290,7 +402,12 @@ def test_a_metric_of_ones_own():
     [
         (0, 100, 0.0, 0.0370),
         (5, 100, 0.0215, 0.1118),
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Stat. Med. 17:857, table I, method 3, as are the next three
+        (
+            81,
+            263,
+            0.2553,
+            0.3662,
+        ),  # Newcombe 1998, Stat. Med. 17:857, table I, method 3, as are the next three
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
@@ -334,10 +451,16 @@ def coverage(ends, truth):
 @pytest.mark.parametrize("p", [0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
 def test_wilson_covers(p):
     """Of all the binomial draws of 100, weighted by their probability: 93 to 97 % of the intervals hold p."""
-    held = sum(binom.pmf(k, 100, p) for k in range(101) if wilson_interval(k, 100)[0] <= p <= wilson_interval(k, 100)[1])
+    held = sum(
+        binom.pmf(k, 100, p)
+        for k in range(101)
+        if wilson_interval(k, 100)[0] <= p <= wilson_interval(k, 100)[1]
+    )
     assert 0.93 <= held <= 0.97
     draws = np.random.default_rng(1).random((1000, 100)) < p
-    assert abs(coverage(map(rate_interval, draws.astype(float)), p) - held) < 0.025  # three standard errors
+    assert (
+        abs(coverage(map(rate_interval, draws.astype(float)), p) - held) < 0.025
+    )  # three standard errors
 
 
 def few_often(share, rate):
@@ -350,7 +473,10 @@ def few_often(share, rate):
     [
         (lambda rng, size: rng.beta(1, 2, size), 1 / 3),
         (lambda rng, size: rng.beta(0.1, 0.9, size), 0.1),
-        (lambda rng, size: rng.beta(0.3, 12.2, size), 0.024),  # about 26 of 100 queries differ from 0
+        (
+            lambda rng, size: rng.beta(0.3, 12.2, size),
+            0.024,
+        ),  # about 26 of 100 queries differ from 0
         (lambda rng, size: rng.beta(0.1, 4.07, size), 0.024),  # 17
         (lambda rng, size: rng.beta(0.05, 2.03, size), 0.024),  # 12
         (lambda rng, size: rng.beta(0.03, 1.22, size), 0.024),  # 9
@@ -367,7 +493,9 @@ def test_intervals_of_rates_cover(draw, truth):
     assert 0.93 <= held <= 0.97
 
 
-@pytest.mark.parametrize(("spread", "differ", "least", "most"), [(0.02, 7.6, 0.93, 0.97), (0.007, 4.5, 0.89, 0.93)])
+@pytest.mark.parametrize(
+    ("spread", "differ", "least", "most"), [(0.02, 7.6, 0.93, 0.97), (0.007, 4.5, 0.89, 0.93)]
+)
 def test_where_intervals_of_rates_stop_covering(spread, differ, least, most):
     """The boundary which `rate_interval` states, by how many of 100 queries differ from 0 on average."""
     rng = np.random.default_rng(30)
@@ -381,7 +509,10 @@ def test_the_simulation_tells_a_short_interval():
     """The percentile bootstrap, tried on the same kind of rates, does not pass."""
     rng = np.random.default_rng(2)
     rates = rng.binomial(20, rng.beta(0.05, 2.03, (1000, 100))) / 20
-    ends = [np.quantile(values[rng.integers(100, size=(500, 100))].mean(axis=1), [0.025, 0.975]) for values in rates]
+    ends = [
+        np.quantile(values[rng.integers(100, size=(500, 100))].mean(axis=1), [0.025, 0.975])
+        for values in rates
+    ]
     assert coverage(ends, 0.024) < 0.92
 
 
@@ -441,7 +572,9 @@ def test_the_adjusted_interval_by_hand():
     """30 queries, 1 better and 6 worse: (1 - 6) / 32 and its error from 1.5, 6.5 discordant in 32."""
     mean = -5 / 32
     half = 1.959964 * math.sqrt((8 / 32 - mean**2) / 32)
-    assert difference_interval(np.array([1.0] + [-1.0] * 6 + [0.0] * 23)) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    assert difference_interval(np.array([1.0] + [-1.0] * 6 + [0.0] * 23)) == pytest.approx(
+        (mean - half, mean + half), abs=1e-6
+    )
 
 
 def test_rates_with_few_away_from_zero():
@@ -458,13 +591,21 @@ def test_bootstrap_width_and_level():
     values = np.random.default_rng(0).normal(size=400)
     error = values.std() / math.sqrt(len(values))
     low, high = bootstrap_interval(values, n_boot=4000)
-    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error)
+    assert (low, high) == pytest.approx(
+        (values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.1 * error
+    )
     narrow = bootstrap_interval(values, n_boot=4000, level=0.5)
     assert low < narrow[0] < narrow[1] < high
     assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * error, rel=0.1)
     skewed = values**4
-    assert bootstrap_interval(skewed) == bootstrap_interval(skewed) != bootstrap_interval(skewed, seed=1)
-    assert bootstrap_interval(5 + 3 * values) == pytest.approx([5 + 3 * end for end in bootstrap_interval(values)])
+    assert (
+        bootstrap_interval(skewed)
+        == bootstrap_interval(skewed)
+        != bootstrap_interval(skewed, seed=1)
+    )
+    assert bootstrap_interval(5 + 3 * values) == pytest.approx(
+        [5 + 3 * end for end in bootstrap_interval(values)]
+    )
 
 
 def test_the_longer_tail_gets_the_farther_end():

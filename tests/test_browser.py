@@ -36,7 +36,9 @@ FLAGS = (
 ).split()
 SHOTS = FOLDER.parent / "reports" / "browser"
 PATIENCE = 150_000  # milliseconds until a condition is given up: a busy machine of two cores is slow, not wrong
-HOSTILE = "<script>window.taken = 1</script><img src=x onerror='window.taken = 2'><b id=bold>HOSTILE</b>"
+HOSTILE = (
+    "<script>window.taken = 1</script><img src=x onerror='window.taken = 2'><b id=bold>HOSTILE</b>"
+)
 
 # What a plot shows, read from what is drawn: its title, its axes, and the points of each visible trace, in SVG and in data.
 DRAWN = """plot => ({
@@ -69,16 +71,32 @@ def lab(tmp_path_factory) -> Iterator[str]:
     shutil.copy(FOLDER / "03_anchor_space.ipynb", root)
     for name, sources in (("hostile", HOSTILE_CELLS), ("panels", PANEL_CELLS)):
         cells = [new_code_cell(source) for source in sources]
-        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / f"{name}.ipynb")
+        nbformat.write(
+            new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / f"{name}.ipynb"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {key: value for key, value in os.environ.items() if key != "PLOTLY_RENDERER"}
-    for name in ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES"):
+    for name in (
+        "JUPYTER_CONFIG",
+        "JUPYTER_DATA",
+        "JUPYTER_RUNTIME",
+        "JUPYTERLAB_SETTINGS",
+        "JUPYTERLAB_WORKSPACES",
+    ):
         env[f"{name}_DIR"] = str(home / name)
-    news = home / "JUPYTERLAB_SETTINGS" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news = (
+        home
+        / "JUPYTERLAB_SETTINGS"
+        / "@jupyterlab"
+        / "apputils-extension"
+        / "notification.jupyterlab-settings"
+    )
     news.parent.mkdir(parents=True)
-    news.write_text('{"fetchNews": "false"}', encoding="utf-8")  # its question would lie over the page
+    news.write_text(
+        '{"fetchNews": "false"}', encoding="utf-8"
+    )  # its question would lie over the page
     options = [
         "--no-browser",
         "--ip=127.0.0.1",
@@ -92,7 +110,9 @@ def lab(tmp_path_factory) -> Iterator[str]:
     ]
     log = home / "lab.log"
     with log.open("w") as output:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=output, stderr=output)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=output, stderr=output
+        )
     try:
         _wait_for(f"http://127.0.0.1:{port}/api/status?token=T", server, log)
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token=T&reset"
@@ -112,7 +132,9 @@ def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
             return
         except OSError:
             time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab does not answer at {address}; its log:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(
+        f"JupyterLab does not answer at {address}; its log:\n{log.read_text()[-3000:]}"
+    )
 
 
 @contextmanager
@@ -140,7 +162,9 @@ def promised(page: Page, function: str, argument: object = None) -> Any:
 
 def open_notebook(page: Page, lab: str, name: str) -> None:
     page.goto(lab.format(name))
-    page.wait_for_function("name => window.jupyterapp?.shell.currentWidget?.context?.path === name", arg=name)
+    page.wait_for_function(
+        "name => window.jupyterapp?.shell.currentWidget?.context?.path === name", arg=name
+    )
     promised(
         page,
         """async () => {
@@ -181,12 +205,19 @@ def ask(page: Page, expression: str) -> Any:
 
 def titled(plot: Locator, title: str) -> dict:
     """What `plot` shows, once its title is `title`."""
-    plot.page.wait_for_function("([plot, title]) => plot._fullLayout?.title.text === title", arg=[plot.element_handle(), title])
+    plot.page.wait_for_function(
+        "([plot, title]) => plot._fullLayout?.title.text === title",
+        arg=[plot.element_handle(), title],
+    )
     return plot.evaluate(DRAWN)
 
 
 def group_traces(shown: dict) -> dict[str, dict]:
-    return {name: trace for name, trace in shown["traces"].items() if name.startswith(("harmless, ", "harmful, "))}
+    return {
+        name: trace
+        for name, trace in shown["traces"].items()
+        if name.startswith(("harmless, ", "harmful, "))
+    }
 
 
 def assert_shows_table(page: Page, shown: dict, layer: int, components: tuple[int, int]) -> None:
@@ -196,9 +227,14 @@ def assert_shows_table(page: Page, shown: dict, layer: int, components: tuple[in
         page,
         f"""(lambda Z: [[f"{{'harmful' if c else 'harmless'}}, {{p}}", len(g), g['{x}'].mean().item(), g['{y}'].mean().item()]
             for (p, c), g in points_table(Z, layered.rows).groupby(['prompt', 'harmful'])])
-        (AnchorSpace.fit(layered.at({layer})[0], k=4, like=Z).transform(layered.at({layer})[0]))""".replace("\n", " "),
+        (AnchorSpace.fit(layered.at({layer})[0], k=4, like=Z).transform(layered.at({layer})[0]))""".replace(
+            "\n", " "
+        ),
     )
-    drawn = {name: [trace["drawn"], trace["x"], trace["y"]] for name, trace in group_traces(shown).items()}
+    drawn = {
+        name: [trace["drawn"], trace["x"], trace["y"]]
+        for name, trace in group_traces(shown).items()
+    }
     assert len(expected) == 8 and sorted(drawn) == sorted(name for name, *_ in expected)
     for name, *numbers in expected:
         assert drawn[name] == pytest.approx(numbers, abs=1e-3), name
@@ -239,17 +275,23 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         ) == [False, False, 0]
 
         page.get_by_label("Components").select_option("PC2 and PC3")
-        page.wait_for_function("plot => plot._fullLayout.xaxis.title.text.startsWith('PC2')", arg=plot.element_handle())
+        page.wait_for_function(
+            "plot => plot._fullLayout.xaxis.title.text.startsWith('PC2')", arg=plot.element_handle()
+        )
         shown = plot.evaluate(DRAWN)
         assert shown["axes"][1].startswith("PC3 (") and shown["title"] == f"Layer {layer}"
         assert_shows_table(page, shown, int(layer), (2, 3))
 
         page.get_by_label("Prompts").select_option(["default"])
         page.wait_for_function(
-            "plot => plot.querySelectorAll('.scatterlayer .trace .point').length < 400", arg=plot.element_handle()
+            "plot => plot.querySelectorAll('.scatterlayer .trace .point').length < 400",
+            arg=plot.element_handle(),
         )
         visible = group_traces(plot.evaluate(DRAWN))
-        assert {name: trace["drawn"] for name, trace in visible.items()} == {"harmless, default": 100, "harmful, default": 100}
+        assert {name: trace["drawn"] for name, trace in visible.items()} == {
+            "harmless, default": 100,
+            "harmful, default": 100,
+        }
 
         promised(page, "() => jupyterapp.commands.execute('docmanager:save')")
         page.reload()
@@ -257,17 +299,23 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         again.wait_for()
         assert titled(again, f"Layer {layer}")["axes"] == shown["axes"]
         assert group_traces(again.evaluate(DRAWN)) == visible
-        expect(page.locator(".widget-slider").filter(has_text="Layer").locator(".widget-readout")).to_have_text(layer)
+        expect(
+            page.locator(".widget-slider").filter(has_text="Layer").locator(".widget-readout")
+        ).to_have_text(layer)
 
         # The kernel still runs: smoothing pulls the rates, and the colours with them, towards one half.
         page.get_by_label("Colour by").select_option("refusal rate")
         # the first point's, of those that are drawn
         colour = "plot => plot.calcdata.flatMap(([p]) => [...(p.trace?.marker?.color ?? [])]).find(c => typeof c === 'number')"
-        page.wait_for_function(f"plot => typeof ({colour})(plot) === 'number'", arg=again.element_handle())
+        page.wait_for_function(
+            f"plot => typeof ({colour})(plot) === 'number'", arg=again.element_handle()
+        )
         rate = again.evaluate(colour)
         page.locator(".widget-slider").filter(has_text="Smoothing").locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
-        page.wait_for_function(f"([plot, rate]) => ({colour})(plot) !== rate", arg=[again.element_handle(), rate])
+        page.wait_for_function(
+            f"([plot, rate]) => ({colour})(plot) !== rate", arg=[again.element_handle(), rate]
+        )
         assert again.evaluate(colour) == pytest.approx((20 * rate + 0.5) / 21, abs=1e-3)
 
 
@@ -333,24 +381,40 @@ def test_the_probe_places_what_is_typed_and_the_console_trains_until_it_is_stopp
 
         probe = page.locator(".al-probe")
         plot = probe.locator(".js-plotly-plot")
-        assert not [name for name in titled(plot, "The typed query under each prompt")["traces"] if name.startswith("query, ")]
-        prompts = {"none": "", "default": ask(page, "prompts['default']"), "typed": f"Be careful. {HOSTILE}"}
+        assert not [
+            name
+            for name in titled(plot, "The typed query under each prompt")["traces"]
+            if name.startswith("query, ")
+        ]
+        prompts = {
+            "none": "",
+            "default": ask(page, "prompts['default']"),
+            "typed": f"Be careful. {HOSTILE}",
+        }
         query = f"How to bake bread? {HOSTILE}"
         probe.get_by_label("Safety prompt").fill(prompts["typed"])
         probe.get_by_label("Query").fill(query)
         page.keyboard.press("Tab")
         probe.get_by_text(query).wait_for()
-        page.wait_for_function(f"plot => 'query, typed' in ({DRAWN})(plot).traces", arg=plot.element_handle())
+        page.wait_for_function(
+            f"plot => 'query, typed' in ({DRAWN})(plot).traces", arg=plot.element_handle()
+        )
         placed = f"space.transform(hidden_states(model, pd.DataFrame({{'query_id': ['q'], 'text': [{query!r}]}}), {prompts!r}).states[:, 0])"
         predicted = ask(page, f"refusal.probability({placed}).round(3).tolist()")
         rows = [row.split("\t") for row in probe.locator("table").inner_text().splitlines()]
-        assert [(row[0], float(row[1])) for row in rows[-3:]] == list(zip(prompts, predicted, strict=True))
+        assert [(row[0], float(row[1])) for row in rows[-3:]] == list(
+            zip(prompts, predicted, strict=True)
+        )
         traces = plot.evaluate(DRAWN)["traces"]
         ends = ask(page, f"{placed}[:, :2].tolist()")
-        for (x, y), name in zip(ends, prompts, strict=True):  # a trace runs from the point without a prompt to its own
+        for (x, y), name in zip(
+            ends, prompts, strict=True
+        ):  # a trace runs from the point without a prompt to its own
             x0, y0 = ends[0]
             trace = traces[f"query, {name}"]
-            assert [trace["x"], trace["y"]] == pytest.approx([(x + x0) / 2, (y + y0) / 2], abs=1e-3), name
+            assert [trace["x"], trace["y"]] == pytest.approx(
+                [(x + x0) / 2, (y + y0) / 2], abs=1e-3
+            ), name
         assert_nothing_ran(page)
 
         console = page.locator(".al-console")
@@ -366,16 +430,26 @@ def test_the_probe_places_what_is_typed_and_the_console_trains_until_it_is_stopp
         status.wait_for()
         done = int(status.inner_text().split()[0])
         assert 3 < done < 5000
-        assert ask(page, "[len(console.soft_prompt.history), len(console.figure.data[0].x)]") == [done, done]
-        page.wait_for_function("([plot, n]) => plot.data[0].x.length === n", arg=[plot.element_handle(), done])
+        assert ask(page, "[len(console.soft_prompt.history), len(console.figure.data[0].x)]") == [
+            done,
+            done,
+        ]
+        page.wait_for_function(
+            "([plot, n]) => plot.data[0].x.length === n", arg=[plot.element_handle(), done]
+        )
         expect(console.get_by_role("button", name="Save", exact=True)).to_be_enabled()
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     """The report of the stored notebooks."""
-    stored = {path.stem: nbformat.read(path, as_version=4) for path in sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))}
-    return write_report(stored, tmp_path_factory.mktemp("report") / "report.html", note="Stored outputs")
+    stored = {
+        path.stem: nbformat.read(path, as_version=4)
+        for path in sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    }
+    return write_report(
+        stored, tmp_path_factory.mktemp("report") / "report.html", note="Stored outputs"
+    )
 
 
 def test_the_report_answers_without_a_network(browser, report):
@@ -399,8 +473,12 @@ def test_the_report_answers_without_a_network(browser, report):
         hover.wait_for()
         assert "harmless query" in hover.text_content() and "prompt: none" in hover.text_content()
 
-        plot.locator(".legend .traces", has_text="harmful, default").locator(".legendtoggle").click()
-        page.wait_for_function("plot => plot.data.some(t => t.visible === 'legendonly')", arg=plot.element_handle())
+        plot.locator(".legend .traces", has_text="harmful, default").locator(
+            ".legendtoggle"
+        ).click()
+        page.wait_for_function(
+            "plot => plot.data.some(t => t.visible === 'legendonly')", arg=plot.element_handle()
+        )
         after = group_traces(plot.evaluate(DRAWN))
         assert sorted(set(before) - set(after)) == ["harmful, default"]
 

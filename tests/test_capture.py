@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tiny_models import FAMILIES, PLAIN, PROMPTS, QUERIES, SAFETY, WINDOWED, build, chat, plain_states, relative
+from tiny_models import (
+    FAMILIES,
+    PLAIN,
+    PROMPTS,
+    QUERIES,
+    SAFETY,
+    WINDOWED,
+    build,
+    chat,
+    plain_states,
+    relative,
+)
 
 from analysis_lib.collect import states as capture
 from analysis_lib.collect.responses import sample_responses
@@ -35,7 +46,9 @@ def store(tmp_path):
 
 def soft_prompt(model, length, seed=0, name="soft"):
     scale = float(model.model.get_input_embeddings().weight.std())
-    rows = np.random.default_rng(seed).normal(0, scale, (length, model.hidden_size)).astype(np.float32)
+    rows = (
+        np.random.default_rng(seed).normal(0, scale, (length, model.hidden_size)).astype(np.float32)
+    )
     return SoftPrompt(name, rows, SAFETY, model.fingerprint)
 
 
@@ -48,7 +61,9 @@ def assert_plain(model, queries, prompts, got, layers=LAYERS, limit=CLOSE):
     at = iter(range(len(got.states)))
     for prompt in prompts.values():
         for row in model.render(queries["text"].tolist(), prompt):
-            expected = plain_states(model, row, layers, None if isinstance(prompt, str) else prompt.embeddings)
+            expected = plain_states(
+                model, row, layers, None if isinstance(prompt, str) else prompt.embeddings
+            )
             for mine, plain in zip(got.states[next(at)], expected, strict=True):
                 difference = relative(mine, plain.float())
                 assert difference <= limit, difference
@@ -72,8 +87,15 @@ def test_states_equal_a_plain_forward_pass_of_each_row(family):
 @families
 def test_mixed_text_and_soft_prompts_of_several_lengths(family):
     model = chat(family)
-    prompts = {"a": soft_prompt(model, 2), "none": "", "b": soft_prompt(model, 30, 1), "default": SAFETY}
-    assert_plain(model, QUERIES[:3], prompts, hidden_states(model, QUERIES[:3], prompts, layers=LAYERS))
+    prompts = {
+        "a": soft_prompt(model, 2),
+        "none": "",
+        "b": soft_prompt(model, 30, 1),
+        "default": SAFETY,
+    }
+    assert_plain(
+        model, QUERIES[:3], prompts, hidden_states(model, QUERIES[:3], prompts, layers=LAYERS)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "mixtral", "mamba"])
@@ -89,14 +111,26 @@ def test_order_subset_and_layers_change_no_state(family):
             same = whole.at(layer, query_id=row["query_id"], prompt=row["prompt"])[0]
             assert same.shape == (1, model.hidden_size)
             assert relative(got.at(layer)[0][i], same[0]) <= CLOSE
-    assert_plain(model, QUERIES[2:3], {"p": SAFETY}, hidden_states(model, QUERIES[2:3], {"p": SAFETY}, layers=LAYERS))
+    assert_plain(
+        model,
+        QUERIES[2:3],
+        {"p": SAFETY},
+        hidden_states(model, QUERIES[2:3], {"p": SAFETY}, layers=LAYERS),
+    )
 
 
 def test_equal_texts_under_different_ids_have_equal_states():
-    queries = pd.DataFrame({"query_id": ["a", "b", "c"], "text": ["How do I bake", "How do I bake", "How do I bake bread"]})
+    queries = pd.DataFrame(
+        {
+            "query_id": ["a", "b", "c"],
+            "text": ["How do I bake", "How do I bake", "How do I bake bread"],
+        }
+    )
     model = chat("qwen2")
     got = hidden_states(model, queries, {"p": SAFETY}, layers=LAYERS)
-    assert np.array_equal(got.states[0], got.states[1]) and not np.allclose(got.states[0], got.states[2])
+    assert np.array_equal(got.states[0], got.states[1]) and not np.allclose(
+        got.states[0], got.states[2]
+    )
     assert_plain(model, queries, {"p": SAFETY}, got)
 
 
@@ -110,7 +144,10 @@ def test_many_small_packs_give_the_same_states(family, monkeypatch):
 @pytest.mark.parametrize("family", sorted(WINDOWED))
 def test_windows_are_shorter_than_the_rows_and_matter(family):
     model, wide = chat(family), build(family, sliding_window=512)
-    assert min(len(r.ids) for r in model.render(QUERIES["text"].tolist(), SAFETY)) > 2 * text_config(model.config).sliding_window
+    assert (
+        min(len(r.ids) for r in model.render(QUERIES["text"].tolist(), SAFETY))
+        > 2 * text_config(model.config).sliding_window
+    )
     got = [hidden_states(m, QUERIES, {"p": SAFETY}).states for m in (model, wide)]
     assert relative(*got) > 0.01
 
@@ -120,7 +157,10 @@ def test_windows_are_shorter_than_the_rows_and_matter(family):
 def test_half_precision_is_within_its_tolerance(family, dtype, limit):
     model = build(family, dtype=dtype)
     got = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, n_check=18)
-    assert got.certificate["dtype"] == str(dtype).removeprefix("torch.") and got.certificate["checked"] == 18
+    assert (
+        got.certificate["dtype"] == str(dtype).removeprefix("torch.")
+        and got.certificate["checked"] == 18
+    )
     assert_plain(model, QUERIES, PROMPTS, got, limit=limit)
 
 
@@ -133,7 +173,12 @@ def test_last_states_is_differentiable_like_the_plain_pass():
         rows_of = torch.nn.Parameter(torch.tensor(soft.embeddings, dtype=torch.float64))
         with model.forward.soft_tokens(rows_of):
             if plain:
-                states = torch.stack([model.forward.body(input_ids=torch.tensor([r.ids])).last_hidden_state[0, -1] for r in rows])
+                states = torch.stack(
+                    [
+                        model.forward.body(input_ids=torch.tensor([r.ids])).last_hidden_state[0, -1]
+                        for r in rows
+                    ]
+                )
             else:
                 states, way = last_states(model.forward, [r.ids for r in rows])
                 assert way == "tree"
@@ -159,7 +204,9 @@ def test_at_selects_rows_by_column():
 
 
 def test_unlabelled_rows_match_no_label():
-    queries = QUERIES.assign(harmful=pd.array([True, None, False, None, True, False], dtype="boolean"))
+    queries = QUERIES.assign(
+        harmful=pd.array([True, None, False, None, True, False], dtype="boolean")
+    )
     got = hidden_states(chat("qwen2"), queries, {"p": ""})
     assert [len(got.at(harmful=label)[0]) for label in (True, False)] == [2, 2]
 
@@ -194,7 +241,9 @@ def test_wrong_states_raise_and_nothing_is_stored(store, monkeypatch):
         return states * 1.01, way
 
     monkeypatch.setattr(capture, "last_states", wrong)
-    with pytest.raises(ParityError, match=r"differ from the plain forward pass by 0\.0.*nothing was stored"):
+    with pytest.raises(
+        ParityError, match=r"differ from the plain forward pass by 0\.0.*nothing was stored"
+    ):
         hidden_states(model, QUERIES, PROMPTS, store=store)
     assert store.info()["states_rows"] == 0
     monkeypatch.undo()
@@ -206,7 +255,11 @@ def test_a_tree_without_its_mask_is_found_out(monkeypatch):
     asked, fresh = build("llama"), build("llama")
     assert shares_prefixes(asked.forward)
     right = forward.attention_mask
-    monkeypatch.setattr(forward, "attention_mask", lambda config, see, *rest: right(config, torch.ones_like(see), *rest))
+    monkeypatch.setattr(
+        forward,
+        "attention_mask",
+        lambda config, see, *rest: right(config, torch.ones_like(see), *rest),
+    )
     with pytest.raises(ParityError):
         hidden_states(asked, QUERIES, {"p": SAFETY})
     got = hidden_states(fresh, QUERIES, {"p": SAFETY}, layers=LAYERS)
@@ -229,9 +282,17 @@ def test_stored_states_come_back_bit_for_bit(family, store):
     first = hidden_states(model, QUERIES, prompts, layers=LAYERS, store=store)
     again = hidden_states(model, QUERIES, prompts, layers=LAYERS, store=Store(store.folder))
     assert np.array_equal(first.states, again.states) and first.rows.equals(again.rows)
-    assert (again.certificate["computed"], again.certificate["found"], again.certificate["checked"]) == (0, 24, 0)
-    some = hidden_states(model, QUERIES[::-2], {"soft": prompts["soft"]}, layers=(-1, 1), store=store)
-    assert np.array_equal(some.states, np.stack([first.at(i, prompt="soft")[0][::-2] for i in (-1, 1)], axis=1))
+    assert (
+        again.certificate["computed"],
+        again.certificate["found"],
+        again.certificate["checked"],
+    ) == (0, 24, 0)
+    some = hidden_states(
+        model, QUERIES[::-2], {"soft": prompts["soft"]}, layers=(-1, 1), store=store
+    )
+    assert np.array_equal(
+        some.states, np.stack([first.at(i, prompt="soft")[0][::-2] for i in (-1, 1)], axis=1)
+    )
 
 
 def test_only_what_is_new_is_computed(store):
@@ -261,23 +322,43 @@ def test_queries_of_equal_text_are_found_for_each_other(store):
 def test_other_weights_dtype_template_or_soft_prompt_find_nothing(store):
     model = build("qwen2")
     hidden_states(model, QUERIES, {"p": SAFETY, "s": soft_prompt(model, 3)}, store=store)
-    tokenizer = build("qwen2").tokenizer.__class__(tokenizer_object=model.tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    tokenizer = build("qwen2").tokenizer.__class__(
+        tokenizer_object=model.tokenizer.backend_tokenizer, eos_token="<|im_end|>"
+    )
     tokenizer.chat_template = model.tokenizer.chat_template.replace("'\n'", "' '", 1)
-    others = [build("qwen2", seed=1), build("qwen2", dtype=torch.bfloat16), ChatModel.wrap(model.model, tokenizer)]
+    others = [
+        build("qwen2", seed=1),
+        build("qwen2", dtype=torch.bfloat16),
+        ChatModel.wrap(model.model, tokenizer),
+    ]
     for other in others:
         assert hidden_states(other, QUERIES, {"p": SAFETY}, store=store).certificate["found"] == 0
-    for soft in (soft_prompt(model, 3, seed=1), soft_prompt(model, 2), SoftPrompt.from_text(model, SAFETY, name="t")):
+    for soft in (
+        soft_prompt(model, 3, seed=1),
+        soft_prompt(model, 2),
+        SoftPrompt.from_text(model, SAFETY, name="t"),
+    ):
         assert hidden_states(model, QUERIES, {"s": soft}, store=store).certificate["found"] == 0
-    assert hidden_states(model, QUERIES, {"s": soft_prompt(model, 3)}, store=store).certificate["found"] == 6
+    assert (
+        hidden_states(model, QUERIES, {"s": soft_prompt(model, 3)}, store=store).certificate[
+            "found"
+        ]
+        == 6
+    )
 
 
 def test_one_folder_in_two_dtypes_shares_no_states(store, tmp_path):
     model = chat("qwen2")
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
-    loaded = [ChatModel.load(str(tmp_path / "model"), device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16", "float32")]
+    loaded = [
+        ChatModel.load(str(tmp_path / "model"), device="cpu", dtype=dtype)
+        for dtype in ("float32", "bfloat16", "float32")
+    ]
     assert loaded[0].fingerprint == loaded[1].fingerprint
-    assert [hidden_states(m, QUERIES, {"p": ""}, store=store).certificate["computed"] for m in loaded] == [6, 6, 0]
+    assert [
+        hidden_states(m, QUERIES, {"p": ""}, store=store).certificate["computed"] for m in loaded
+    ] == [6, 6, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -292,14 +373,20 @@ def test_half_precision_states_round_trip(dtype, store):
 
 def test_the_store_knows_what_was_checked(store):
     model = chat("gpt_neox")
-    got = hidden_states(model, QUERIES, {"a": SAFETY, "b": ""}, layers=(0, -1), n_check=4, store=store)
+    got = hidden_states(
+        model, QUERIES, {"a": SAFETY, "b": ""}, layers=(0, -1), n_check=4, store=store
+    )
     assert got.certificate["checked"] == 4
     table = store.ls()
     assert (
-        table["prompts"].item() == "a, b" and table["layers"].item() == "0, -1" and table["rows"].item() == 20
+        table["prompts"].item() == "a, b"
+        and table["layers"].item() == "0, -1"
+        and table["rows"].item() == 20
     )  # two queries are alike
     certificates = [c["certificate"] for c in store.info()["certificates"]]
-    assert sum(c["checked"] for c in certificates) == 4 and {c["way"] for c in certificates} == {"tree"}
+    assert sum(c["checked"] for c in certificates) == 4 and {c["way"] for c in certificates} == {
+        "tree"
+    }
 
 
 def test_every_prompt_that_is_stored_was_checked(store):
@@ -311,16 +398,26 @@ def test_every_prompt_that_is_stored_was_checked(store):
 
 def test_found_states_come_with_the_certificates_they_were_kept_with(store, tmp_path):
     model, about = chat("qwen2"), ("way", "max_abs", "max_rel", "unchecked")
-    first = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, n_check=6, store=store).certificate
+    first = hidden_states(
+        model, QUERIES, PROMPTS, layers=LAYERS, n_check=6, store=store
+    ).certificate
     again = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, store=store).certificate
-    assert [again[key] for key in about] == [first[key] for key in about] == ["tree", first["max_abs"], first["max_rel"], 0]
+    assert (
+        [again[key] for key in about]
+        == [first[key] for key in about]
+        == ["tree", first["max_abs"], first["max_rel"], 0]
+    )
     assert first["max_rel"] > 0 and (again["checked"], again["computed"]) == (0, 0)
     store.compact()
-    compacted = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, store=Store(store.folder)).certificate
+    compacted = hidden_states(
+        model, QUERIES, PROMPTS, layers=LAYERS, store=Store(store.folder)
+    ).certificate
     assert [compacted[key] for key in about] == [first[key] for key in about]
     hidden_states(model, QUERIES[:2], {"more": "x"}, n_check=0, store=store)
     part = hidden_states(model, QUERIES, {"more": "x"}, store=store).certificate
-    assert (part["found"], part["computed"], part["unchecked"]) == (2, 4, 2) and part["way"] == "tree"
+    assert (part["found"], part["computed"], part["unchecked"]) == (2, 4, 2) and part[
+        "way"
+    ] == "tree"
     hidden_states(model, QUERIES, {"one": "y"}, store=store)
     store.compact()  # checked and unchecked rows in one file: which are which is no longer known
     mixed = hidden_states(model, QUERIES, {"more": "x"}, store=store).certificate
@@ -343,7 +440,11 @@ def test_one_more_layer_keeps_no_row_twice(store):
 def test_a_kept_row_of_another_width_is_computed_again(store):
     model = chat("qwen2")
     expected = hidden_states(model, QUERIES[:2], {"p": ""}).states
-    keys = [key for row in capture._keys(model, model.render(QUERIES["text"][:2].tolist()), (-1,)) for key in row]
+    keys = [
+        key
+        for row in capture._keys(model, model.render(QUERIES["text"][:2].tolist()), (-1,))
+        for key in row
+    ]
     store.write_states(keys, np.zeros((2, 7), np.float32), dtype="float32", about={})
     found = hidden_states(model, QUERIES[:2], {"p": ""}, store=store)
     assert found.certificate["computed"] == 2 and relative(found.states, expected) < 1e-6
@@ -352,9 +453,16 @@ def test_a_kept_row_of_another_width_is_computed_again(store):
 def test_states_that_are_not_finite_are_named(monkeypatch):
     model = build("qwen2")
     ids = model.render([QUERIES["text"][3]])[0].ids
-    own = next(i for i in ids if all(i not in r.ids for r in model.render(QUERIES["text"].drop(3).tolist())))
+    own = next(
+        i
+        for i in ids
+        if all(i not in r.ids for r in model.render(QUERIES["text"].drop(3).tolist()))
+    )
     model.model.get_input_embeddings().weight[own] = float("nan")
-    with pytest.raises(ParityError, match=rf"1 of {len(QUERIES)} states .* NaN .*\({re.escape(repr(QUERIES['text'][3][:40]))}\)"):
+    with pytest.raises(
+        ParityError,
+        match=rf"1 of {len(QUERIES)} states .* NaN .*\({re.escape(repr(QUERIES['text'][3][:40]))}\)",
+    ):
         hidden_states(model, QUERIES, {"p": ""})
 
 
@@ -365,7 +473,14 @@ class Bar:
 
     def __init__(self, total, desc, leave, smoothing):
         assert smoothing == 0  # else tqdm's moving average takes what was found for computed
-        self.total, self.desc, self.n, self.initial, self.said, self.closed = total, desc, 0, 0, [], False
+        self.total, self.desc, self.n, self.initial, self.said, self.closed = (
+            total,
+            desc,
+            0,
+            0,
+            [],
+            False,
+        )
         self.bars.append(self)
 
     def set_postfix(self, counts, refresh):
@@ -396,20 +511,35 @@ def test_progress_says_found_and_computed_where_somebody_watches(shown, store, m
     (bar,) = Bar.bars
     assert (bar.total, bar.desc, bar.n, bar.closed) == (10, "states", 10, True)
     assert bar.said == [(1, 0, 1), (1, 2, 1), (1, 4, 1), (1, 4, 1), (1, 6, 1), (1, 8, 1), (1, 9, 1)]
-    sample_responses(model, QUERIES[:2], {"p": ""}, n_samples=2, max_new_tokens=2, store=store, progress=shown)
-    assert (Bar.bars[-1].desc, Bar.bars[-1].n, Bar.bars[-1].total, Bar.bars[-1].closed) == ("responses", 4, 4, True)
+    sample_responses(
+        model, QUERIES[:2], {"p": ""}, n_samples=2, max_new_tokens=2, store=store, progress=shown
+    )
+    assert (Bar.bars[-1].desc, Bar.bars[-1].n, Bar.bars[-1].total, Bar.bars[-1].closed) == (
+        "responses",
+        4,
+        4,
+        True,
+    )
 
 
 def test_a_whole_request_found_in_the_store_loads_no_weights(store, tmp_path, monkeypatch):
     model = chat("qwen2")
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
-    first = hidden_states(ChatModel.load(str(tmp_path / "model"), dtype="float32"), QUERIES, PROMPTS, store=store)
+    first = hidden_states(
+        ChatModel.load(str(tmp_path / "model"), dtype="float32"), QUERIES, PROMPTS, store=store
+    )
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    for device in ("cpu", "auto"):  # spread over devices, where the weights lie is known only once they are loaded
+    for device in (
+        "cpu",
+        "auto",
+    ):  # spread over devices, where the weights lie is known only once they are loaded
         monkeypatch.setattr("analysis_lib.model.loading.find_spec", lambda package: True)
         again = hidden_states(
-            ChatModel.load(str(tmp_path / "model"), dtype="float32", device=device), QUERIES, PROMPTS, store=store
+            ChatModel.load(str(tmp_path / "model"), dtype="float32", device=device),
+            QUERIES,
+            PROMPTS,
+            store=store,
         )
         assert np.array_equal(again.states, first.states) and again.certificate["found"] == 18
         assert again.certificate["peak_bytes"] == 0
@@ -445,7 +575,11 @@ def test_plan_lays_out_every_row_once_over(rows, pack_tokens, line_tokens):
             assert set(np.flatnonzero(sees)) == seen.get(node, set()), "padding sees nothing"
         for line, members in lines.items():
             used = {node % t for node in seen if node // t == line}
-            heads = {tuple(rows[i][: j + 1]) for i in members for j in range(len(plan.prefix), len(rows[i]))}
+            heads = {
+                tuple(rows[i][: j + 1])
+                for i in members
+                for j in range(len(plan.prefix), len(rows[i]))
+            }
             assert used == set(range(len(heads)))
             assert len(used) <= min(pack_tokens, line_tokens or pack_tokens) or len(members) == 1
         distinct += len(seen)
@@ -479,7 +613,11 @@ def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
 
     monkeypatch.setattr(forward, "run_plan", narrow)
     again = hidden_states(model, QUERIES, PROMPTS)
-    assert failures[0] == 4 and again.certificate["way"] == "tree" and again.certificate["peak_bytes"] > 0
+    assert (
+        failures[0] == 4
+        and again.certificate["way"] == "tree"
+        and again.certificate["peak_bytes"] > 0
+    )
     np.testing.assert_allclose(again.states, whole.states, atol=1e-5)
 
 
@@ -488,14 +626,24 @@ def test_the_last_feed_forward_runs_on_last_tokens_alone(family):
     model = build(family)
     widths: list[list[int]] = [[], []]
     for seen, block in zip(widths, (model.forward.blocks[0], model.forward.blocks[-1])):
-        block.mlp.forward = lambda x, seen=seen, run=block.mlp.forward: seen.append(x.shape[:-1].numel()) or run(x)
+        block.mlp.forward = lambda x, seen=seen, run=block.mlp.forward: (
+            seen.append(x.shape[:-1].numel()) or run(x)
+        )
     rows = [(5, 6, 7, *tail) for tail in ((8,), (8, 9), (4, 9, 3), (4, 9, 3))]
     states = last_states(model.forward, rows)[0]
     assert (
         shares_prefixes(model.forward) and widths[0][-2:] == [3, 5] and widths[1][-2:] == [1, 3]
     )  # prefix, then pack: 3 distinct ends
-    assert not model.forward.blocks[0].mlp._forward_hooks and not model.forward.blocks[-1].mlp._forward_hooks
-    plain = torch.cat([model.forward.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:] for row in rows])
+    assert (
+        not model.forward.blocks[0].mlp._forward_hooks
+        and not model.forward.blocks[-1].mlp._forward_hooks
+    )
+    plain = torch.cat(
+        [
+            model.forward.body(input_ids=torch.tensor([row])).last_hidden_state[:, -1:]
+            for row in rows
+        ]
+    )
     assert relative(states, plain) <= 1e-4
 
 

@@ -84,7 +84,10 @@ def test_rendering_is_the_chat_template_of_the_tokenizer(family, system):
     queries = [QUERY, "x", "Ünï — 日本?", "Why [x] {y} #1?"]
     for row, query in zip(model.render(queries, system), queries, strict=True):
         expected = model.tokenizer.apply_chat_template(
-            messages(model, system, query), add_generation_prompt=True, tokenize=True, return_dict=False
+            messages(model, system, query),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
         )
         assert list(row.ids) == expected
         assert row.soft == ""
@@ -99,11 +102,18 @@ def test_slot_holds_exactly_the_tokens_that_overlap_the_system_text(family, syst
     known = text_of(model, encoded).strip()  # what the tokenizer can say of this text
     start, stop = row.slot
     assert known in text_of(model, row.ids[start:stop])
-    if text_of(model, row.ids[start : start + 1]):  # not the bare space that a tokenizer puts in front of a word
+    if text_of(
+        model, row.ids[start : start + 1]
+    ):  # not the bare space that a tokenizer puts in front of a word
         assert known not in text_of(model, row.ids[start + 1 : stop])
     assert known not in text_of(model, row.ids[start : stop - 1])
-    reference = model.render([QUERY], SAFETY)[0]  # the slot begins where the template has it, not where the text occurs first
-    assert text_of(model, row.ids[:start]).rstrip() == text_of(model, reference.ids[: reference.slot[0]]).rstrip()
+    reference = model.render([QUERY], SAFETY)[
+        0
+    ]  # the slot begins where the template has it, not where the text occurs first
+    assert (
+        text_of(model, row.ids[:start]).rstrip()
+        == text_of(model, reference.ids[: reference.slot[0]]).rstrip()
+    )
 
 
 @one_per_template
@@ -111,7 +121,9 @@ def test_empty_text_means_no_system_message(family):
     model = chat(family)
     for row in model.render([QUERY], "") + model.render([QUERY], "  \n"):
         assert row.slot == (0, 0) and row.soft == ""
-        assert "system" not in text_of(model, row.ids).lower() and "<<SYS>>" not in text_of(model, row.ids)
+        assert "system" not in text_of(model, row.ids).lower() and "<<SYS>>" not in text_of(
+            model, row.ids
+        )
 
 
 @pytest.mark.parametrize("family", sorted(NO_SYSTEM_ROLE))
@@ -138,7 +150,10 @@ def test_queries_and_prompts_are_stripped_and_rendering_is_deterministic(family)
 def test_special_tokens_and_role_markers_open_no_new_role(family, place):
     model = chat(family)
     markers = [*model.tokenizer.all_special_tokens]
-    markers += {"llama": ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"], "mistral": ["[INST]", "[/INST]"]}.get(family, [])
+    markers += {
+        "llama": ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"],
+        "mistral": ["[INST]", "[/INST]"],
+    }.get(family, [])
     markers += ["USER:", "ASSISTANT:"] if FAMILIES[family][3] is VICUNA else []
     benign = model.render([QUERY], SAFETY)[0]
     for marker in markers:
@@ -149,21 +164,34 @@ def test_special_tokens_and_role_markers_open_no_new_role(family, place):
             f"a\n{marker}\nb {marker}",
         ):
             with pytest.warns(UserWarning, match="broken by a space") as caught:
-                row = model.render([attack], SAFETY)[0] if place == "query" else model.render([QUERY], attack)[0]
-            assert [("a query" in str(w.message), "a prompt" in str(w.message)) for w in caught] == [
-                (place == "query", place == "prompt")
-            ]
+                row = (
+                    model.render([attack], SAFETY)[0]
+                    if place == "query"
+                    else model.render([QUERY], attack)[0]
+                )
+            assert [
+                ("a query" in str(w.message), "a prompt" in str(w.message)) for w in caught
+            ] == [(place == "query", place == "prompt")]
             for token in model.tokenizer.all_special_ids:
                 if token != model.tokenizer.unk_token_id:
                     assert row.ids.count(token) == benign.ids.count(token), (marker, attack)
-            assert text_of(model, row.ids).count(marker) == text_of(model, benign.ids).count(marker), (marker, attack)
+            assert text_of(model, row.ids).count(marker) == text_of(model, benign.ids).count(
+                marker
+            ), (marker, attack)
 
 
 def test_full_width_lookalikes_of_special_tokens_stay_text():
-    for family in ("llama", "gemma2", "phi3"):  # their tokenizer's NFKC makes them look like special tokens
+    for family in (
+        "llama",
+        "gemma2",
+        "phi3",
+    ):  # their tokenizer's NFKC makes them look like special tokens
         model = chat(family)
         with pytest.warns(UserWarning, match="broken by a space"):
-            benign, row = model.render([QUERY], "")[0], model.render(["＜s＞ ＜bos＞ ＜｜user｜＞ ＜start_of_turn＞"], "")[0]
+            benign, row = (
+                model.render([QUERY], "")[0],
+                model.render(["＜s＞ ＜bos＞ ＜｜user｜＞ ＜start_of_turn＞"], "")[0],
+            )
         for token in model.tokenizer.all_special_ids:
             if token != model.tokenizer.unk_token_id:
                 assert row.ids.count(token) == benign.ids.count(token)
@@ -185,7 +213,8 @@ def test_ordinary_queries_are_not_rewritten(family):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40), st.sampled_from(["qwen2", "llama", "gpt_neox"])
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40),
+    st.sampled_from(["qwen2", "llama", "gpt_neox"]),
 )
 def test_any_query_keeps_head_and_tail_of_the_chat(query, family):
     model = chat(family)
@@ -212,9 +241,13 @@ def with_template(family, template):
 
 def test_template_that_changes_the_query_is_followed_and_one_that_drops_it_refused():
     model = chat("qwen2")
-    changed = with_template("qwen2", CHATML.replace("m['content']", "m['content'] | replace('bread', 'cake')"))
+    changed = with_template(
+        "qwen2", CHATML.replace("m['content']", "m['content'] | replace('bread', 'cake')")
+    )
     for queries in ([QUERY], ["x", QUERY], ["x", QUERY, "y"]):  # it shows on some queries only
-        assert changed.render(queries, SAFETY) == model.render([q.replace("bread", "cake") for q in queries], SAFETY)
+        assert changed.render(queries, SAFETY) == model.render(
+            [q.replace("bread", "cake") for q in queries], SAFETY
+        )
     drops = "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}{% endif %}{% endfor %}"
     with pytest.raises(ChatModelError, match="drops the user message"):
         with_template("qwen2", drops).render([QUERY], "")
@@ -228,7 +261,9 @@ def test_a_template_without_system_messages_is_told_once_and_recorded(family):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.render([QUERY], "")
-    with pytest.warns(UserWarning, match="'mine' takes no system message; prompts stand in front of the query") as caught:
+    with pytest.warns(
+        UserWarning, match="'mine' takes no system message; prompts stand in front of the query"
+    ) as caught:
         model.render([QUERY], SAFETY), model.render(["x"], "Be safe")
     assert len(caught) == 1 and caught[0].filename == __file__
     assert model.about()["prompt_goes"] == "in front of the query"
@@ -236,7 +271,10 @@ def test_a_template_without_system_messages_is_told_once_and_recorded(family):
 
 
 def test_a_template_with_a_system_message_of_its_own_is_told_once_and_recorded():
-    default = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Tiny.<|im_end|>\n{% endif %}" + CHATML
+    default = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Tiny.<|im_end|>\n{% endif %}"
+        + CHATML
+    )
     model = with_template("qwen2", default)
     assert model.renderer.default_system == model.about()["default_system"] == "You are Tiny."
     with pytest.warns(UserWarning, match="'You are Tiny.'") as caught:
@@ -274,7 +312,9 @@ MORE_TURNS = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_the_study_render_as_documented(name):
     made = tokenizer("sentencepiece", VICUNA)
-    model = ChatModel("x", "", None, "cpu", torch.float32, made, chat("mixtral").config, template=name)
+    model = ChatModel(
+        "x", "", None, "cpu", torch.float32, made, chat("mixtral").config, template=name
+    )
     made.chat_template, own = read_template(name), made.chat_template
     try:
         for system, expected in zip(["S!", ""], STUDY_FORMATS[name], strict=True):
@@ -295,7 +335,10 @@ def test_models_of_the_study():
     table = study_models()
     assert set(table["model"]) == set(load_published()[0]["model"]) and len(table) == 8
     assert set(table["template"]) == set(TEMPLATES) == set(STUDY_FORMATS)
-    assert table["revision"].str.fullmatch(r"[0-9a-f]{40}|refs/pr/\d+|").all() and table["hub_id"].is_unique
+    assert (
+        table["revision"].str.fullmatch(r"[0-9a-f]{40}|refs/pr/\d+|").all()
+        and table["hub_id"].is_unique
+    )
     assert table["note"].str.len().gt(10).all()
 
 
@@ -318,7 +361,13 @@ def test_soft_prompt_of_a_text_gives_the_states_of_the_text(family):
     other = soft.embeddings.copy()
     other[-1] = other[-1][::-1]
     with torch.no_grad(), model.forward.soft_tokens(other):
-        assert relative(model.forward.body(input_ids=torch.tensor([soft_row.ids])).last_hidden_state, expected) > 1e-3
+        assert (
+            relative(
+                model.forward.body(input_ids=torch.tensor([soft_row.ids])).last_hidden_state,
+                expected,
+            )
+            > 1e-3
+        )
 
 
 @families
@@ -326,11 +375,16 @@ def test_soft_prompt_of_a_text_gives_the_states_of_the_text(family):
 def test_soft_prompt_may_have_another_length_than_its_text(family, length):
     model = chat(family)
     table = model.model.get_input_embeddings().weight
-    rows = np.random.default_rng(length).normal(0, float(table.std()), (length, model.hidden_size)).astype(np.float32)
+    rows = (
+        np.random.default_rng(length)
+        .normal(0, float(table.std()), (length, model.hidden_size))
+        .astype(np.float32)
+    )
     soft = SoftPrompt("s", rows, SAFETY, model.fingerprint)
     text_row, row = model.render([QUERY], SAFETY)[0], model.render([QUERY], soft)[0]
     assert (
-        row.ids[: row.slot[0]] == text_row.ids[: text_row.slot[0]] and row.ids[row.slot[1] :] == text_row.ids[text_row.slot[1] :]
+        row.ids[: row.slot[0]] == text_row.ids[: text_row.slot[0]]
+        and row.ids[row.slot[1] :] == text_row.ids[text_row.slot[1] :]
     )
     assert row.slot[1] - row.slot[0] == length
     with torch.no_grad(), model.forward.soft_tokens(rows):
@@ -348,14 +402,21 @@ def test_soft_tokens_leave_the_model_bit_for_bit_as_found(family):
         expected = model.model(input_ids=ids).logits
         with model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
             assert model.model.get_input_embeddings() is not base
-            assert torch.equal(model.model(input_ids=ids).logits, expected)  # text rows are the same within, too
-        with pytest.raises(KeyboardInterrupt), model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
+            assert torch.equal(
+                model.model(input_ids=ids).logits, expected
+            )  # text rows are the same within, too
+        with (
+            pytest.raises(KeyboardInterrupt),
+            model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)),
+        ):
             raise KeyboardInterrupt
         assert model.model.get_input_embeddings() is base
         now = dict(model.model.named_modules())
         assert now.keys() == modules.keys() and all(now[k] is m for k, m in modules.items())
         after = model.model.state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+        assert after.keys() == before.keys() and all(
+            torch.equal(after[k], v) for k, v in before.items()
+        )
         assert torch.equal(model.model(input_ids=ids).logits, expected)
 
 
@@ -365,7 +426,9 @@ def test_gradients_reach_the_soft_rows_and_nothing_else(family):
     soft = torch.nn.Parameter(torch.tensor(embed_text(model, SAFETY)))
     row = model.render(["x"], SoftPrompt("s", soft.detach().numpy(), SAFETY, model.fingerprint))[0]
     with model.forward.soft_tokens(soft):
-        model.forward.body(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1].pow(2).sum().backward()
+        model.forward.body(input_ids=torch.tensor([row.ids])).last_hidden_state[0, -1].pow(
+            2
+        ).sum().backward()
     rows = soft.grad.abs().sum(dim=1)
     assert (rows[-3:] > 0).all()  # a window may hide the first ones
     assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
@@ -375,7 +438,10 @@ def test_gradients_reach_the_soft_rows_and_nothing_else(family):
 def test_soft_tokens_of_another_width_are_refused(shape):
     model = chat("qwen2")
     base = model.model.get_input_embeddings()
-    with pytest.raises(ChatModelError, match="32 dimensions"), model.forward.soft_tokens(np.zeros(shape, np.float32)):
+    with (
+        pytest.raises(ChatModelError, match="32 dimensions"),
+        model.forward.soft_tokens(np.zeros(shape, np.float32)),
+    ):
         pass
     assert model.model.get_input_embeddings() is base
 
@@ -402,7 +468,10 @@ def test_bfloat16_soft_tokens_take_part_in_bfloat16():
     with torch.no_grad():
         expected = model.forward.body(input_ids=torch.tensor([rows[0].ids])).last_hidden_state
         with model.forward.soft_tokens(soft.embeddings):
-            assert torch.equal(model.forward.body(input_ids=torch.tensor([rows[1].ids])).last_hidden_state, expected)
+            assert torch.equal(
+                model.forward.body(input_ids=torch.tensor([rows[1].ids])).last_hidden_state,
+                expected,
+            )
 
 
 # --------------------------------------------------------------------------------------------- fingerprint and stop ids
@@ -440,7 +509,9 @@ def test_fingerprint_follows_weights_changed_after_it_was_taken(saved):
         assert len({first, changed, model.fingerprint}) == 3
         with model.forward.soft_tokens(np.ones((2, model.hidden_size), np.float32)):
             inside = model._hashed
-            assert model.fingerprint == inside[1] and model._hashed is inside  # nothing is hashed again
+            assert (
+                model.fingerprint == inside[1] and model._hashed is inside
+            )  # nothing is hashed again
     assert ChatModel.load(str(saved), device="cpu").fingerprint not in (changed, model.fingerprint)
 
 
@@ -466,7 +537,9 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "401" / "offline-gated-network")  # a path that must not steer the advice
+    return shutil.copytree(
+        saved, tmp_path / "401" / "offline-gated-network"
+    )  # a path that must not steer the advice
 
 
 def fails(name, *said, use=False, **options):
@@ -482,9 +555,13 @@ def fails(name, *said, use=False, **options):
 
 def test_a_saved_model_loads_with_the_same_states(saved):
     model, original = ChatModel.load(str(saved), device="cpu"), chat("qwen2")
-    assert model.dtype == torch.float32 and model.render([QUERY], SAFETY) == original.render([QUERY], SAFETY)
+    assert model.dtype == torch.float32 and model.render([QUERY], SAFETY) == original.render(
+        [QUERY], SAFETY
+    )
     row = original.render([QUERY], SAFETY)[0]
-    assert torch.equal(plain_states(model, row, (0, 1, -1)), plain_states(original, row, (0, 1, -1)))
+    assert torch.equal(
+        plain_states(model, row, (0, 1, -1)), plain_states(original, row, (0, 1, -1))
+    )
     assert not model.model.training and not any(p.requires_grad for p in model.model.parameters())
     assert model.stop_ids == original.stop_ids
     assert ChatModel.load(str(saved), dtype="bfloat16").model.dtype == torch.bfloat16
@@ -511,7 +588,9 @@ def test_embeddings_are_read_without_the_rest_of_the_weights(family, shards, tmp
         forbid_weights(patch)
         found = ChatModel.load(str(tmp_path), device="cpu")
         assert np.array_equal(embed_text(found, SAFETY), embed_text(model, SAFETY))
-        assert nearest_tokens(found, embed_text(model, SAFETY)) == nearest_tokens(model, embed_text(model, SAFETY))
+        assert nearest_tokens(found, embed_text(model, SAFETY)) == nearest_tokens(
+            model, embed_text(model, SAFETY)
+        )
         half = ChatModel.load(str(tmp_path), device="cpu", dtype="bfloat16")
         rows = embed_text(half, SAFETY)
     assert np.array_equal(rows, embed_text(ChatModel.wrap(half.model, half.tokenizer), SAFETY))
@@ -519,7 +598,9 @@ def test_embeddings_are_read_without_the_rest_of_the_weights(family, shards, tmp
 
 
 @pytest.mark.parametrize("change", ["another name", "another shape", "no index", "damaged"])
-def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_loaded_model(change, tmp_path, monkeypatch):
+def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_loaded_model(
+    change, tmp_path, monkeypatch
+):
     """Loading says what is wrong, where anything is."""
     folder, name = tmp_path / "model", "model.embed_tokens.weight"
     model = chat("qwen2")
@@ -535,7 +616,11 @@ def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_load
     else:
         tensors = load_file(shard)
         table = tensors.pop(name)
-        save_file(tensors | ({"other": table} if change == "another name" else {name: table[:-1].clone()}), shard)
+        save_file(
+            tensors
+            | ({"other": table} if change == "another name" else {name: table[:-1].clone()}),
+            shard,
+        )
     found = ChatModel.load(str(folder), device="cpu")
     forbid_weights(monkeypatch)
     with pytest.raises((ChatModelError, AssertionError), match="the weights were loaded"):
@@ -546,8 +631,14 @@ def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_load
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("a tensor lacks", r"do not hold 1 of the model's tensors \(model.layers.1.mlp.up_proj.weight\)"),
-        ("all have other names", r"do not hold \d\d of the model's tensors \(\S+, \S+, \S+, \.\.\.\)"),
+        (
+            "a tensor lacks",
+            r"do not hold 1 of the model's tensors \(model.layers.1.mlp.up_proj.weight\)",
+        ),
+        (
+            "all have other names",
+            r"do not hold \d\d of the model's tensors \(\S+, \S+, \S+, \.\.\.\)",
+        ),
         ("more layers", r"do not hold 12 of the model's tensors \(model.layers.3"),
     ],
 )
@@ -564,8 +655,13 @@ def test_weights_that_would_be_drawn_at_random_are_refused(folder, use, change, 
         else:
             tensors = {f"other.{name}": tensor for name, tensor in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    said = r"do not hold \d+ of the model's tensors" if use is load_classifier else said  # and its head
-    with pytest.raises(ChatModelError, match=said + ".*, which would be drawn at random; copy or download the model again"):
+    said = (
+        r"do not hold \d+ of the model's tensors" if use is load_classifier else said
+    )  # and its head
+    with pytest.raises(
+        ChatModelError,
+        match=said + ".*, which would be drawn at random; copy or download the model again",
+    ):
         _ = use(str(folder)).model
 
 
@@ -577,13 +673,21 @@ def sharded(folder):
     return folder, json.loads((folder / "model.safetensors.index.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "sub/x.safetensors", "pytorch_model.bin", "/dev/zero", 3, ["x"]])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "sub/x.safetensors", "pytorch_model.bin", "/dev/zero", 3, ["x"]],
+)
 def test_an_index_may_name_only_safetensors_of_its_own_folder(name, tmp_path):
     folder, index = sharded(tmp_path / "model")
     first = next(iter(index["weight_map"]))
     index["weight_map"][first] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    fails(folder, "model.safetensors.index.json", repr(str(name))[1:-1], "which is no *.safetensors beside it")
+    fails(
+        folder,
+        "model.safetensors.index.json",
+        repr(str(name))[1:-1],
+        "which is no *.safetensors beside it",
+    )
     for damaged in ("", "[]", "{}", '{"weight_map": 1}', "[" * 100_000):
         (folder / "model.safetensors.index.json").write_text(damaged)
         fails(folder, "names no files", "copy or download the model again")
@@ -604,9 +708,17 @@ def test_a_model_with_an_adapter_is_refused(folder, monkeypatch):
     (folder / "adapter_config.json").write_text("{}")
     fails(folder, "holds an adapter beside the model", "merge the adapter")
     read = transformers.utils.cached_file  # a hub that has the folder's files
-    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, *args, **options: read(str(folder), *args, **options))
+    monkeypatch.setattr(
+        transformers.utils,
+        "cached_file",
+        lambda name, *args, **options: read(str(folder), *args, **options),
+    )
     for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
-        monkeypatch.setattr(kind, "from_pretrained", lambda *args, own=kind.from_pretrained, **options: own(str(folder)))
+        monkeypatch.setattr(
+            kind,
+            "from_pretrained",
+            lambda *args, own=kind.from_pretrained, **options: own(str(folder)),
+        )
     fails("org/model", "holds an adapter beside the model")
     (folder / "adapter_config.json").unlink()
     assert ChatModel.load("org/model").name == "org/model"
@@ -615,9 +727,13 @@ def test_a_model_with_an_adapter_is_refused(folder, monkeypatch):
 @pytest.mark.parametrize("use", [ChatModel.load, load_classifier])
 def test_a_configuration_that_names_its_own_weights_is_refused(folder, use):
     """They could lie anywhere, and be pickled."""
-    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "other.safetensors"}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "transformers_weights": "other.safetensors"
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ChatModelError, match="names its own file of weights, which is not read; take the entry"):
+    with pytest.raises(
+        ChatModelError, match="names its own file of weights, which is not read; take the entry"
+    ):
         use(str(folder))
 
 
@@ -629,7 +745,9 @@ def test_a_classifiers_index_may_not_lead_out_of_its_folder(tmp_path):
         load_classifier(str(folder))
 
 
-@pytest.mark.parametrize("entry", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "entry", ["_attn_implementation", "attn_implementation", "experts_implementation"]
+)
 def test_a_configuration_that_asks_for_compiled_code_of_the_hub_is_refused(folder, entry):
     config = json.loads((folder / "config.json").read_text()) | {entry: "someone/kernel"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -639,13 +757,20 @@ def test_a_configuration_that_asks_for_compiled_code_of_the_hub_is_refused(folde
 def test_a_folder_that_changes_under_an_open_model_is_found_out(folder, tmp_path):
     store, other = Store(tmp_path / "store"), build("qwen2", seed=1)
     opened = [ChatModel.load(str(folder), device="cpu") for _ in range(3)]
-    hidden_states(opened[0], QUERIES[:2], {"p": ""}, store=store)  # computed: weights and fingerprint are known
+    hidden_states(
+        opened[0], QUERIES[:2], {"p": ""}, store=store
+    )  # computed: weights and fingerprint are known
     hidden_states(opened[1], QUERIES[:2], {"p": ""}, store=store)  # found: no weights were loaded
     _ = opened[2].model  # loaded: no fingerprint was taken
     other.model.save_pretrained(folder)
-    assert hidden_states(opened[0], QUERIES[:3], {"p": ""}, store=store).certificate["computed"] == 1
+    assert (
+        hidden_states(opened[0], QUERIES[:3], {"p": ""}, store=store).certificate["computed"] == 1
+    )
     for model in opened[1:]:
-        with pytest.raises(ChatModelError, match="changed after the model was opened; open it again with ChatModel.load"):
+        with pytest.raises(
+            ChatModelError,
+            match="changed after the model was opened; open it again with ChatModel.load",
+        ):
             hidden_states(model, QUERIES[:4], {"p": ""}, store=store)
     with pytest.raises(ChatModelError, match="changed after the model was opened"):
         embed_text(opened[1], SAFETY)
@@ -662,7 +787,9 @@ def test_a_model_gives_its_memory_back_and_loads_again(folder, tmp_path):
     held = weakref.ref(model.model)
     model.unload()
     assert held() is None
-    assert np.array_equal(hidden_states(model, QUERIES[:2], {"p": ""}, store=store).states, first) and "model" not in vars(model)
+    assert np.array_equal(
+        hidden_states(model, QUERIES[:2], {"p": ""}, store=store).states, first
+    ) and "model" not in vars(model)
     assert relative(hidden_states(model, QUERIES[:2], {"p": ""}).states, first) < 1e-6
     model.model.lm_head.weight[0, 0] += 1
     changed = model.fingerprint
@@ -678,7 +805,11 @@ def test_a_relative_folder_stays_the_model_it_was(folder, tmp_path, monkeypatch)
     monkeypatch.chdir(folder.parent)
     model = ChatModel.load(folder.name)
     monkeypatch.chdir(tmp_path)
-    assert model.fingerprint == expected and model.name == folder.name and len(embed_text(model, SAFETY))
+    assert (
+        model.fingerprint == expected
+        and model.name == folder.name
+        and len(embed_text(model, SAFETY))
+    )
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "x" * 300, "a\0b", "", "~x"])
@@ -698,12 +829,16 @@ def test_a_damaged_generation_configuration_is_told_and_not_passed_over(folder, 
 def test_a_token_without_an_embedding_is_refused_and_no_soft_token(tmp_path):
     folder = shutil.copytree(ROOT / "organism", tmp_path / "model")
     words = json.loads((folder / "tokenizer.json").read_text())
-    words["added_tokens"].append(dict(words["added_tokens"][0], id=1536, content="cake", special=False))
+    words["added_tokens"].append(
+        dict(words["added_tokens"][0], id=1536, content="cake", special=False)
+    )
     (folder / "tokenizer.json").write_text(json.dumps(words))
     model = ChatModel.load(str(folder))
     assert model.n_embeddings == 1536 == model.tokenizer.convert_tokens_to_ids("cake")
     for prompt in ("", SAFETY, SoftPrompt.from_text(model, SAFETY, name="s")):
-        with pytest.raises(ChatModelError, match="the query 'a cake' has a token .* no embedding for"):
+        with pytest.raises(
+            ChatModelError, match="the query 'a cake' has a token .* no embedding for"
+        ):
             model.render(["bread", "a cake"], prompt)
     with pytest.raises(ChatModelError, match="no embedding for"):
         model.render(["bread"], "Bake no cake.")
@@ -713,10 +848,17 @@ def test_a_token_without_an_embedding_is_refused_and_no_soft_token(tmp_path):
 def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
     model, store = build("qwen2"), Store(tmp_path)
     clean = hidden_states(model, QUERIES, {"p": ""}, store=store).states
-    model.model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers' own hooks change nothing
-    handle = model.forward.blocks[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    model.model(
+        torch.tensor([[1, 2]]), output_hidden_states=True
+    )  # transformers' own hooks change nothing
+    handle = model.forward.blocks[1].register_forward_hook(
+        lambda module, inputs, output: output + 1
+    )
     kept = store.ls()
-    with pytest.warns(UserWarning, match=r"model.layers.1 of 'tiny qwen2' has a forward hook.*nothing is read .* nothing kept"):
+    with pytest.warns(
+        UserWarning,
+        match=r"model.layers.1 of 'tiny qwen2' has a forward hook.*nothing is read .* nothing kept",
+    ):
         assert relative(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean) > 0.1
     with pytest.warns(UserWarning, match="has a forward hook"):
         sample_responses(model, QUERIES, {"q": SAFETY}, n_samples=1, max_new_tokens=2, store=store)
@@ -747,7 +889,10 @@ def test_weights_given_back_within_soft_tokens_leave_the_next_ones_whole(folder)
     with model.forward.soft_tokens(rows):
         model.unload()
         assert len(embed_text(model, SAFETY)) == len(rows)
-    assert model.fingerprint == before and type(model.model.get_input_embeddings()) is torch.nn.Embedding
+    assert (
+        model.fingerprint == before
+        and type(model.model.get_input_embeddings()) is torch.nn.Embedding
+    )
 
 
 def test_two_revisions_are_told_apart():
@@ -763,14 +908,24 @@ def test_an_end_of_sequence_that_is_partly_unknown(folder, end):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({}, {}), ({"dtype": "float32"}, {"ANALYSIS_LIB_DTYPE": "float32"}), ({"dtype": "float64", "device": "cpu"}, {})],
+    [
+        ({}, {}),
+        ({"dtype": "float32"}, {"ANALYSIS_LIB_DTYPE": "float32"}),
+        ({"dtype": "float64", "device": "cpu"}, {}),
+    ],
 )
-def test_only_settings_that_are_not_the_default_are_handed_on(options, expected, folder, monkeypatch):
+def test_only_settings_that_are_not_the_default_are_handed_on(
+    options, expected, folder, monkeypatch
+):
     assert environment_of(ChatModel.load(**options)) == expected
-    assert environment_of(ChatModel.load(str(folder), dtype="bfloat16")) == {"ANALYSIS_LIB_DTYPE": "bfloat16"}
+    assert environment_of(ChatModel.load(str(folder), dtype="bfloat16")) == {
+        "ANALYSIS_LIB_DTYPE": "bfloat16"
+    }
     assert environment_of(ChatModel.load(str(folder))) == {}
     monkeypatch.setattr(room, "find_spec", lambda package: True)
-    assert environment_of(ChatModel.load(str(folder), device="auto")) == {"ANALYSIS_LIB_DEVICE": "auto"}
+    assert environment_of(ChatModel.load(str(folder), device="auto")) == {
+        "ANALYSIS_LIB_DEVICE": "auto"
+    }
 
 
 def test_buffers_are_part_of_the_fingerprint():
@@ -836,7 +991,10 @@ def test_folder_with_truncated_weights(folder):
 
 def test_folder_that_wants_to_run_its_own_code(folder):
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "my_own", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    config |= {
+        "model_type": "my_own",
+        "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
     fails(folder, "never run")
@@ -845,7 +1003,9 @@ def test_folder_that_wants_to_run_its_own_code(folder):
 
 def test_a_tokenizer_that_has_to_be_converted(monkeypatch, saved):
     def lacks(*args, **options):
-        raise ImportError("SpmConverter requires the protobuf library but it was not found in your environment.")
+        raise ImportError(
+            "SpmConverter requires the protobuf library but it was not found in your environment."
+        )
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lacks)
     fails(saved, "pip install sentencepiece protobuf")
@@ -875,15 +1035,33 @@ def test_template_from_a_file_or_by_name_overrides_the_tokenizers(folder, tmp_pa
     file = tmp_path / "mine.jinja"
     file.write_text(VICUNA)
     mine = ChatModel.load(str(folder), template=file)
-    assert mine.render([QUERY], SAFETY) == with_template("qwen2", VICUNA).render([QUERY], SAFETY) != own.render([QUERY], SAFETY)
-    assert mine.fingerprint == own.fingerprint and mine.renderer.template_digest != own.renderer.template_digest
+    assert (
+        mine.render([QUERY], SAFETY)
+        == with_template("qwen2", VICUNA).render([QUERY], SAFETY)
+        != own.render([QUERY], SAFETY)
+    )
+    assert (
+        mine.fingerprint == own.fingerprint
+        and mine.renderer.template_digest != own.renderer.template_digest
+    )
     assert (own.about()["template"], mine.about()["template"]) == ("tokenizer", "mine.jinja")
     (folder / "chat_template.jinja").unlink()
     named = ChatModel.load(str(folder), template="openchat")
-    assert named.renderer.apply("S!", "Q?") == STUDY_FORMATS["openchat"][0].replace("<s>", named.tokenizer.bos_token)
+    assert named.renderer.apply("S!", "Q?") == STUDY_FORMATS["openchat"][0].replace(
+        "<s>", named.tokenizer.bos_token
+    )
     fails(folder, "no chat template", "template=FILE", "vicuna")
-    fails(folder, "no chat template can be read", "nowhere.jinja", "vicuna", template=tmp_path / "nowhere.jinja")
-    for text, said in (("{% for m in messages %}", "TemplateSyntaxError"), ("{{ raise_exception('no!') }}", "no!")):
+    fails(
+        folder,
+        "no chat template can be read",
+        "nowhere.jinja",
+        "vicuna",
+        template=tmp_path / "nowhere.jinja",
+    )
+    for text, said in (
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no!') }}", "no!"),
+    ):
         file.write_text(text)
         fails(folder, "(mine.jinja) cannot be rendered", said, "template=FILE", template=file)
     file.write_text("{{ bos_token }}")
@@ -893,13 +1071,17 @@ def test_template_from_a_file_or_by_name_overrides_the_tokenizers(folder, tmp_pa
 def test_a_model_of_the_study_is_opened_by_its_name_there(saved, monkeypatch):
     asked = []
     files = {path.name: str(path) for path in saved.iterdir()}
-    monkeypatch.setattr(transformers.utils, "cached_file", lambda name, file, **o: files.get(file))  # a hub that is reached
+    monkeypatch.setattr(
+        transformers.utils, "cached_file", lambda name, file, **o: files.get(file)
+    )  # a hub that is reached
     for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
         read = kind.from_pretrained
         monkeypatch.setattr(
             kind,
             "from_pretrained",
-            lambda name, read=read, **options: asked.append((name, options.get("revision"))) or read(saved),
+            lambda name, read=read, **options: (
+                asked.append((name, options.get("revision"))) or read(saved)
+            ),
         )
 
     def opened(name, **options):
@@ -910,7 +1092,10 @@ def test_a_model_of_the_study_is_opened_by_its_name_there(saved, monkeypatch):
 
     known = study_models().set_index("model").loc["vicuna-7b-v1.5"]
     assert opened("vicuna-7b-v1.5") == ("vicuna", {("lmsys/vicuna-7b-v1.5", known["revision"])})
-    assert opened("vicuna-7b-v1.5", revision="r", template="orca-2") == ("orca-2", {("lmsys/vicuna-7b-v1.5", "r")})
+    assert opened("vicuna-7b-v1.5", revision="r", template="orca-2") == (
+        "orca-2",
+        {("lmsys/vicuna-7b-v1.5", "r")},
+    )
     assert opened("lmsys/vicuna-7b-v1.5") == ("tokenizer", {("lmsys/vicuna-7b-v1.5", None)})
 
 
@@ -918,7 +1103,10 @@ def test_a_model_of_the_study_is_opened_by_its_name_there(saved, monkeypatch):
 def test_a_query_longer_than_the_context_is_named(prompt):
     model = chat("llama")
     context = text_config(model.config).max_position_embeddings
-    with pytest.raises(ChatModelError, match=f"'why why .* tokens with its prompt, and the context of .* {context}; shorten"):
+    with pytest.raises(
+        ChatModelError,
+        match=f"'why why .* tokens with its prompt, and the context of .* {context}; shorten",
+    ):
         model.render(["How to bake bread?", "why " * (context + 1)], prompt)
 
 
@@ -944,7 +1132,10 @@ def test_a_damaged_note_of_a_digest_is_not_believed(tmp_path, monkeypatch):
 
 
 def test_device_auto_gives_the_states_of_one_device(saved):
-    spread, one = ChatModel.load(str(saved), device="auto", dtype="float32"), ChatModel.load(str(saved), device="cpu")
+    spread, one = (
+        ChatModel.load(str(saved), device="auto", dtype="float32"),
+        ChatModel.load(str(saved), device="cpu"),
+    )
     assert spread.device == one.device == torch.device("cpu")
     a, b = (hidden_states(model, QUERIES, PROMPTS, layers=(0, 2, -1)) for model in (spread, one))
     assert np.array_equal(a.states, b.states) and spread.fingerprint == one.fingerprint
@@ -960,9 +1151,15 @@ def test_offloaded_blocks_give_the_states_of_one_device(family, tmp_path):
     places = {f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
     parts = ChatModel.wrap(
-        dispatch_model(parts.model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True), parts.tokenizer
+        dispatch_model(
+            parts.model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+        ),
+        parts.tokenizer,
     )
-    assert parts.forward.blocks[1].mlp is not None and next(parts.forward.blocks[1].parameters()).is_meta
+    assert (
+        parts.forward.blocks[1].mlp is not None
+        and next(parts.forward.blocks[1].parameters()).is_meta
+    )
     assert parts.device == torch.device("cpu")
     a, b = (hidden_states(model, QUERIES, PROMPTS, layers=(0, 2, -1)) for model in (parts, whole))
     assert a.certificate["way"] == "tree" and relative(a.states, b.states) <= 1e-5
@@ -972,26 +1169,44 @@ def test_offloaded_blocks_give_the_states_of_one_device(family, tmp_path):
 
 def test_a_model_that_also_takes_images_is_read_through_its_language_part():
     text, own = chat("gemma3").config.to_dict(), chat("gemma3").tokenizer
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     vision |= {"image_size": 28, "patch_size": 14}
-    tokens = {"boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5, "mm_tokens_per_image": 4}
+    tokens = {
+        "boi_token_index": 3,
+        "eoi_token_index": 4,
+        "image_token_index": 5,
+        "mm_tokens_per_image": 4,
+    }
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
     whole = transformers.AutoModelForCausalLM.from_config(config)
     assert type(whole).__name__ == "Gemma3ForConditionalGeneration"
     whole.get_decoder().load_state_dict(chat("gemma3").forward.body.state_dict())
     model = ChatModel.wrap(whole, own)
-    assert (model.n_layers, model.hidden_size, model.n_embeddings) == (3, 32, chat("gemma3").n_embeddings)
+    assert (model.n_layers, model.hidden_size, model.n_embeddings) == (
+        3,
+        32,
+        chat("gemma3").n_embeddings,
+    )
     prompts = {"s": SoftPrompt.from_text(model, SAFETY, name="s"), "default": SAFETY}
     a, b = (hidden_states(m, QUERIES, prompts, layers=(0, 2, -1)) for m in (model, chat("gemma3")))
     assert a.certificate["way"] == "tree" and relative(a.states, b.states) <= 1e-5
     asked = {"n_samples": 2, "max_new_tokens": 6}
-    assert sample_responses(model, QUERIES, prompts, **asked).equals(sample_responses(chat("gemma3"), QUERIES, prompts, **asked))
+    assert sample_responses(model, QUERIES, prompts, **asked).equals(
+        sample_responses(chat("gemma3"), QUERIES, prompts, **asked)
+    )
 
 
 def test_packages_that_lack_are_named(saved, monkeypatch):
     monkeypatch.setattr(room, "find_spec", lambda package: None)
     fails(saved, "device='auto'", "pip install accelerate", device="auto")
-    monkeypatch.setattr(room, "find_spec", lambda package: None if package == "bitsandbytes" else object())
+    monkeypatch.setattr(
+        room, "find_spec", lambda package: None if package == "bitsandbytes" else object()
+    )
     fails(saved, "quantization='4bit'", "pip install bitsandbytes", quantization="4bit")
     fails(saved, "'3bit'", "'8bit' or '4bit'", quantization="3bit")
 
@@ -1010,12 +1225,21 @@ def test_quantized_loading_asks_transformers_for_it_and_is_another_model(saved, 
     prints = {ChatModel.load(str(saved), device="cpu").fingerprint}
     for bits in ("8bit", "4bit"):
         model = ChatModel.load(str(saved), device="cpu", quantization=bits)
-        assert model.model.dtype == model.dtype == torch.bfloat16 and model.about()["quantization"] == bits
-        assert (asked["config"].load_in_8bit, asked["config"].load_in_4bit) == (bits == "8bit", bits == "4bit")
+        assert (
+            model.model.dtype == model.dtype == torch.bfloat16
+            and model.about()["quantization"] == bits
+        )
+        assert (asked["config"].load_in_8bit, asked["config"].load_in_4bit) == (
+            bits == "8bit",
+            bits == "4bit",
+        )
         assert asked["device_map"] == {"": "cpu"}
         prints.add(model.fingerprint)
         soft = torch.zeros(2, model.hidden_size, requires_grad=True)
-        with pytest.raises(ChatModelError, match="load it without quantization to train"), model.forward.soft_tokens(soft):
+        with (
+            pytest.raises(ChatModelError, match="load it without quantization to train"),
+            model.forward.soft_tokens(soft),
+        ):
             pass
         with model.forward.soft_tokens(soft.detach()):
             pass

@@ -26,7 +26,9 @@ from analysis_lib.store.store import Store, row_key
 
 def run(*arguments):
     """In a process of its own, as a user has it."""
-    return subprocess.run([sys.executable, "-m", "analysis_lib", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "analysis_lib", *arguments], capture_output=True, text=True
+    )
 
 
 @pytest.fixture
@@ -52,7 +54,10 @@ def store(tmp_path):
         states = np.full((4, 8), i, dtype=np.float32)
         keys = [row_key(model=model, row=row, i=i) for row in range(4)]
         store.write_states(
-            keys, states, dtype="float32", about={"model": model * 20, "model_name": model, "prompts": ["none"], "layer": -1}
+            keys,
+            states,
+            dtype="float32",
+            about={"model": model * 20, "model_name": model, "prompts": ["none"], "layer": -1},
         )
     first = min(files(store), key=lambda path: path.stat().st_mtime_ns)
     os.utime(first, (time.time() - 40 * 86400,) * 2)
@@ -96,7 +101,10 @@ def test_help_has_examples_that_parse():
         assert cli._parser().parse_args(line[3:]).command == line[3]
 
 
-@pytest.mark.parametrize("command", ["reproduce", "export", "cache", "organism", "download", "cache prune", "organism train"])
+@pytest.mark.parametrize(
+    "command",
+    ["reproduce", "export", "cache", "organism", "download", "cache prune", "organism train"],
+)
 def test_every_command_has_help(call, command):
     code, out, _ = call(*command.split(), "--help")
     assert code == 0 and out.startswith(f"usage: python -m analysis_lib {command}")
@@ -109,13 +117,25 @@ def test_every_command_has_help(call, command):
         ("cash", ["invalid choice: 'cash'"]),
         ("cache", ["required: action"]),
         ("cache list", ["invalid choice: 'list'"]),
-        ("cache prune", ["say what to prune", "--older-than", "--max-bytes", "--model", "--older-formats"]),
+        (
+            "cache prune",
+            ["say what to prune", "--older-than", "--max-bytes", "--model", "--older-formats"],
+        ),
         ("cache prune --dry-run", ["say what to prune"]),
-        ("cache prune --older-than soon", ["--older-than", "'soon' is not an age; write 45m, 12h, 30d or 4w"]),
-        ("cache prune --max-bytes much", ["--max-bytes", "'much' is not a size; write 500MB or 2GB"]),
+        (
+            "cache prune --older-than soon",
+            ["--older-than", "'soon' is not an age; write 45m, 12h, 30d or 4w"],
+        ),
+        (
+            "cache prune --max-bytes much",
+            ["--max-bytes", "'much' is not a size; write 500MB or 2GB"],
+        ),
         ("cache prune --older-formats --max-bytes 0", ["--older-formats goes alone"]),
         ("cache prune --model=", ["--model", "the model's name is empty"]),
-        ("cache compact --dry-run", ["unrecognized arguments: --dry-run"]),  # compact has no dry run, and must not run then
+        (
+            "cache compact --dry-run",
+            ["unrecognized arguments: --dry-run"],
+        ),  # compact has no dry run, and must not run then
         ("organism", ["required: action"]),
         ("organism card --out x", ["unrecognized arguments: --out x"]),
         ("reproduce --jobs 0", ["--jobs", "'0' is no number of notebooks; write 1 or more"]),
@@ -157,13 +177,19 @@ def test_cache_of_an_empty_store(call, tmp_path):
 
 def test_cache_of_a_store_that_is_not_there(call, tmp_path):
     for action in ("ls", "info", "verify", "compact", "prune --max-bytes 0"):
-        fails(call("cache", *action.split(), "--store", tmp_path / "stroe"), "there is no store at", "stroe; check the path")
+        fails(
+            call("cache", *action.split(), "--store", tmp_path / "stroe"),
+            "there is no store at",
+            "stroe; check the path",
+        )
     assert not (tmp_path / "stroe").exists()
 
 
 def test_names_in_a_store_do_not_steer_the_terminal(call, tmp_path):
     about = {"model": "m", "model_name": "\x1b[2J\x9bgone\u202e", "prompts": ["\x1b]0;title\x07"]}
-    Store(tmp_path).write_responses([row_key(row=1)], [{"response": "r", "end": "eos"}], about=about)
+    Store(tmp_path).write_responses(
+        [row_key(row=1)], [{"response": "r", "end": "eos"}], about=about
+    )
     for action in (["ls"], ["info"], ["prune", "--model", "nope"]):
         code, out, err = call("cache", *action, "--store", tmp_path)
         assert not set(out + err) & set("\x1b\x9b\u202e\x07")
@@ -209,11 +235,15 @@ def test_cache_compact_drops_damage(call, store):
 
 def test_cache_prune_dry_run_removes_nothing(call, store):
     before = files(store)
-    code, out, _ = call("cache", "prune", "--older-than", "30d", "--dry-run", "--store", store.folder)
+    code, out, _ = call(
+        "cache", "prune", "--older-than", "30d", "--dry-run", "--store", store.folder
+    )
     assert code == 0 and out.count("would remove") == 1 and files(store) == before
     code, out, _ = call("cache", "prune", "--older-than", "30d", "--store", store.folder)
     assert code == 0 and " removed" in out and len(files(store)) == 2
-    assert call("cache", "prune", "--older-than", "30d", "--store", store.folder)[1].startswith("prune: nothing to report")
+    assert call("cache", "prune", "--older-than", "30d", "--store", store.folder)[1].startswith(
+        "prune: nothing to report"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +261,9 @@ def test_cache_prune_dry_run_removes_nothing(call, store):
 )
 def test_cache_prune(call, store, options, left):
     sizes = [path.stat().st_size for path in files(store)]
-    options = [str(int(1.5 * max(sizes))) if option == "one and a half" else option for option in options]
+    options = [
+        str(int(1.5 * max(sizes))) if option == "one and a half" else option for option in options
+    ]
     assert max(sizes) < 1.1 * min(sizes)
     assert call("cache", "prune", *options, "--store", store.folder)[0] == 0
     assert len(files(store)) == left
@@ -243,7 +275,10 @@ def test_cache_prune_of_a_model_that_is_not_there(call, store, more):
     fails(result, "StoreError", "nothing of a model 'ccc'; it has aaa, bbb")
     assert len(files(store)) == 3
     # A model that is there, and no file of it as old as asked, is no mistake.
-    assert call("cache", "prune", "--model", "bbb", "--older-than", "24h", "--store", store.folder)[0] == 0
+    assert (
+        call("cache", "prune", "--model", "bbb", "--older-than", "24h", "--store", store.folder)[0]
+        == 0
+    )
 
 
 def test_cache_of_an_older_format(call, store):
@@ -262,7 +297,11 @@ def test_cache_of_an_older_format(call, store):
 def test_cache_where_the_store_is_a_file(call, tmp_path):
     (tmp_path / "v1").mkdir()
     (tmp_path / "v1" / "states").write_text("")
-    fails(call("cache", "ls", "--store", tmp_path), "StoreError", "choose another folder with --store or ANALYSIS_LIB_STORE")
+    fails(
+        call("cache", "ls", "--store", tmp_path),
+        "StoreError",
+        "choose another folder with --store or ANALYSIS_LIB_STORE",
+    )
 
 
 # reproduce
@@ -273,12 +312,16 @@ def no_notebooks(monkeypatch):
     """Inputs are checked before any notebook starts."""
     from analysis_lib.report import run_notebooks as notebooks
 
-    monkeypatch.setattr(notebooks, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started"))
+    monkeypatch.setattr(
+        notebooks, "run_notebooks", lambda *a, **k: pytest.fail("the notebooks were started")
+    )
 
 
 def test_reproduce_in_its_own_process_with_a_missing_prompt(tmp_path):
     done = run("reproduce", "--prompt", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "out"))
-    fails((done.returncode, done.stdout, done.stderr), "mine.txt", "cannot be read", "check the path")
+    fails(
+        (done.returncode, done.stdout, done.stderr), "mine.txt", "cannot be read", "check the path"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -318,19 +361,38 @@ def test_reproduce_with_an_unknown_model(call, no_notebooks, tmp_path):
         "give 'organism', an existing model folder or a hub id",
     )
     (tmp_path / "model").mkdir()
-    fails(call("reproduce", "--model", tmp_path / "model"), "holds no config.json", "save_pretrained")
+    fails(
+        call("reproduce", "--model", tmp_path / "model"), "holds no config.json", "save_pretrained"
+    )
     (tmp_path / "model" / "config.json").write_text("{}")
-    fails(call("reproduce", "--model", tmp_path / "model"), "holds no *.safetensors", "safe_serialization=True")
+    fails(
+        call("reproduce", "--model", tmp_path / "model"),
+        "holds no *.safetensors",
+        "safe_serialization=True",
+    )
 
 
 def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
     from analysis_lib.report import reproduce as room
 
     (tmp_path / "p.txt").write_text("Be careful.")
-    (tmp_path / "q.csv").write_text("text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5)
+    (tmp_path / "q.csv").write_text(
+        "text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5
+    )
     given = {}
-    monkeypatch.setattr(room, "reproduce", lambda model, out, **options: given.update(options, model=model.name, out=out) or True)
-    files = ["--prompt", tmp_path / "p.txt", "--queries", tmp_path / "q.csv", "--out", tmp_path / "o"]
+    monkeypatch.setattr(
+        room,
+        "reproduce",
+        lambda model, out, **options: given.update(options, model=model.name, out=out) or True,
+    )
+    files = [
+        "--prompt",
+        tmp_path / "p.txt",
+        "--queries",
+        tmp_path / "q.csv",
+        "--out",
+        tmp_path / "o",
+    ]
     assert call("reproduce", *files, "--jobs", 1, "--form", "vllm", "--to", "safetensors")[0] == 0
     assert given == {
         "model": "organism",
@@ -347,8 +409,21 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
     assert (given["template"], given["forms"], given["jobs"]) == ("vicuna", None, 2)
     monkeypatch.setenv("ANALYSIS_LIB_STORE", "replaced")
     monkeypatch.chdir(tmp_path)
-    call("reproduce", "--heldout", tmp_path / "q.csv", "--heldout", "borderline", "--guard", "organism", "--store", "kept")
-    assert (given["heldout"], given["guard"]) == ([str(tmp_path / "q.csv"), "borderline"], "organism")
+    call(
+        "reproduce",
+        "--heldout",
+        tmp_path / "q.csv",
+        "--heldout",
+        "borderline",
+        "--guard",
+        "organism",
+        "--store",
+        "kept",
+    )
+    assert (given["heldout"], given["guard"]) == (
+        [str(tmp_path / "q.csv"), "borderline"],
+        "organism",
+    )
     assert os.environ["ANALYSIS_LIB_STORE"] == str(tmp_path / "kept")
 
 
@@ -415,14 +490,19 @@ def test_reproduce_leaves_a_folder(call, one_notebook, tmp_path):
         "plotly.min.js" in (out / "figures" / "00_small-1.html").read_text()
         and not (out / "exports" / "dro_mine" / "plain").exists()
     )
-    if not any(line.startswith("No .svg figures") for line in shown.splitlines()):  # no browser to draw them
+    if not any(
+        line.startswith("No .svg figures") for line in shown.splitlines()
+    ):  # no browser to draw them
         assert (out / "figures" / "00_small-1.svg").read_text().startswith("<svg")
 
     summary = json.loads((out / "summary.json").read_text())
     model = ChatModel.load(template="vicuna")
-    assert {**model.about(), "device": "cpu"} == summary["model"] and summary["model"]["template"] == "vicuna"
+    assert {**model.about(), "device": "cpu"} == summary["model"] and summary["model"][
+        "template"
+    ] == "vicuna"
     assert (
-        summary["versions"]["torch"] == torch.__version__.partition("+")[0] or summary["versions"]["torch"] == torch.__version__
+        summary["versions"]["torch"] == torch.__version__.partition("+")[0]
+        or summary["versions"]["torch"] == torch.__version__
     )
     assert summary["prompt"] == {"file": "mine.txt", "text": "You are a careful assistant."}
     (certificate,) = summary["certificates"]
@@ -433,7 +513,10 @@ def test_reproduce_leaves_a_folder(call, one_notebook, tmp_path):
         soft["exports"] == {form: f"exports/dro_mine/{form}" for form in ("peft", "vllm")}
         and "dro_old" not in summary["soft_prompts"]
     )
-    assert summary["notebooks"][0]["error"] is None and summary["tables"] == ["tables/dro_mine_history.csv", "tables/mine.csv"]
+    assert summary["notebooks"][0]["error"] is None and summary["tables"] == [
+        "tables/dro_mine_history.csv",
+        "tables/mine.csv",
+    ]
 
     assert "4 computed" in (out / "report.html").read_text()
     assert call(*command)[0] == 0  # again: nothing is computed twice
@@ -477,25 +560,45 @@ def test_a_pinned_revision_reaches_every_command_and_the_notebooks(call, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.utils, "cached_file", no_hub)
-        for command in (["reproduce"], ["reproduce", "--dry-run"], ["export", tmp_path / "soft.safetensors"]):
-            for pinned in (["--model", "org/model", "--revision", "refs/pr/13"], ["--model", "org/model@refs/pr/13"]):
-                fails(call(*command, *pinned, "--out", tmp_path / "out"), "'org/model@refs/pr/13' is not in the local cache")
+        for command in (
+            ["reproduce"],
+            ["reproduce", "--dry-run"],
+            ["export", tmp_path / "soft.safetensors"],
+        ):
+            for pinned in (
+                ["--model", "org/model", "--revision", "refs/pr/13"],
+                ["--model", "org/model@refs/pr/13"],
+            ):
+                fails(
+                    call(*command, *pinned, "--out", tmp_path / "out"),
+                    "'org/model@refs/pr/13' is not in the local cache",
+                )
                 assert asked.pop() == ("org/model", "refs/pr/13")
-    fails(call("reproduce", "--revision", "v2"), "'organism' is no model of the hub, so it has no revision 'v2'")
+    fails(
+        call("reproduce", "--revision", "v2"),
+        "'organism' is no model of the hub, so it has no revision 'v2'",
+    )
 
     given = {}
-    monkeypatch.setattr(notebooks, "run_notebooks", lambda out, **options: given.update(options) or ())
+    monkeypatch.setattr(
+        notebooks, "run_notebooks", lambda out, **options: given.update(options) or ()
+    )
     model = ChatModel.load(dtype="float32")
     model.name = "org/model@v2"  # as ChatModel.load keeps it
     tmp_path.joinpath("out").mkdir()
     assert room.reproduce(model, tmp_path / "out")
     assert given["model"] == "org/model@v2"
-    assert given["env"] == {"ANALYSIS_LIB_STORE": os.environ["ANALYSIS_LIB_STORE"]}  # float32 is such a model's default here
+    assert given["env"] == {
+        "ANALYSIS_LIB_STORE": os.environ["ANALYSIS_LIB_STORE"]
+    }  # float32 is such a model's default here
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [("--dtype=float12", "unknown dtype 'float12'; give 'float64'"), ("--device=gpu9", "torch has no device 'gpu9' here")],
+    [
+        ("--dtype=float12", "unknown dtype 'float12'; give 'float64'"),
+        ("--device=gpu9", "torch has no device 'gpu9' here"),
+    ],
 )
 def test_a_dtype_or_device_that_is_not_there(call, no_notebooks, monkeypatch, option, words):
     fails(call("reproduce", option), "ChatModelError", words)
@@ -506,7 +609,9 @@ def test_a_dtype_or_device_that_is_not_there(call, no_notebooks, monkeypatch, op
 
 @pytest.mark.parametrize("command", ["reproduce", "export soft.safetensors --out x"])
 def test_a_repositorys_own_code_cannot_be_turned_on(call, command):
-    refused(call(*command.split(), "--trust-remote-code"), "unrecognized arguments: --trust-remote-code")
+    refused(
+        call(*command.split(), "--trust-remote-code"), "unrecognized arguments: --trust-remote-code"
+    )
 
 
 @pytest.mark.parametrize(
@@ -523,7 +628,11 @@ def test_a_repositorys_own_code_cannot_be_turned_on(call, command):
 )
 def test_a_name_near_the_studys_is_put_right(call, no_notebooks, name, meant):
     result = call("reproduce", "--model", name)
-    fails(result, f"'{name}' is not in the local cache and the hub cannot be reached", f"give a local folder{meant}")
+    fails(
+        result,
+        f"'{name}' is not in the local cache and the hub cannot be reached",
+        f"give a local folder{meant}",
+    )
     assert ("similar name" in result[2]) == bool(meant)
 
 
@@ -548,7 +657,12 @@ reproduce.estimate = lambda *a, **k: pd.DataFrame([{"step": s, **numbers} for s 
     command = ["reproduce", "--queries", queries, "--out", tmp_path / "out"]
     code, out, err = main(*command, "--dry-run")
     assert (code, err) == (0, "") and "Would run the notebooks on 'organism'" in out and "8" in out
-    fails(main(*command), "ReproduceError", "the notebooks cannot be run here", "pip install -e '.[notebooks]'")
+    fails(
+        main(*command),
+        "ReproduceError",
+        "the notebooks cannot be run here",
+        "pip install -e '.[notebooks]'",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -556,7 +670,9 @@ def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
     """Not one notebook of it: the kernel ends with it, and the next notebook does not start."""
     import nbformat
 
-    cell = nbformat.v4.new_code_cell("import os, time\nopen('started', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    cell = nbformat.v4.new_code_cell(
+        "import os, time\nopen('started', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
     for name in ("00_small", "01_next"):
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), one_notebook / f"{name}.ipynb")
     code = (
@@ -564,10 +680,16 @@ def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
         f"room.run_notebooks = functools.partial(room.run_notebooks, folder={str(one_notebook)!r});"
         f"sys.exit(cli.main(['reproduce', '--jobs', '1', '--out', {str(tmp_path / 'out')!r}]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     started = one_notebook / "started"
     deadline = time.monotonic() + 120
-    while not (started.is_file() and started.read_text()) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not (started.is_file() and started.read_text())
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.1)
     kernel = int(started.read_text())
     process.send_signal(signal.SIGINT)
@@ -594,13 +716,17 @@ def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, cap
     data = {pictures.PLOTLY_MIME: json.loads(go.Figure(go.Bar(y=[7.25])).to_json())}
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
     notebook = {"03_x": nbformat.v4.new_notebook(cells=[cell])}
-    assert pictures.write_figures(notebook, tmp_path / "figures") == [tmp_path / "figures" / "03_x-1.html"]
+    assert pictures.write_figures(notebook, tmp_path / "figures") == [
+        tmp_path / "figures" / "03_x-1.html"
+    ]
     assert "7.25" in (tmp_path / "figures" / "03_x-1.html").read_text()
     assert "No .svg figures: no Chromium" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["ExportError", "OSError", "RuntimeError"])
-def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkeypatch, tmp_path, kind):
+def test_reproduce_says_that_a_form_cannot_be_written(
+    call, one_notebook, monkeypatch, tmp_path, kind
+):
     """After hours of work: the rest is there, and the summary says what lacks."""
     from analysis_lib.train import export
 
@@ -609,11 +735,15 @@ def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkey
 
     monkeypatch.setattr(export, "_plain", refuses)
     (tmp_path / "mine.txt").write_text("You are a careful assistant.")
-    code, shown, _ = call("reproduce", "--prompt", tmp_path / "mine.txt", "--form", "plain", "--out", tmp_path / "out")
+    code, shown, _ = call(
+        "reproduce", "--prompt", tmp_path / "mine.txt", "--form", "plain", "--out", tmp_path / "out"
+    )
     assert code == 1 and f"Not exported: dro_mine: {kind}: no space left" in shown
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     soft = summary["soft_prompts"]["dro_mine"]
-    assert (soft["error"], soft["exports"]) == (f"{kind}: no space left", {}) and len(soft["sha256"]) == 64
+    assert (soft["error"], soft["exports"]) == (f"{kind}: no space left", {}) and len(
+        soft["sha256"]
+    ) == 64
 
 
 def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_path):
@@ -624,15 +754,24 @@ def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_pat
 
     def cost(model, queries, prompts, *, layers=(-1,), sampling, tuning=None, store):
         asked.append((len(queries), list(prompts), layers, sampling["n_samples"]))
-        steps = ["states", "responses", *(["DRO"] if "harmful" in queries else []), *(["prompt tuning"] if tuning else [])]
+        steps = [
+            "states",
+            "responses",
+            *(["DRO"] if "harmful" in queries else []),
+            *(["prompt tuning"] if tuning else []),
+        ]
         numbers = {"rows": 8, "found": 0, "tokens": 80, "seconds": 60.0, "memory_bytes": 2e9}
         return pd.DataFrame([{"step": step, **numbers} for step in steps])
 
     monkeypatch.setattr(room, "estimate", cost)
     (tmp_path / "mine.txt").write_text("Be careful.")
-    code, out, _ = call("reproduce", "--dry-run", "--prompt", tmp_path / "mine.txt", "--out", tmp_path / "out")
+    code, out, _ = call(
+        "reproduce", "--dry-run", "--prompt", tmp_path / "mine.txt", "--out", tmp_path / "out"
+    )
     assert (
-        code == 0 and "'organism' (float64 on cpu), prompts into the system message" in out and "About 9.3 minutes" in out
+        code == 0
+        and "'organism' (float64 on cpu), prompts into the system message" in out
+        and "About 9.3 minutes" in out
     )  # 4 for the anchor queries, 2 for those held out, 1 for the ablations' responses, 7 x 10 / 40 + 3 / 5 for their trainings
     assert "Not counted: wrapped queries, trials of a weight" in out and "consoles" in out
     assert [line.split()[:-4] for line in out.splitlines() if line.split()[0] == "ablations"] == [
@@ -641,8 +780,16 @@ def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_pat
         ["ablations", "prompt", "tuning", "4"],
     ]
     n_layers = ChatModel.load().n_layers
-    assert asked[0] == (200, ["mine", "none", "default", "short", "mistral"], (*range(n_layers + 1), -1), 20)
-    assert asked[1][:2] == (340, ["none", "default", "short", "mistral", "mine", "trained 1", "trained 2"])
+    assert asked[0] == (
+        200,
+        ["mine", "none", "default", "short", "mistral"],
+        (*range(n_layers + 1), -1),
+        20,
+    )
+    assert asked[1][:2] == (
+        340,
+        ["none", "default", "short", "mistral", "mine", "trained 1", "trained 2"],
+    )
     assert asked[2] == (50, [f"trained {i}" for i in range(1, 9)], (-1,), 5)
     assert not (tmp_path / "out").exists()
 
@@ -655,15 +802,42 @@ def test_the_dry_run_counts_what_notebook_09_trains():
     from analysis_lib.report.run_notebooks import FOLDER
 
     cells = nbformat.read(next(FOLDER.glob("09_*.ipynb")), as_version=4).cells
-    source = next(cell.source for cell in cells if cell.cell_type == "code" and "every, n_samples =" in cell.source)
-    names = {"FULL": False, "rate": {}, "DROConfig": DROConfig, "PromptTuningConfig": PromptTuningConfig}
+    source = next(
+        cell.source
+        for cell in cells
+        if cell.cell_type == "code" and "every, n_samples =" in cell.source
+    )
+    names = {
+        "FULL": False,
+        "rate": {},
+        "DROConfig": DROConfig,
+        "PromptTuningConfig": PromptTuningConfig,
+    }
     exec(source[source.index("dro, tuning =") :], names)
-    trained = [m for m in ablations("default", names["dro"], names["tuning"], **names["rows"]) if isinstance(m.config, DROConfig)]
-    assert (len(trained), {m.config.epochs for m in trained}) == (room.ABLATIONS, {room.ABLATION_EPOCHS})
+    trained = [
+        m
+        for m in ablations("default", names["dro"], names["tuning"], **names["rows"])
+        if isinstance(m.config, DROConfig)
+    ]
+    assert (len(trained), {m.config.epochs for m in trained}) == (
+        room.ABLATIONS,
+        {room.ABLATION_EPOCHS},
+    )
     assert (names["every"], names["n_samples"]) == (room.ABLATION_EVERY, room.ABLATION_SAMPLES)
-    trials = next(cell.source for cell in cells if cell.cell_type == "code" and "cross_validate_unlikelihood(" in cell.source)
-    exec(next(line for line in trials.splitlines() if line.startswith("options =")), names | {"store": None}, names)
-    assert names["tuning"].epochs * (1 + len(names["options"]["weights"])) == room.ABLATION_TUNING_EPOCHS
+    trials = next(
+        cell.source
+        for cell in cells
+        if cell.cell_type == "code" and "cross_validate_unlikelihood(" in cell.source
+    )
+    exec(
+        next(line for line in trials.splitlines() if line.startswith("options =")),
+        names | {"store": None},
+        names,
+    )
+    assert (
+        names["tuning"].epochs * (1 + len(names["options"]["weights"]))
+        == room.ABLATION_TUNING_EPOCHS
+    )
 
 
 # export
@@ -672,16 +846,28 @@ def test_the_dry_run_counts_what_notebook_09_trains():
 def test_export(call, tmp_path):
     from analysis_lib import ChatModel, SoftPrompt
 
-    SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(tmp_path / "s.safetensors")
+    SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(
+        tmp_path / "s.safetensors"
+    )
     code, out, _ = call("export", tmp_path / "s.safetensors", "--out", tmp_path / "all")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["peft", "vllm", "plain"]
-    assert all((tmp_path / "all" / form / "README.md").is_file() for form in ("peft", "vllm", "plain"))
-    code, out, _ = call("export", tmp_path / "s.safetensors", "--form", "vllm", "--out", tmp_path / "one")
+    assert all(
+        (tmp_path / "all" / form / "README.md").is_file() for form in ("peft", "vllm", "plain")
+    )
+    code, out, _ = call(
+        "export", tmp_path / "s.safetensors", "--form", "vllm", "--out", tmp_path / "one"
+    )
     assert code == 0 and [path.name for path in (tmp_path / "one").iterdir()] == ["vllm"]
     fails(call("export", tmp_path / "no.safetensors", "--out", tmp_path), "no.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678")
-    fails(call("export", tmp_path / "bad.safetensors", "--out", tmp_path), "SoftPromptError", "SoftPrompt.save wrote")
-    other = call("export", tmp_path / "s.safetensors", "--template", "vicuna", "--out", tmp_path / "two")
+    fails(
+        call("export", tmp_path / "bad.safetensors", "--out", tmp_path),
+        "SoftPromptError",
+        "SoftPrompt.save wrote",
+    )
+    other = call(
+        "export", tmp_path / "s.safetensors", "--template", "vicuna", "--out", tmp_path / "two"
+    )
     fails(other, "ChatModelError", "chat template")
     assert not (tmp_path / "two").exists()
 
@@ -690,10 +876,16 @@ def test_export_says_what_plain_would_copy(call, monkeypatch, tmp_path):
     from analysis_lib import ChatModel, SoftPrompt
     from analysis_lib.train import export
 
-    SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(tmp_path / "s.safetensors")
+    SoftPrompt.from_text(ChatModel.load(), "You are careful.", name="s").save(
+        tmp_path / "s.safetensors"
+    )
     monkeypatch.setattr(export, "MOST_UNASKED", 1000)
     code, out, _ = call("export", tmp_path / "s.safetensors", "--out", tmp_path / "out")
-    assert code == 0 and out.splitlines()[-1] == "plain left out: it copies 0.01 GB of weights; --form plain writes it"
+    assert (
+        code == 0
+        and out.splitlines()[-1]
+        == "plain left out: it copies 0.01 GB of weights; --form plain writes it"
+    )
     assert not (tmp_path / "out" / "plain").exists()
 
 
@@ -720,7 +912,11 @@ def test_a_reader_that_leaves_is_no_error(store):
 
 def test_an_output_folder_that_cannot_be(call, tmp_path):
     (tmp_path / "file").write_text("")
-    fails(call("reproduce", "--out", tmp_path / "file" / "out"), str(tmp_path / "file"), "check the path")
+    fails(
+        call("reproduce", "--out", tmp_path / "file" / "out"),
+        str(tmp_path / "file"),
+        "check the path",
+    )
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(call, monkeypatch):
@@ -741,7 +937,9 @@ def test_organism_train_hands_on_folder_and_seed(call, monkeypatch, tmp_path):
     from analysis_lib.organism import train as training
 
     given = []
-    monkeypatch.setattr(training, "train", lambda out, seed: given.append((out, seed)) or {"final_loss": 0.25})
+    monkeypatch.setattr(
+        training, "train", lambda out, seed: given.append((out, seed)) or {"final_loss": 0.25}
+    )
     code, out, _ = call("organism", "train", "--out", tmp_path, "--seed", 7)
     assert code == 0 and "final_loss   0.25" in out and f"written to {tmp_path}" in out
     call("organism", "train")
@@ -756,13 +954,23 @@ def test_download_reports_files_and_failures(call, monkeypatch, tmp_path):
     fails(call("download", "--out", tmp_path), "SHA-256", "try another connection")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(download, "download", lambda folder: {"advbench": folder / "advbench.txt"})
-    assert call("download", "--out", tmp_path)[1].split() == ["advbench", str(tmp_path / "advbench.txt")]
+    assert call("download", "--out", tmp_path)[1].split() == [
+        "advbench",
+        str(tmp_path / "advbench.txt"),
+    ]
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_reproduce_needs_queries_that_can_take_the_anchor_sets_place(tmp_path, call, no_notebooks, more):
+def test_reproduce_needs_queries_that_can_take_the_anchor_sets_place(
+    tmp_path, call, no_notebooks, more
+):
     path = tmp_path / "mine.csv"
     path.write_text("text,harmful\n" + "How to bake bread?,false\n" * 9, encoding="utf-8")
     result = call("reproduce", "--queries", path, "--out", tmp_path / "out", *more)
-    fails(result, "DataError", "mine.csv: every query is labelled harmless", "add at least 5 harmful ones")
+    fails(
+        result,
+        "DataError",
+        "mine.csv: every query is labelled harmless",
+        "add at least 5 harmful ones",
+    )
     assert not (tmp_path / "out").exists()

@@ -42,7 +42,9 @@ def test_query_files_are_what_the_grammar_writes(tmp_path):
 def test_built_in_sets():
     tables = {name: load_queries(name) for name in queries.QUERY_SETS}
     labels = {
-        name: tuple(table["harmful"].value_counts(dropna=False).reindex([True, False, pd.NA], fill_value=0))
+        name: tuple(
+            table["harmful"].value_counts(dropna=False).reindex([True, False, pd.NA], fill_value=0)
+        )
         for name, table in tables.items()
     }
     assert labels == {
@@ -70,9 +72,15 @@ def test_published_counts_follow_from_the_published_verdicts():
     summary, complied = load_published()
     keys = ["kind", "query_set", "model", "method", "safety_prompt"]
     assert list(complied.columns) == [*keys, "query", "complied"] and len(complied) == 288 * 100
-    assert complied["complied"].between(0, 20).all() and list(complied["query"]) == [*range(100)] * 288
-    hit = complied["complied"].gt(0).where(complied["kind"] == "harmful", complied["complied"].lt(20))
-    both = summary.merge(hit.groupby([complied[k] for k in keys]).sum().rename("hits").reset_index(), on=keys)
+    assert (
+        complied["complied"].between(0, 20).all() and list(complied["query"]) == [*range(100)] * 288
+    )
+    hit = (
+        complied["complied"].gt(0).where(complied["kind"] == "harmful", complied["complied"].lt(20))
+    )
+    both = summary.merge(
+        hit.groupby([complied[k] for k in keys]).sum().rename("hits").reset_index(), on=keys
+    )
     assert len(both) == 288 and both["hits"].equals(both["count"])
     cell = complied[
         complied["model"].eq("CodeLlama-7b-Instruct-hf")
@@ -87,7 +95,12 @@ def test_importing_the_data_and_judge_rooms_stays_light():
         "import sys; from analysis_lib import is_refusal, load_queries; load_queries('facts'); is_refusal('x');"
         "print([m for m in ('torch', 'transformers', 'plotly', 'ipywidgets') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 # A user's queries
@@ -103,7 +116,9 @@ def test_plain_text_has_no_labels_unless_told(tmp_path):
     table = load_queries(path)
     assert list(table.columns) == COLUMNS
     assert list(table["text"]) == ["How to a?", 'How to b, "c"?', "How to\u2028d?"]
-    assert list(table["query_id"]) == ["mine-0001", "mine-0002", "mine-0003"] and set(table["query_set"]) == {"mine"}
+    assert list(table["query_id"]) == ["mine-0001", "mine-0002", "mine-0003"] and set(
+        table["query_set"]
+    ) == {"mine"}
     assert table["harmful"].isna().all() and table["harmful"].dtype == "boolean"
     assert load_queries(str(path), harmful=True)["harmful"].tolist() == [True] * 3
     assert load_queries(path, harmful=False)["harmful"].tolist() == [False] * 3
@@ -119,7 +134,10 @@ def test_csv_and_jsonl_with_gaps(tmp_path):
     assert from_csv["text"][0] == "one\ntwo"
     assert list(from_csv["query_id"]) == ["a-0001", "mine", "a-0003", "a-0004", "a-0005", "a-0006"]
     assert from_csv["harmful"].tolist() == [True, False, pd.NA, True, False, False]
-    assert list(from_csv.columns) == [*COLUMNS, "form"] and from_csv["form"].tolist() == ["x", *[""] * 5]
+    assert list(from_csv.columns) == [*COLUMNS, "form"] and from_csv["form"].tolist() == [
+        "x",
+        *[""] * 5,
+    ]
     rows = [
         {"text": "a", "harmful": True, "query_id": 7},
         {"text": "b", "harmful": 0},
@@ -128,7 +146,9 @@ def test_csv_and_jsonl_with_gaps(tmp_path):
     ]
     from_jsonl = load_queries(save(tmp_path / "b.jsonl", "\n".join(map(json.dumps, rows))))
     assert from_jsonl["harmful"].tolist() == [True, False, pd.NA, pd.NA]
-    assert from_jsonl["query_id"].tolist() == ["7", "b-0002", "b-0003", "b-0004"] and from_jsonl["query_set"].tolist() == [
+    assert from_jsonl["query_id"].tolist() == ["7", "b-0002", "b-0003", "b-0004"] and from_jsonl[
+        "query_set"
+    ].tolist() == [
         "b",
         "b",
         "b",
@@ -142,11 +162,26 @@ ANCHOR_ROWS = [f"How to do {i}?,{label}" for i in range(5) for label in ("true",
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([*ANCHOR_ROWS, "How?,"], "1 of 11 queries have no label, and every query needs one; fill the column harmful"),
-        (["How?,true"] * 9, "every query is labelled harmful, and both classes are needed; add at least 5 harmless ones"),
-        (["How?,0"] * 3, "every query is labelled harmless, and both classes are needed; add at least 5 harmful ones"),
-        (ANCHOR_ROWS[:-1], "4 harmless queries, and at least 5 of each class are needed; add 1 or more"),
-        (["How?,1", *["How?,0"] * 90], "1 harmful queries, and at least 5 of each class are needed; add 4 or more"),
+        (
+            [*ANCHOR_ROWS, "How?,"],
+            "1 of 11 queries have no label, and every query needs one; fill the column harmful",
+        ),
+        (
+            ["How?,true"] * 9,
+            "every query is labelled harmful, and both classes are needed; add at least 5 harmless ones",
+        ),
+        (
+            ["How?,0"] * 3,
+            "every query is labelled harmless, and both classes are needed; add at least 5 harmful ones",
+        ),
+        (
+            ANCHOR_ROWS[:-1],
+            "4 harmless queries, and at least 5 of each class are needed; add 1 or more",
+        ),
+        (
+            ["How?,1", *["How?,0"] * 90],
+            "1 harmful queries, and at least 5 of each class are needed; add 4 or more",
+        ),
     ],
 )
 def test_what_cannot_take_the_anchor_sets_place(tmp_path, rows, message):
@@ -163,10 +198,20 @@ def test_what_can_take_the_anchor_sets_place(tmp_path):
     pd.testing.assert_frame_equal(load_anchor_queries(path), load_queries(path))
     assert len(load_anchor_queries()) == 200
     # Queries of one pair stand on one side of a split: ten in two pairs are two, and without an id each is its own.
-    for pair, few in ((lambda i: f"p{i % 2}", True), (lambda i: f"p{i // 2}", False), (lambda i: "", False)):
-        path.write_text("\n".join(["text,harmful,pair_id", *(f"{row},{pair(i)}" for i, row in enumerate(ANCHOR_ROWS))]))
+    for pair, few in (
+        (lambda i: f"p{i % 2}", True),
+        (lambda i: f"p{i // 2}", False),
+        (lambda i: "", False),
+    ):
+        path.write_text(
+            "\n".join(
+                ["text,harmful,pair_id", *(f"{row},{pair(i)}" for i, row in enumerate(ANCHOR_ROWS))]
+            )
+        )
         if few:
-            with pytest.raises(DataError, match=r"1 harmful queries \(queries of one pair_id count once\)"):
+            with pytest.raises(
+                DataError, match=r"1 harmful queries \(queries of one pair_id count once\)"
+            ):
                 load_anchor_queries(path)
         else:
             assert len(load_anchor_queries(path)) == 10
@@ -181,14 +226,26 @@ def test_unknown_columns_are_left_out_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "query;text\n1;a\n", r"a\.csv, line 1: no column 'text', only \['query;text'\]; name the"),
+        (
+            "a.csv",
+            "query;text\n1;a\n",
+            r"a\.csv, line 1: no column 'text', only \['query;text'\]; name the",
+        ),
         ("a.csv", "", "a.csv: no query in it; write at least one"),
         ("a.csv", "text\n", "no query in it"),
         ("a.txt", " \n\n", "no query in it"),
         ("a.jsonl", "", "no query in it"),
         ("a.csv", "text,text\na,b\n", "line 1: the column 'text' occurs twice"),
-        ("a.csv", "query_id,text\nx,a\ny,b\nx,c\n", "line 4, column 'query_id': 'x' is the id of line 2 too; give"),
-        ("a.csv", "query_id,text\na-0002,a\n,b\n", "line 3, column 'query_id': 'a-0002' is the id of line 2"),
+        (
+            "a.csv",
+            "query_id,text\nx,a\ny,b\nx,c\n",
+            "line 4, column 'query_id': 'x' is the id of line 2 too; give",
+        ),
+        (
+            "a.csv",
+            "query_id,text\na-0002,a\n,b\n",
+            "line 3, column 'query_id': 'a-0002' is the id of line 2",
+        ),
         (
             "a.csv",
             'text,harmful\n"a\nb",1\nc,maybe\n',
@@ -197,14 +254,22 @@ def test_unknown_columns_are_left_out_with_a_warning(tmp_path):
         ("a.jsonl", '{"text": "a", "harmful": 2}', "line 1, column 'harmful': '2'"),
         ("a.jsonl", '{"text": "a", "harmful": 1.0}', "line 1, column 'harmful': 1.0 is no text"),
         ("a.txt", b"a\nb\xff\n", "a.txt, line 2: not UTF-8 .byte 0xFF.; save the file as UTF-8"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not valid JSON .*; write one object a line"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": \n',
+            "line 2: not valid JSON .*; write one object a line",
+        ),
         ("a.jsonl", "[" * 100_000, "line 1: not valid JSON"),
         ("a.jsonl", '\n{"query": "a"}\n', "line 2: no object with a field 'text'"),
         ("a.jsonl", '"a"', "line 1: no object"),
         ("a.jsonl", '{"text": 7}', "line 1, column 'text': 7 is no text"),
         ("a.csv", "text,form\n ,x\n", "line 2, column 'text': blank; write the query or delete"),
         ("a.jsonl", '{"text": null}', "line 1, column 'text': blank"),
-        ("a.csv", "text,form\na,x\na,b,c\n", "line 3: 3 fields, but the header has 2; put a text with a comma in double quotes"),
+        (
+            "a.csv",
+            "text,form\na,x\na,b,c\n",
+            "line 3: 3 fields, but the header has 2; put a text with a comma in double quotes",
+        ),
         ("a.csv", "text,form\na\n", "line 2: 1 fields, but the header has 2"),
         ("a.csv", 'text\na\n"b" c\n', "line 3: not valid csv"),
         ("a.csv", 'text\na\n"b\nc\n', "line 3: not valid csv"),
@@ -213,9 +278,21 @@ def test_unknown_columns_are_left_out_with_a_warning(tmp_path):
         ("a.jsonl", r'{"text": "a\u0000"}', r"line 1, column 'text': control character U\+0000"),
         ("a.jsonl", r'{"text": "a\ud800"}', r"line 1, column 'text': control character U\+D800"),
         ("a.tsv", "text\na\n", "ends in .csv, .jsonl or .txt"),
-        ("a.jsonl", '{"text": "a", "text": "b"}', "line 1: the field 'text' occurs twice; rename or delete one"),
-        ("a.csv", "text\n" + "x" * 200_000, "line 2: not valid csv .field larger.*; shorten it, or close an open quote"),
-        ("a.txt", "a\n" + "x" * 20_001, "line 2, column 'text': 20,001 characters, the limit is 20,000; shorten it"),
+        (
+            "a.jsonl",
+            '{"text": "a", "text": "b"}',
+            "line 1: the field 'text' occurs twice; rename or delete one",
+        ),
+        (
+            "a.csv",
+            "text\n" + "x" * 200_000,
+            "line 2: not valid csv .field larger.*; shorten it, or close an open quote",
+        ),
+        (
+            "a.txt",
+            "a\n" + "x" * 20_001,
+            "line 2, column 'text': 20,001 characters, the limit is 20,000; shorten it",
+        ),
         ("a.csv", "text,harmful\na," + "x" * 9000, r"column 'harmful': 'x{195}\.\.\.'; write true"),
     ],
 )
@@ -226,7 +303,10 @@ def test_errors_name_file_line_and_remedy(tmp_path, name, content, message):
 
 
 def test_names_and_labels_that_do_not_fit(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no query set 'anchors'; sets: anchor, heldout_harmless, .*download.*advbench"):
+    with pytest.raises(
+        DataError,
+        match="no query set 'anchors'; sets: anchor, heldout_harmless, .*download.*advbench",
+    ):
         load_queries("anchors")
     with pytest.raises(DataError, match=r"gone\.csv: cannot be read .No such file"):
         load_queries(tmp_path / "gone.csv")
@@ -238,12 +318,17 @@ def test_names_and_labels_that_do_not_fit(tmp_path, monkeypatch):
 
 
 texts = (
-    st.text(st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("\t\n\",;'"), max_size=20)
+    st.text(
+        st.characters(exclude_categories=["Cc", "Cs"]) | st.sampled_from("\t\n\",;'"), max_size=20
+    )
     .map(str.strip)
     .filter(bool)
 )
 tables = st.lists(
-    st.tuples(texts, st.sampled_from([True, False, None]), texts), min_size=1, max_size=6, unique_by=lambda row: row[2]
+    st.tuples(texts, st.sampled_from([True, False, None]), texts),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda row: row[2],
 )
 
 
@@ -255,7 +340,10 @@ def test_tables_survive_the_round_trip(tmp_path, rows, suffix):
         if suffix == ".csv":
             csv.writer(file).writerows([("text", "harmful", "query_id"), *rows])
         else:
-            file.writelines(json.dumps(dict(zip(("text", "harmful", "query_id"), row, strict=True))) + "\n" for row in rows)
+            file.writelines(
+                json.dumps(dict(zip(("text", "harmful", "query_id"), row, strict=True))) + "\n"
+                for row in rows
+            )
     table = load_queries(path)
     found = [
         (text, None if label is pd.NA else label, key)
@@ -271,7 +359,8 @@ def test_plain_text_survives_the_round_trip(tmp_path, lines):
 
 
 @given(
-    st.binary(max_size=60) | st.text(max_size=60).map(lambda t: ("text\n" + t).encode(errors="surrogatepass")),
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda t: ("text\n" + t).encode(errors="surrogatepass")),
     st.sampled_from([".csv", ".jsonl", ".txt"]),
 )
 @in_one_folder
@@ -294,16 +383,24 @@ def test_own_prompts_come_after_the_built_in_ones(tmp_path):
     assert list(load_safety_prompts(path).items())[4:] == [("calm", "Be calm.\n\nBe kind.")]
     assert list(load_safety_prompts(str(tmp_path)))[4:] == ["brief", "calm"]
     named = save(tmp_path / "own.json", json.dumps({"b": "B", "a": "A", "none": "-"}))
-    with pytest.raises(DataError, match="'none' is the name of a built-in prompt with another text"):
+    with pytest.raises(
+        DataError, match="'none' is the name of a built-in prompt with another text"
+    ):
         load_safety_prompts(named)
-    named = save(tmp_path / "own.json", json.dumps({"b": "B", "a": "A", "short": SAFETY_PROMPTS["short"]}))
+    named = save(
+        tmp_path / "own.json", json.dumps({"b": "B", "a": "A", "short": SAFETY_PROMPTS["short"]})
+    )
     assert list(load_safety_prompts(named).items())[4:] == [("b", "B"), ("a", "A")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("default.txt", "Other.", "'default' is the name of a built-in prompt with another text; give this one"),
+        (
+            "default.txt",
+            "Other.",
+            "'default' is the name of a built-in prompt with another text; give this one",
+        ),
         ("a.json", '{"x": "1", "x": "2"}', "'x' is the name of another prompt of yours"),
         ("a.txt", " \n", "the prompt 'a' has no text; .* 'none'"),
         ("a.txt", b"\xff", "line 1: not UTF-8"),
@@ -315,7 +412,11 @@ def test_own_prompts_come_after_the_built_in_ones(tmp_path):
         ("a.json", "{}", "not an object of names and texts"),
         ("a.csv", "a", "unknown kind of file; safety prompts come as"),
         *(
-            ("a.json", json.dumps({name: "x"}), "the name .* cannot be part of a file's name; write letters, digits, space")
+            (
+                "a.json",
+                json.dumps({name: "x"}),
+                "the name .* cannot be part of a file's name; write letters, digits, space",
+            )
             for name in ("../../x", "/x", "a\\b", ".x", "..", "a\nb", "a\u202eb", "x" * 101)
         ),
         ("gone.txt", None, "cannot be read"),
@@ -335,9 +436,13 @@ def test_prompt_errors_name_the_file_and_the_remedy(tmp_path, name, content, mes
 @pytest.fixture
 def site(monkeypatch, tmp_path) -> dict[str, bytes]:
     """A stand-in for the study's repository: url -> content, with pins of this content."""
-    contents = {name: "".join(f"{name} {i}\n" for i in range(120)).encode() for name in room.OFFICIAL_SETS}
+    contents = {
+        name: "".join(f"{name} {i}\n" for i in range(120)).encode() for name in room.OFFICIAL_SETS
+    }
     sets = {
-        name: room.OfficialSet(official.path, hashlib.sha256(contents[name]).hexdigest(), official.harmful)
+        name: room.OfficialSet(
+            official.path, hashlib.sha256(contents[name]).hexdigest(), official.harmful
+        )
         for name, official in room.OFFICIAL_SETS.items()
     }
     monkeypatch.setattr(room, "OFFICIAL_SETS", sets)
@@ -357,19 +462,26 @@ def serving(contents: dict[str, bytes], fetched: list[str] | None = None):
 
 
 def test_download_then_load_by_name(site, tmp_path):
-    with pytest.raises(DataError, match="'advbench' is not downloaded; run `python -m analysis_lib download`"):
+    with pytest.raises(
+        DataError, match="'advbench' is not downloaded; run `python -m analysis_lib download`"
+    ):
         load_queries("advbench")
     fetched: list[str] = []
     for _ in range(2):  # the second time nothing is fetched
         files = download(downloader=serving(site, fetched))
-    assert fetched == list(site) and all(url.startswith("https://raw.githubusercontent.com/") for url in site)
+    assert fetched == list(site) and all(
+        url.startswith("https://raw.githubusercontent.com/") for url in site
+    )
     assert sorted(files.values()) == sorted((tmp_path / "cache").iterdir())
     table = load_queries("advbench")
     assert table["harmful"].tolist() == [True] * 100 and set(table["query_set"]) == {"advbench"}
     assert table.iloc[99][["query_id", "text"]].tolist() == ["advbench-0100", "advbench 99"]
     assert load_queries("harmless_testset")["harmful"].tolist() == [False] * 100
     files["advbench"].write_bytes(b"changed\n")
-    with pytest.raises(DataError, match="not the official file .wrong SHA-256.; run `python -m analysis_lib download`"):
+    with pytest.raises(
+        DataError,
+        match="not the official file .wrong SHA-256.; run `python -m analysis_lib download`",
+    ):
         load_queries("advbench")
     download(downloader=serving(site))
     assert len(load_queries("advbench")) == 100
@@ -397,7 +509,8 @@ def test_no_connection_says_what_to_do(site, tmp_path):
         raise requests.ConnectionError("no route")
 
     with pytest.raises(
-        DataError, match=r"custom\.txt: .*no route.*; check the connection, or save the file by hand as .*custom_harmful\.txt"
+        DataError,
+        match=r"custom\.txt: .*no route.*; check the connection, or save the file by hand as .*custom_harmful\.txt",
     ):
         download(tmp_path / "own", downloader=fail)
 
@@ -421,10 +534,15 @@ def test_only_files_of_bounded_size_are_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "zero.csv").symlink_to("/dev/zero")
     for name in ("folder", "pipe", "zero"):
-        with pytest.raises(DataError, match=f"{name}.csv: cannot be read .not a regular file.; give a file"):
+        with pytest.raises(
+            DataError, match=f"{name}.csv: cannot be read .not a regular file.; give a file"
+        ):
             load_queries(tmp_path / f"{name}.csv")
     monkeypatch.setattr(files, "MAX_BYTES", 5)
-    with pytest.raises(DataError, match=r"mine.txt: cannot be read .6 bytes, the limit is 5.; .* split one that is too large"):
+    with pytest.raises(
+        DataError,
+        match=r"mine.txt: cannot be read .6 bytes, the limit is 5.; .* split one that is too large",
+    ):
         load_queries(save(tmp_path / "mine.txt", "123456"))
     for path in ("~nobody-of-this-name/a.csv", "a\x00.csv"):
         with pytest.raises(DataError, match="cannot be read"):
@@ -440,7 +558,9 @@ def test_links_in_a_folder_of_prompts_stay_inside_it(tmp_path):
     (tmp_path / "again").symlink_to(own)  # the folder itself may be named by a link
     assert load_safety_prompts(tmp_path / "again")["calm"] == "Be calm."
     (own / "out.txt").symlink_to(own / ".." / "secret.txt")
-    with pytest.raises(DataError, match=r"out\.txt: a link that leads out of the folder; put the file itself there"):
+    with pytest.raises(
+        DataError, match=r"out\.txt: a link that leads out of the folder; put the file itself there"
+    ):
         load_safety_prompts(own)
 
 
@@ -448,21 +568,34 @@ def test_heldout_sets_are_one_table_without_anchor_queries(tmp_path):
     from analysis_lib.data.queries import HELDOUT_SETS, load_heldout_queries
 
     default = load_heldout_queries()
-    assert list(dict.fromkeys(default["query_set"])) == list(HELDOUT_SETS) and default["query_id"].is_unique
+    assert (
+        list(dict.fromkeys(default["query_set"])) == list(HELDOUT_SETS)
+        and default["query_id"].is_unique
+    )
     mine = tmp_path / "mine.csv"
-    mine.write_text("text,harmful\nHow to bake bread?,false\nHow to rob a train?,true\n", encoding="utf-8")
+    mine.write_text(
+        "text,harmful\nHow to bake bread?,false\nHow to rob a train?,true\n", encoding="utf-8"
+    )
     anchor = load_queries(mine).head(1)
     with pytest.warns(
-        UserWarning, match="1 of .* held-out queries .*mine.csv, borderline.* are among the anchor queries and left out"
+        UserWarning,
+        match="1 of .* held-out queries .*mine.csv, borderline.* are among the anchor queries and left out",
     ):
         kept = load_heldout_queries([mine, "borderline"], anchor)
-    assert kept["text"].tolist()[0] == "How to rob a train?" and len(kept) == 1 + len(load_queries("borderline"))
+    assert kept["text"].tolist()[0] == "How to rob a train?" and len(kept) == 1 + len(
+        load_queries("borderline")
+    )
     assert kept.index.tolist() == list(range(len(kept)))
-    with pytest.raises(DataError, match="every query of the held-out sets .*mine.csv.* is among the anchor queries"):
+    with pytest.raises(
+        DataError, match="every query of the held-out sets .*mine.csv.* is among the anchor queries"
+    ):
         load_heldout_queries([mine], load_queries(mine))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.csv").write_bytes(mine.read_bytes())
-    with pytest.raises(DataError, match="query_id 'mine-0001' occurs twice .* give files different names or ids of their own"):
+    with pytest.raises(
+        DataError,
+        match="query_id 'mine-0001' occurs twice .* give files different names or ids of their own",
+    ):
         load_heldout_queries([mine, tmp_path / "other" / "mine.csv"])
     with pytest.raises(DataError, match="the facts are asked of the embedded model anyway"):
         load_heldout_queries(["facts"])

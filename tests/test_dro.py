@@ -67,18 +67,28 @@ def forbid_training(monkeypatch):
 
 def test_loss_of_a_hand_worked_case():
     """d = 3, k = 1, basis = identity: changes (1, 2, 0) of a harmful and (-2, 0, 4) of a harmless query."""
-    geometry = Geometry(torch.tensor([5.0, 5.0, 5.0]), torch.eye(3), torch.tensor([2.0]), torch.tensor([-1.0]))
+    geometry = Geometry(
+        torch.tensor([5.0, 5.0, 5.0]), torch.eye(3), torch.tensor([2.0]), torch.tensor([-1.0])
+    )
     base = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
     states = base + torch.tensor([[1.0, 2.0, 0.0], [-2.0, 0.0, 4.0]])
     harmful = torch.tensor([1.0, 0.0])
-    refusal = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-4))) / 2  # logits 2 (target 1) and -4 (target 0)
-    harmfulness = (math.log1p(math.exp(1)) + math.log1p(math.exp(2))) / 2  # logits -1 (target 1) and 2 (target 0)
+    refusal = (
+        math.log1p(math.exp(-2)) + math.log1p(math.exp(-4))
+    ) / 2  # logits 2 (target 1) and -4 (target 0)
+    harmfulness = (
+        math.log1p(math.exp(1)) + math.log1p(math.exp(2))
+    ) / 2  # logits -1 (target 1) and 2 (target 0)
     norm = (4 + 0 + 0 + 16) / 4
     loss, parts = dro_loss(states, base, harmful, geometry, DROConfig())
     assert parts["refusal"] == pytest.approx(refusal, rel=1e-6)
     assert parts["harmfulness"] == pytest.approx(harmfulness, rel=1e-6)
     assert parts["norm"] == pytest.approx(norm, rel=1e-6)
-    assert loss.item() == parts["loss"] == pytest.approx(refusal + 0.01 * harmfulness + 0.001 * norm, rel=1e-6)
+    assert (
+        loss.item()
+        == parts["loss"]
+        == pytest.approx(refusal + 0.01 * harmfulness + 0.001 * norm, rel=1e-6)
+    )
     weighted = DROConfig(weight_refusal=0.5, weight_harmfulness=2.0, weight_norm=0.0)
     assert dro_loss(states, base, harmful, geometry, weighted)[1]["loss"] == pytest.approx(
         0.5 * refusal + 2 * harmfulness, rel=1e-6
@@ -108,7 +118,9 @@ def test_training_follows_the_plain_gradient(family, packs):
     """Steps of AdamW on the mean loss of full, unshared forward passes, gradients clipped after backward; in float64."""
     model = build(family, dtype=torch.float64)
     space, refusal, harmfulness = geometry_for(chat(family))
-    config = DROConfig(epochs=4, batch_size=50, learning_rate=0.02, weight_norm=0.1, max_grad_norm=0.04)
+    config = DROConfig(
+        epochs=4, batch_size=50, learning_rate=0.02, weight_norm=0.1, max_grad_norm=0.04
+    )
     basis, *weights = (torch.tensor(a) for a in (space.basis, refusal.weight, harmfulness.weight))
     texts, target = QUERIES["text"].tolist(), torch.tensor(QUERIES["harmful"].to_numpy(float))
     rows = model.render(texts, SoftPrompt.from_text(model, SAFETY, name="s"))
@@ -118,9 +130,16 @@ def test_training_follows_the_plain_gradient(family, packs):
     losses, norms = [], []
     for _ in range(config.epochs):
         optimizer.zero_grad()
-        outs = [model.model(inputs_embeds=embedded(model, r, soft), output_hidden_states=True, use_cache=False) for r in rows]
+        outs = [
+            model.model(
+                inputs_embeds=embedded(model, r, soft), output_hidden_states=True, use_cache=False
+            )
+            for r in rows
+        ]
         change = (torch.stack([out.hidden_states[-1][0, -1] for out in outs]) - base) @ basis
-        terms = [F.binary_cross_entropy_with_logits(change[:, :3] @ weight, target) for weight in weights]
+        terms = [
+            F.binary_cross_entropy_with_logits(change[:, :3] @ weight, target) for weight in weights
+        ]
         loss = terms[0] + 0.01 * terms[1] + 0.1 * change[:, 3:].pow(2).mean()
         loss.backward()
         losses.append(loss.item())
@@ -147,7 +166,12 @@ def test_training_follows_the_plain_gradient(family, packs):
 def test_shared_and_plain_gradients_agree(family, dtype, limit):
     model = build(family, dtype=dtype)
     space, refusal, harmfulness = geometry_for(chat(family))
-    geometry = Geometry(*(torch.tensor(a, dtype=dtype) for a in (space.mean, space.basis, refusal.weight, harmfulness.weight)))
+    geometry = Geometry(
+        *(
+            torch.tensor(a, dtype=dtype)
+            for a in (space.mean, space.basis, refusal.weight, harmfulness.weight)
+        )
+    )
     start = SoftPrompt.from_text(model, SAFETY, name="s")
     rows = model.render(QUERIES["text"].tolist(), start)
     harmful = torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=dtype)
@@ -159,7 +183,14 @@ def test_shared_and_plain_gradients_agree(family, dtype, limit):
             with model.forward.soft_tokens(soft):
                 states = dro.last_states(model.forward, [r.ids for r in rows])[0][:, 0]
         else:
-            outs = [model.model(inputs_embeds=embedded(model, r, soft), output_hidden_states=True, use_cache=False) for r in rows]
+            outs = [
+                model.model(
+                    inputs_embeds=embedded(model, r, soft),
+                    output_hidden_states=True,
+                    use_cache=False,
+                )
+                for r in rows
+            ]
             states = torch.stack([out.hidden_states[-1][0, -1] for out in outs])
         dro_loss(states, base, harmful, geometry, DROConfig(weight_norm=1.0))[0].backward()
         gradients.append(soft.grad)
@@ -168,21 +199,41 @@ def test_shared_and_plain_gradients_agree(family, dtype, limit):
 
 def test_training_starts_at_the_text_and_lowers_its_loss(qwen):
     model, *geometry = qwen
-    got = train_dro(model, QUERIES, SAFETY, *geometry, DROConfig(epochs=15, batch_size=50, learning_rate=5e-3), name="mine")
+    got = train_dro(
+        model,
+        QUERIES,
+        SAFETY,
+        *geometry,
+        DROConfig(epochs=15, batch_size=50, learning_rate=5e-3),
+        name="mine",
+    )
     assert got.name == "mine" and got.start_text == SAFETY and got.model == model.fingerprint
-    assert got.embeddings.dtype == np.float32 and got.embeddings.shape == embed_text(model, SAFETY).shape
+    assert (
+        got.embeddings.dtype == np.float32
+        and got.embeddings.shape == embed_text(model, SAFETY).shape
+    )
     history = got.history
     assert history["refusal"][0] == pytest.approx(math.log(2), rel=1e-4)  # nothing has moved yet
-    assert history["harmfulness"][0] == pytest.approx(math.log(2), rel=1e-4) and history["norm"][0] < 1e-8
+    assert (
+        history["harmfulness"][0] == pytest.approx(math.log(2), rel=1e-4)
+        and history["norm"][0] < 1e-8
+    )
     assert history["loss"].iloc[-1] < 0.6 * history["loss"][0]
     weights = {"refusal": 1, "harmfulness": 0.01, "norm": 0.001}
-    assert np.allclose(history["loss"], sum(w * history[name] for name, w in weights.items()), rtol=1e-5)
+    assert np.allclose(
+        history["loss"], sum(w * history[name] for name, w in weights.items()), rtol=1e-5
+    )
     # what was learned does what the loss says: refusal logit up for harmful, down for harmless queries
     space, refusal, _ = geometry
     states = hidden_states(model, QUERIES, {"text": SAFETY, "soft": got})
     logits = [refusal.logit(space.transform(states.at(prompt=p)[0])) for p in ("text", "soft")]
     change = logits[1] - logits[0]
-    assert change[QUERIES["harmful"].to_numpy(bool)].mean() > 0.3 > -0.3 > change[~QUERIES["harmful"].to_numpy(bool)].mean()
+    assert (
+        change[QUERIES["harmful"].to_numpy(bool)].mean()
+        > 0.3
+        > -0.3
+        > change[~QUERIES["harmful"].to_numpy(bool)].mean()
+    )
 
 
 def test_history_has_one_row_a_step(qwen):
@@ -196,10 +247,30 @@ def test_history_has_one_row_a_step(qwen):
         replace(QUICK, epochs=3, batch_size=2),
         on_step=lambda losses, e: seen.append((losses, e)),
     )
-    assert got.history["step"].tolist() == list(range(1, 10)) and got.history["epoch"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert got.history.columns.tolist() == ["step", "epoch", "loss", "refusal", "harmfulness", "norm", "gradient_norm"]
+    assert got.history["step"].tolist() == list(range(1, 10)) and got.history["epoch"].tolist() == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+        3,
+        3,
+        3,
+    ]
+    assert got.history.columns.tolist() == [
+        "step",
+        "epoch",
+        "loss",
+        "refusal",
+        "harmfulness",
+        "norm",
+        "gradient_norm",
+    ]
     assert got.history.to_dict("records") == [losses for losses, _ in seen]
-    assert np.array_equal(seen[-1][1], got.embeddings) and not np.array_equal(seen[0][1], seen[1][1])
+    assert np.array_equal(seen[-1][1], got.embeddings) and not np.array_equal(
+        seen[0][1], seen[1][1]
+    )
     assert got.config == {"method": "DRO", "learning_rate": 1e-3, "epochs": 3, "batch_size": 2, "weight_refusal": 1.0,
                           "weight_harmfulness": 0.01, "weight_norm": 0.001, "max_grad_norm": 1.0, "seed": 42}  # fmt: skip
 
@@ -223,12 +294,17 @@ def test_a_stopped_training_keeps_what_was_learned_and_is_not_taken_for_a_finish
 def test_equal_runs_are_equal_and_others_are_not(qwen):
     model, *geometry = qwen
     first, again = (train_dro(model, QUERIES, SAFETY, *geometry, QUICK) for _ in range(2))
-    assert np.array_equal(first.embeddings, again.embeddings) and first.history.equals(again.history)
+    assert np.array_equal(first.embeddings, again.embeddings) and first.history.equals(
+        again.history
+    )
     for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"batch_size": 2}, {"epochs": 3}):
         assert not np.array_equal(
-            train_dro(model, QUERIES, SAFETY, *geometry, replace(QUICK, **change)).embeddings, first.embeddings
+            train_dro(model, QUERIES, SAFETY, *geometry, replace(QUICK, **change)).embeddings,
+            first.embeddings,
         )
-    assert not np.array_equal(train_dro(model, QUERIES, "Be safe.", *geometry, QUICK).embeddings[:3], first.embeddings[:3])
+    assert not np.array_equal(
+        train_dro(model, QUERIES, "Be safe.", *geometry, QUICK).embeddings[:3], first.embeddings[:3]
+    )
 
 
 def test_weights_switch_losses_off(qwen):
@@ -236,15 +312,29 @@ def test_weights_switch_losses_off(qwen):
     model, *geometry = qwen
     for name in ("refusal", "harmfulness"):
         alone = {f"weight_{n}": float(n == name) for n in ("refusal", "harmfulness", "norm")}
-        history = train_dro(model, QUERIES, SAFETY, *geometry, DROConfig(epochs=8, learning_rate=5e-3, **alone)).history
-        assert np.allclose(history["loss"], history[name]) and history[name].iloc[-1] < 0.9 * history[name][0]
+        history = train_dro(
+            model, QUERIES, SAFETY, *geometry, DROConfig(epochs=8, learning_rate=5e-3, **alone)
+        ).history
+        assert (
+            np.allclose(history["loss"], history[name])
+            and history[name].iloc[-1] < 0.9 * history[name][0]
+        )
     space, refusal, harmfulness = geometry
     other = replace(harmfulness, weight=-harmfulness.weight)
     off = replace(QUICK, weight_harmfulness=0.0)
-    a, b = (train_dro(model, QUERIES, SAFETY, space, refusal, h, off).embeddings for h in (harmfulness, other))
+    a, b = (
+        train_dro(model, QUERIES, SAFETY, space, refusal, h, off).embeddings
+        for h in (harmfulness, other)
+    )
     assert np.array_equal(a, b)
     free, held = (
-        train_dro(model, QUERIES, SAFETY, *geometry, DROConfig(epochs=15, learning_rate=5e-3, weight_norm=w))
+        train_dro(
+            model,
+            QUERIES,
+            SAFETY,
+            *geometry,
+            DROConfig(epochs=15, learning_rate=5e-3, weight_norm=w),
+        )
         .history["norm"]
         .iloc[-1]
         for w in (0.0, 10.0)
@@ -255,18 +345,38 @@ def test_weights_switch_losses_off(qwen):
 def test_unlabelled_queries_take_no_part(qwen):
     model, *geometry = qwen
     more = pd.concat(
-        [QUERIES, QUERIES[:2].assign(query_id=["u", "v"], text=["Is it?", "Why?"], harmful=pd.array([None] * 2, dtype="boolean"))]
+        [
+            QUERIES,
+            QUERIES[:2].assign(
+                query_id=["u", "v"],
+                text=["Is it?", "Why?"],
+                harmful=pd.array([None] * 2, dtype="boolean"),
+            ),
+        ]
     )
-    a, b = (train_dro(model, queries, SAFETY, *geometry, QUICK).embeddings for queries in (QUERIES, more))
+    a, b = (
+        train_dro(model, queries, SAFETY, *geometry, QUICK).embeddings
+        for queries in (QUERIES, more)
+    )
     assert np.array_equal(a, b)
 
 
 def test_the_model_is_left_as_found(qwen):
     model, *geometry = qwen
-    base, before = model.model.get_input_embeddings(), {k: v.clone() for k, v in model.model.state_dict().items()}
+    base, before = (
+        model.model.get_input_embeddings(),
+        {k: v.clone() for k, v in model.model.state_dict().items()},
+    )
     train_dro(model, QUERIES, SAFETY, *geometry, QUICK)
     with pytest.raises(KeyboardInterrupt):
-        train_dro(model, QUERIES, SAFETY, *geometry, QUICK, on_step=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_dro(
+            model,
+            QUERIES,
+            SAFETY,
+            *geometry,
+            QUICK,
+            on_step=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
     assert model.model.get_input_embeddings() is base
     assert all(torch.equal(v, before[k]) for k, v in model.model.state_dict().items())
     assert all(p.grad is None for p in model.model.parameters())
@@ -276,10 +386,16 @@ def test_the_model_is_left_as_found(qwen):
 def test_a_bfloat16_model_trains_float32_embeddings(dtype):
     model = build("qwen2", dtype=dtype)
     got = train_dro(
-        model, QUERIES, SAFETY, *geometry_for(chat("qwen2")), replace(QUICK, learning_rate=1e-5, epochs=1, batch_size=50)
+        model,
+        QUERIES,
+        SAFETY,
+        *geometry_for(chat("qwen2")),
+        replace(QUICK, learning_rate=1e-5, epochs=1, batch_size=50),
     )
     moved = np.abs(got.embeddings - embed_text(model, SAFETY))
-    assert got.embeddings.dtype == np.float32 and 0 < moved.max() < 2e-5  # steps far below bfloat16's spacing are kept
+    assert (
+        got.embeddings.dtype == np.float32 and 0 < moved.max() < 2e-5
+    )  # steps far below bfloat16's spacing are kept
 
 
 def test_finished_trainings_are_read_from_the_store(qwen, store, monkeypatch):
@@ -292,16 +408,31 @@ def test_finished_trainings_are_read_from_the_store(qwen, store, monkeypatch):
         (QUICK, QUERIES, "Be safe.", geometry),
         (QUICK, QUERIES, SAFETY, [geometry[0], geometry[2], geometry[1]]),
         (QUICK, QUERIES, SAFETY, [replace(geometry[0], mean=geometry[0].mean + 1), *geometry[1:]]),
-        (QUICK, QUERIES, SAFETY, [replace(geometry[0], basis=geometry[0].basis[:, ::-1].copy()), *geometry[1:]]),
+        (
+            QUICK,
+            QUERIES,
+            SAFETY,
+            [replace(geometry[0], basis=geometry[0].basis[:, ::-1].copy()), *geometry[1:]],
+        ),
     ]
     with monkeypatch.context() as patch:
         forbid_training(patch)
-        again = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, name="b", store=Store(store.folder))
+        again = train_dro(
+            model, QUERIES, SAFETY, *geometry, QUICK, name="b", store=Store(store.folder)
+        )
         assert again.name == "b" and np.array_equal(again.embeddings, first.embeddings)
         pd.testing.assert_frame_equal(again.history, first.history, check_exact=True)
         assert again.config == first.config and again.start_text == SAFETY
         steps = []
-        train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store, on_step=lambda *_: steps.append(1))
+        train_dro(
+            model,
+            QUERIES,
+            SAFETY,
+            *geometry,
+            QUICK,
+            store=store,
+            on_step=lambda *_: steps.append(1),
+        )
         assert steps == []
         for config, queries, prompt, (space, refusal, harmfulness) in others:
             with pytest.raises(AssertionError, match="trained again"):
@@ -316,9 +447,13 @@ def test_a_training_under_a_forward_hook_is_neither_read_nor_kept(store):
     geometry = geometry_for(model)
     clean = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store)
     kept = store.ls()
-    handle = model.forward.blocks[1].register_forward_hook(lambda module, inputs, output: output * 1.5)
+    handle = model.forward.blocks[1].register_forward_hook(
+        lambda module, inputs, output: output * 1.5
+    )
     for config in (QUICK, replace(QUICK, seed=1)):
-        with pytest.warns(UserWarning, match="has a forward hook.*nothing is read from the store and nothing kept"):
+        with pytest.warns(
+            UserWarning, match="has a forward hook.*nothing is read from the store and nothing kept"
+        ):
             steered = train_dro(model, QUERIES, SAFETY, *geometry, config, store=store)
         assert not np.array_equal(steered.embeddings, clean.embeddings)
     handle.remove()
@@ -357,34 +492,49 @@ def test_an_interrupted_training_goes_on_where_it_was(method, dtype, store, monk
 
         if method == "DRO":
             config = DROConfig(epochs=4, batch_size=3, learning_rate=1e-3)
-            return train_dro(model, QUERIES, SAFETY, *geometry, config, name="a", on_step=step, store=kept)
+            return train_dro(
+                model, QUERIES, SAFETY, *geometry, config, name="a", on_step=step, store=kept
+            )
         tuning = PromptTuningConfig(epochs=4, batch_size=1)
-        return train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, tuning, name="a", on_step=step, store=kept)
+        return train_prompt_tuning(
+            model, QUERIES, JUDGED, SAFETY, tuning, name="a", on_step=step, store=kept
+        )
 
     unbroken = train(kept=None)
     n = len(unbroken.history)
     assert seen == list(range(1, n + 1)) and n % 4 == 0
     per_epoch = n // 4
-    for at, first in ((per_epoch + 1, 1), (3 * per_epoch, per_epoch + 1), (2 * per_epoch + 1, 2 * per_epoch + 1)):
+    for at, first in (
+        (per_epoch + 1, 1),
+        (3 * per_epoch, per_epoch + 1),
+        (2 * per_epoch + 1, 2 * per_epoch + 1),
+    ):
         seen.clear()
         with pytest.raises(KeyboardInterrupt):
             train(at)
         assert seen[0] == first
-        assert store.ls().set_index("kind")["layers"].to_dict() == {"states": "checkpoint", "responses": "checkpoint"}
+        assert store.ls().set_index("kind")["layers"].to_dict() == {
+            "states": "checkpoint",
+            "responses": "checkpoint",
+        }
         assert store.ls()["files"].tolist() == [1, 1]  # the last checkpoint alone
     seen.clear()
     resumed = train()
     assert seen[0] == 2 * per_epoch + 1
     assert np.array_equal(resumed.embeddings, unbroken.embeddings)
     pd.testing.assert_frame_equal(resumed.history, unbroken.history, check_exact=True)
-    assert store.ls()["layers"].tolist() == ["soft tokens"] * 2 and store.ls()["files"].tolist() == [1, 1]
+    assert store.ls()["layers"].tolist() == ["soft tokens"] * 2 and store.ls()[
+        "files"
+    ].tolist() == [1, 1]
 
 
 def test_a_checkpoint_that_cannot_be_kept_ends_no_training(qwen, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     model, *geometry = qwen
     with pytest.warns(UserWarning) as told:
-        got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path))
+        got = train_dro(
+            model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path)
+        )
     assert [str(w.message).partition(":")[0] for w in told] == [
         "no checkpoint of the training of 'mine' is kept", "the training of 'mine' is returned but not kept"
     ]  # fmt: skip
@@ -403,14 +553,23 @@ def test_a_damaged_checkpoint_is_told_and_the_training_begins_anew(qwen, store, 
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.warns(StoreDamage, match="rows fail their checksum"):
         got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=Store(store.folder))
-    assert np.array_equal(got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings)
+    assert np.array_equal(
+        got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings
+    )
 
 
 def test_a_training_is_returned_where_it_cannot_be_kept(qwen, tmp_path):
     model, *geometry = qwen
-    with pytest.warns(UserWarning, match=r"the training of 'mine' is returned but not kept: cannot write to the store"):
-        got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path / "empty"))
-    assert np.array_equal(got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings)
+    with pytest.warns(
+        UserWarning,
+        match=r"the training of 'mine' is returned but not kept: cannot write to the store",
+    ):
+        got = train_dro(
+            model, QUERIES, SAFETY, *geometry, QUICK, name="mine", store=Broken(tmp_path / "empty")
+        )
+    assert np.array_equal(
+        got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings
+    )
 
 
 class Broken(Store):
@@ -426,9 +585,13 @@ def test_bad_trainings_are_refused(qwen):
         with pytest.raises(ValueError, match="queries of both classes"):
             train_dro(model, queries, SAFETY, space, refusal, harmfulness, QUICK)
     with pytest.raises(ValueError, match="lack the column harmful"):
-        train_dro(model, QUERIES.drop(columns="harmful"), SAFETY, space, refusal, harmfulness, QUICK)
+        train_dro(
+            model, QUERIES.drop(columns="harmful"), SAFETY, space, refusal, harmfulness, QUICK
+        )
     with pytest.raises(ValueError, match="the space has 3 components, the directions 2 and 3"):
-        train_dro(model, QUERIES, SAFETY, space, Direction("r", np.ones(2), 0.0), harmfulness, QUICK)
+        train_dro(
+            model, QUERIES, SAFETY, space, Direction("r", np.ones(2), 0.0), harmfulness, QUICK
+        )
     narrow = AnchorSpace.fit(np.random.default_rng(0).normal(size=(10, 16)), k=3)
     with pytest.raises(ValueError, match="16 dimensions.* 32"):
         train_dro(model, QUERIES, SAFETY, narrow, refusal, harmfulness, QUICK)
@@ -441,7 +604,14 @@ def test_bad_trainings_are_refused(qwen):
 
 @pytest.mark.parametrize("config", [DROConfig, PromptTuningConfig])
 @pytest.mark.parametrize(
-    "change", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"max_grad_norm": -1.0}]
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"max_grad_norm": -1.0},
+    ],
 )
 def test_bad_configurations_are_refused(config, change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -464,7 +634,12 @@ JUDGED = pd.DataFrame(
         ("q0", "I cannot answer.", 1.0, "length"),  # good, no end token
         ("q0", "Sure, here is how", 0.0, "eos"),  # bad
         ("q1", "Sure", 0.0, "eos"),  # good, much shorter than the others
-        ("q1", "I am sorry, but I cannot help with that, as an assistant I answer questions about the kitchen wall.", 1.0, "eos"),
+        (
+            "q1",
+            "I am sorry, but I cannot help with that, as an assistant I answer questions about the kitchen wall.",
+            1.0,
+            "eos",
+        ),
         ("q2", "Sure, here is how", 0.0, "stop_when"),
         ("q3", "nobody judged this", np.nan, "eos"),
         ("q4", "", 1.0, "eos"),  # the end token alone
@@ -484,11 +659,16 @@ def plain_tuning_loss(model, soft, judged, config):
         if r.query_id not in texts.index or np.isnan(r.refused):
             continue
         ids = model.tokenizer(r.response, add_special_tokens=False)["input_ids"]
-        ids = (ids + [model.tokenizer.eos_token_id] * (r.end == "eos"))[: config.max_response_tokens]
+        ids = (ids + [model.tokenizer.eos_token_id] * (r.end == "eos"))[
+            : config.max_response_tokens
+        ]
         if not ids:
             continue
         head = embedded(model, model.render([texts[r.query_id]], start)[0], soft)
-        inputs = torch.cat([head, model.model.get_input_embeddings()(torch.tensor([ids[:-1]], dtype=torch.long))], dim=1)
+        inputs = torch.cat(
+            [head, model.model.get_input_embeddings()(torch.tensor([ids[:-1]], dtype=torch.long))],
+            dim=1,
+        )
         logits = model.model(inputs_embeds=inputs, use_cache=False).logits[0, -len(ids) :]
         p = torch.softmax(logits, dim=-1)[range(len(ids)), ids]
         good = bool(r.refused) == bool(labels[r.query_id])
@@ -501,7 +681,9 @@ def plain_tuning_loss(model, soft, judged, config):
 @pytest.mark.parametrize("max_response_tokens", [100, 3])
 def test_tuning_loss_and_gradient_equal_one_response_at_a_time(family, max_response_tokens, packs):
     model = build(family, dtype=torch.float64)
-    config = PromptTuningConfig(epochs=1, batch_size=50, weight_unlikelihood=0.3, max_response_tokens=max_response_tokens)
+    config = PromptTuningConfig(
+        epochs=1, batch_size=50, weight_unlikelihood=0.3, max_response_tokens=max_response_tokens
+    )
     soft = torch.nn.Parameter(torch.tensor(embed_text(model, SAFETY), dtype=torch.float64))
     good, bad = plain_tuning_loss(model, soft, JUDGED, config)
     loss = good + 0.3 * bad
@@ -536,18 +718,32 @@ def test_tuning_in_batches_of_queries_lowers_its_loss(store, monkeypatch):
     by_epoch = got.history.groupby("epoch")["likelihood"].mean()
     assert by_epoch.iloc[-1] < 0.9 * by_epoch.iloc[0]
     assert got.config["method"] == "prompt tuning" and got.start_text == SAFETY
-    assert np.array_equal(train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, config).embeddings, got.embeddings)
+    assert np.array_equal(
+        train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, config).embeddings, got.embeddings
+    )
     forbid_training(monkeypatch)
-    assert np.array_equal(train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, config, store=store).embeddings, got.embeddings)
+    assert np.array_equal(
+        train_prompt_tuning(model, QUERIES, JUDGED, SAFETY, config, store=store).embeddings,
+        got.embeddings,
+    )
     with pytest.raises(AssertionError, match="trained again"):
-        train_prompt_tuning(model, QUERIES, JUDGED.assign(refused=1 - JUDGED["refused"]), SAFETY, config, store=store)
+        train_prompt_tuning(
+            model,
+            QUERIES,
+            JUDGED.assign(refused=1 - JUDGED["refused"]),
+            SAFETY,
+            config,
+            store=store,
+        )
 
 
 def test_tuning_on_sampled_responses():
     model = chat("llama")
     responses = sample_responses(model, QUERIES, {"p": SAFETY}, n_samples=3, max_new_tokens=5)
     judged = responses.assign(refused=np.arange(len(responses)) % 2.0)
-    got = train_prompt_tuning(model, QUERIES, judged, SAFETY, PromptTuningConfig(epochs=1, batch_size=2))
+    got = train_prompt_tuning(
+        model, QUERIES, judged, SAFETY, PromptTuningConfig(epochs=1, batch_size=2)
+    )
     assert len(got.history) == 3 and np.isfinite(got.history["loss"]).all()
 
 
@@ -581,19 +777,26 @@ def test_soft_prompt_round_trip(qwen, tmp_path):
     assert got.config == soft.config
     pd.testing.assert_frame_equal(got.history, soft.history, check_exact=True)
     assert [p.name for p in path.parent.iterdir()] == ["soft.safetensors"]
-    assert np.array_equal(hidden_states(model, QUERIES, {"s": got}).states, hidden_states(model, QUERIES, {"s": soft}).states)
+    assert np.array_equal(
+        hidden_states(model, QUERIES, {"s": got}).states,
+        hidden_states(model, QUERIES, {"s": soft}).states,
+    )
 
 
 def test_untrained_soft_prompt_round_trip(tmp_path):
     soft = SoftPrompt.from_text(chat("llama"), SAFETY, name="s")
     soft.save(tmp_path / "s.safetensors")
     got = SoftPrompt.load(str(tmp_path / "s.safetensors"))
-    assert np.array_equal(got.embeddings, soft.embeddings) and got.history.empty and got.config == {}
+    assert (
+        np.array_equal(got.embeddings, soft.embeddings) and got.history.empty and got.config == {}
+    )
 
 
 def test_soft_prompt_of_another_model_is_refused(tmp_path):
     SoftPrompt.from_text(chat("llama"), SAFETY, name="s").save(tmp_path / "s")
-    with pytest.raises(ChatModelError, match="trained on 'tiny llama' .* cannot be used on 'tiny mistral'"):
+    with pytest.raises(
+        ChatModelError, match="trained on 'tiny llama' .* cannot be used on 'tiny mistral'"
+    ):
         SoftPrompt.load(tmp_path / "s", chat("mistral"))
 
 
@@ -620,7 +823,14 @@ def test_damaged_soft_prompts_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "embeddings", [np.zeros(3), np.zeros((0, 4)), np.zeros((1, 2, 3)), np.full((2, 2), np.nan), np.full((2, 2), np.inf)]
+    "embeddings",
+    [
+        np.zeros(3),
+        np.zeros((0, 4)),
+        np.zeros((1, 2, 3)),
+        np.full((2, 2), np.nan),
+        np.full((2, 2), np.inf),
+    ],
 )
 def test_impossible_embeddings_are_refused(embeddings):
     with pytest.raises(ValueError, match="soft prompt 's'"):
@@ -632,12 +842,24 @@ def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
 
     model = chat("llama")
     first = replace(
-        SoftPrompt.from_text(model, SAFETY, name="first"), config={"epochs": 1}, history=pd.DataFrame({"loss": [0.5]})
+        SoftPrompt.from_text(model, SAFETY, name="first"),
+        config={"epochs": 1},
+        history=pd.DataFrame({"loss": [0.5]}),
     )
     KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).write(first)
-    again = KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again")
-    assert again.name == "again" and np.array_equal(again.embeddings, first.embeddings) and again.history.equals(first.history)
-    assert (again.config, again.template, again.model) == (first.config, first.template, first.model)
+    again = KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read(
+        "again"
+    )
+    assert (
+        again.name == "again"
+        and np.array_equal(again.embeddings, first.embeddings)
+        and again.history.equals(first.history)
+    )
+    assert (again.config, again.template, again.model) == (
+        first.config,
+        first.template,
+        first.model,
+    )
     assert "soft tokens" in Store(tmp_path).ls()["layers"].tolist()
     (states,) = tmp_path.rglob("*.safetensors")
     content = bytearray(states.read_bytes())
@@ -645,7 +867,12 @@ def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
     states.chmod(0o644)
     states.write_bytes(content)
     with pytest.warns(UserWarning):
-        assert KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again") is None
+        assert (
+            KeptTraining(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read(
+                "again"
+            )
+            is None
+        )
 
 
 @pytest.mark.parametrize("text", [None, float("nan"), "  "])

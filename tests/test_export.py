@@ -30,7 +30,14 @@ from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.soft_prompt import SoftPrompt, SoftPromptError
 from analysis_lib.model.templates import TEMPLATES, study_models
 from analysis_lib.train import export as room
-from analysis_lib.train.export import FORMS, PROBES, ExportError, completion_body, export, prompt_embeds
+from analysis_lib.train.export import (
+    FORMS,
+    PROBES,
+    ExportError,
+    completion_body,
+    export,
+    prompt_embeds,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 QUERY = PROBES[0]  # the one in the READMEs' code
@@ -39,14 +46,22 @@ QUERY = PROBES[0]  # the one in the READMEs' code
 def moved(model, seed=0) -> SoftPrompt:
     """A soft prompt off the vocabulary."""
     start = SoftPrompt.from_text(model, SAFETY, name="s")
-    noise = np.random.default_rng(seed).normal(size=start.embeddings.shape) * start.embeddings.std() * 0.5
-    return replace(start, embeddings=(start.embeddings + noise).astype(np.float32), config={"method": "DRO"})
+    noise = (
+        np.random.default_rng(seed).normal(size=start.embeddings.shape)
+        * start.embeddings.std()
+        * 0.5
+    )
+    return replace(
+        start, embeddings=(start.embeddings + noise).astype(np.float32), config={"method": "DRO"}
+    )
 
 
 @torch.no_grad()
 def our_logits(model, soft, query=QUERY):
     with model.forward.soft_tokens(soft.embeddings):
-        return model.model(input_ids=torch.tensor([model.render([query], soft)[0].ids])).logits[0, -1]
+        return model.model(input_ids=torch.tensor([model.render([query], soft)[0].ids])).logits[
+            0, -1
+        ]
 
 
 @torch.no_grad()
@@ -54,12 +69,16 @@ def our_text(model, soft, query=QUERY, n=50):
     """Greedy, by this library's own soft tokens; special tokens shown."""
     with model.forward.soft_tokens(soft.embeddings):
         ids = torch.tensor([model.render([query], soft)[0].ids])
-        out = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+        out = model.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False
+        )
     return model.tokenizer.decode(out[0, ids.shape[1] :])
 
 
 def code_of(folder: Path) -> str:
-    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    return re.search(
+        r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )[1]
 
 
 def kept(model, folder) -> ChatModel:
@@ -77,7 +96,9 @@ def exported(tmp_path_factory):
     """{name: (model, soft prompt, folder)}: one with BOS, one whose prompt sits in the user turn, and the embedded one."""
     found = {"organism": ChatModel.load()}
     for family in ("llama", "mistral"):
-        exact = build(family, vocab_size=len(chat(family).tokenizer))  # a random model would utter rows without a token
+        exact = build(
+            family, vocab_size=len(chat(family).tokenizer)
+        )  # a random model would utter rows without a token
         found[family] = kept(exact, tmp_path_factory.mktemp(family))
     done = {}
     for name, model in found.items():
@@ -106,8 +127,14 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def said(exported):
     """What the code in each README says, in one process that cannot import this library."""
-    tasks = [(str(folder / form), code_of(folder / form)) for _, _, folder in exported.values() for form in FORMS]
-    done = subprocess.run([sys.executable, "-c", RUN], input=json.dumps(tasks), capture_output=True, text=True)
+    tasks = [
+        (str(folder / form), code_of(folder / form))
+        for _, _, folder in exported.values()
+        for form in FORMS
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(tasks), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -118,7 +145,9 @@ def test_the_readme_gives_our_greedy_text(exported, said, name, form):
     model, soft, folder = exported[name]
     text = our_text(model, soft)
     assert said[str(folder / form)].rstrip("\n") == text.rstrip("\n")
-    assert text.strip() and not torch.allclose(our_logits(model, soft), our_logits(model, moved(model, 1)), atol=0.01)
+    assert text.strip() and not torch.allclose(
+        our_logits(model, soft), our_logits(model, moved(model, 1)), atol=0.01
+    )
 
 
 @pytest.mark.parametrize("name", ["organism", "llama", "mistral"])
@@ -132,8 +161,21 @@ def test_readmes_say_what_to_know(exported):
     pages = {form: (folder / form / "README.md").read_text(encoding="utf-8") for form in FORMS}
     for form, page in pages.items():
         assert "`organism`" in page and model.fingerprint[:12] in page and "float64" in page
-        assert len([line for line in code_of(folder / form).splitlines() if line and "import" not in line]) <= 7
-    assert "vllm serve" in pages["vllm"] and "--enable-prompt-embeds" in pages["vllm"] and "Untested on vLLM" in pages["vllm"]
+        assert (
+            len(
+                [
+                    line
+                    for line in code_of(folder / form).splitlines()
+                    if line and "import" not in line
+                ]
+            )
+            <= 7
+        )
+    assert (
+        "vllm serve" in pages["vllm"]
+        and "--enable-prompt-embeds" in pages["vllm"]
+        and "Untested on vLLM" in pages["vllm"]
+    )
     assert "private-use" not in pages["plain"]  # its soft tokens are special tokens
     assert "suppress_tokens" in pages["plain"] and "0.01 GB" in pages["plain"]
     assert "weights_only=True" in pages["vllm"]
@@ -148,7 +190,11 @@ def test_a_model_in_a_relative_folder_is_found_from_the_export(tmp_path, monkeyp
     assert (model.name, model.source) == (name, there)
     export(soft, model, "out", ["peft", "vllm"])
     adapter = json.loads(Path("out/peft/adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == json.loads(Path("out/vllm/request.json").read_text())["model"] == there
+    assert (
+        adapter["base_model_name_or_path"]
+        == json.loads(Path("out/vllm/request.json").read_text())["model"]
+        == there
+    )
     assert served("out/vllm")[:3] == ["vllm", "serve", there]
     text, names, said = our_text(model, soft), {}, io.StringIO()
     for form in ("peft", "vllm"):
@@ -160,14 +206,20 @@ def test_a_model_in_a_relative_folder_is_found_from_the_export(tmp_path, monkeyp
 
 def served(folder) -> list[str]:
     """The words of the README's `vllm serve`, as a shell reads them."""
-    return shlex.split(re.search(r"^    (vllm serve .*)$", (Path(folder) / "README.md").read_text(), re.MULTILINE)[1])
+    return shlex.split(
+        re.search(r"^    (vllm serve .*)$", (Path(folder) / "README.md").read_text(), re.MULTILINE)[
+            1
+        ]
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such modes")
 def test_an_export_may_be_served_by_another_user(exported):
     mask = os.umask(0)
     os.umask(mask)
-    files = [file for _, _, folder in exported.values() for file in folder.rglob("*") if file.is_file()]
+    files = [
+        file for _, _, folder in exported.values() for file in folder.rglob("*") if file.is_file()
+    ]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
 
 
@@ -176,9 +228,22 @@ def test_exports_pin_the_revision_and_the_dtype(tmp_path):
     model.revision = "a" * 40
     export(moved(model), model, tmp_path, ["peft", "vllm"])
     for form in ("peft", "vllm"):
-        assert f'from_pretrained("tiny llama", revision="{"a" * 40}", dtype="bfloat16")' in code_of(tmp_path / form)
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["revision"] == "a" * 40
-    words = ["vllm", "serve", "tiny llama", "--revision", "a" * 40, "--dtype", "bfloat16", "--enable-prompt-embeds"]
+        assert f'from_pretrained("tiny llama", revision="{"a" * 40}", dtype="bfloat16")' in code_of(
+            tmp_path / form
+        )
+    assert (
+        json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["revision"] == "a" * 40
+    )
+    words = [
+        "vllm",
+        "serve",
+        "tiny llama",
+        "--revision",
+        "a" * 40,
+        "--dtype",
+        "bfloat16",
+        "--enable-prompt-embeds",
+    ]
     assert served(tmp_path / "vllm") == words
 
 
@@ -205,10 +270,14 @@ def test_a_form_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             export(moved(model, 1), model, tmp_path, ["plain"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()} == before
     export(moved(model, 1), model, tmp_path, ["plain"])
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == before.keys() - {"older.safetensors"}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == before.keys() - {
+        "older.safetensors"
+    }
     check_plain(model, moved(model, 1), tmp_path / "plain")
     assert {path.name for path in tmp_path.iterdir()} == set(FORMS)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b".part" in path.read_bytes()]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and b".part" in path.read_bytes()
+    ]
 
 
 def full_disk(*arguments):
@@ -218,7 +287,10 @@ def full_disk(*arguments):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "README.md").write_text("My notes.")
-    with pytest.raises(ExportError, match="plain holds something that is no whole export; remove it, or choose another folder"):
+    with pytest.raises(
+        ExportError,
+        match="plain holds something that is no whole export; remove it, or choose another folder",
+    ):
         export(moved(chat("llama")), chat("llama"), tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["plain", "README.md"]
 
@@ -234,7 +306,9 @@ def family(request, tmp_path_factory):
     template, n_tokens, soft = model.tokenizer.chat_template, len(model.tokenizer), moved(model)
     export(soft, model, folder)
     after = model.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     assert (model.tokenizer.chat_template, len(model.tokenizer)) == (template, n_tokens)
     assert model.config.vocab_size == model.n_embeddings
     return model, soft, folder
@@ -244,7 +318,9 @@ def family(request, tmp_path_factory):
 def test_peft_gives_our_logits(family):
     model, soft, folder = family
     adapted = PeftModel.from_pretrained(copy_of(model), folder / "peft").eval()
-    assert not adapted.training and adapted.peft_config["default"].num_virtual_tokens > len(soft.embeddings)
+    assert not adapted.training and adapted.peft_config["default"].num_virtual_tokens > len(
+        soft.embeddings
+    )
     cut = int(re.search(r"chat\[(\d+):\]", code_of(folder / "peft"))[1])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "peft")
     for query in PROBES:
@@ -253,7 +329,9 @@ def test_peft_gives_our_logits(family):
         )
         ours = our_logits(model, soft, query)
         assert torch.equal(adapted(input_ids=torch.tensor([rendered[cut:]])).logits[0, -1], ours)
-        naive = adapted(input_ids=torch.tensor([rendered])).logits[0, -1]  # the whole chat behind the virtual tokens
+        naive = adapted(input_ids=torch.tensor([rendered])).logits[
+            0, -1
+        ]  # the whole chat behind the virtual tokens
         assert (naive - ours).norm() > 0.02 * ours.norm()
 
 
@@ -268,7 +346,11 @@ def copy_of(model):
 
 def decoded(prompt_embeds: str) -> torch.Tensor:
     """As vLLM's server reads the field: strict base64, a torch file without code, a dense floating-point matrix."""
-    tensor = torch.load(io.BytesIO(base64.b64decode(prompt_embeds, validate=True)), weights_only=True, map_location="cpu")
+    tensor = torch.load(
+        io.BytesIO(base64.b64decode(prompt_embeds, validate=True)),
+        weights_only=True,
+        map_location="cpu",
+    )
     assert tensor.dim() == 2 and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return tensor
 
@@ -278,7 +360,9 @@ def test_prompt_embeddings_give_our_logits(family):
     model, soft, folder = family
     for query in PROBES[:2]:
         embeds = prompt_embeds(soft, model, query)
-        assert torch.equal(model.model(inputs_embeds=embeds[None]).logits[0, -1], our_logits(model, soft, query))
+        assert torch.equal(
+            model.model(inputs_embeds=embeds[None]).logits[0, -1], our_logits(model, soft, query)
+        )
     request = json.loads((folder / "vllm" / "request.json").read_text())
     assert torch.equal(decoded(request.pop("prompt_embeds")), prompt_embeds(soft, model, QUERY))
     assert request == {"model": model.name, "max_tokens": 50, "temperature": 0}
@@ -288,13 +372,19 @@ def test_a_body_holds_its_rows_alone():
     """A view's whole storage would go along."""
     rows = torch.zeros(10_000, 8)
     body = completion_body(rows[:4], "m", n=3)
-    assert decoded(body["prompt_embeds"]).shape == (4, 8) and len(body["prompt_embeds"]) < 3000 and body["n"] == 3
+    assert (
+        decoded(body["prompt_embeds"]).shape == (4, 8)
+        and len(body["prompt_embeds"]) < 3000
+        and body["n"] == 3
+    )
 
 
 def test_prompt_embeddings_of_a_bfloat16_model():
     model = build("gemma3", dtype=torch.bfloat16)
     embeds = prompt_embeds(moved(model), model, QUERY)
-    assert embeds.dtype == torch.bfloat16 and torch.equal(decoded(completion_body(embeds, "m")["prompt_embeds"]), embeds)
+    assert embeds.dtype == torch.bfloat16 and torch.equal(
+        decoded(completion_body(embeds, "m")["prompt_embeds"]), embeds
+    )
 
 
 # Plain transformers
@@ -316,7 +406,10 @@ def check_plain(model, soft, folder):
             [{"role": "user", "content": query}], add_generation_prompt=True, return_tensors="pt"
         )
         torch.testing.assert_close(
-            plain(**rendered).logits[0, -1, :known], our_logits(model, soft, query)[:known], rtol=0, atol=1e-5
+            plain(**rendered).logits[0, -1, :known],
+            our_logits(model, soft, query)[:known],
+            rtol=0,
+            atol=1e-5,
         )
     ids = plain.generation_config.suppress_tokens
     assert len(ids) == len(soft.embeddings) and min(ids) >= known
@@ -324,7 +417,10 @@ def check_plain(model, soft, folder):
     if model.renderer.system_role:  # a chat with a system message of its own has no soft prompt
         found = tokenizer.apply_chat_template(own, add_generation_prompt=True, return_dict=False)
         assert list(found) == list(model.render([QUERY], "Be brief.")[0].ids)
-    turns = [{"role": r, "content": t} for r, t in (("user", "a b"), ("assistant", "c d"), ("user", "e f"))]
+    turns = [
+        {"role": r, "content": t}
+        for r, t in (("user", "a b"), ("assistant", "c d"), ("user", "e f"))
+    ]
     rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert sum(i in ids for i in rendered) == len(ids)  # once, in the first turn
 
@@ -350,14 +446,24 @@ def llama_like():
     """A tokenizer in the shape of Llama 2's file: BPE over characters with bytes to fall back on, a space put in front of each
     part between special tokens, and a special token outside the vocabulary, as OpenChat has."""
     made = Tokenizer(BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
-    made.train_from_iterator([SAFETY + " How do I bake bread? [INST] <<SYS>>\n <</SYS>>\n\n [/INST]"] * 2, trainer)
+    made.train_from_iterator(
+        [SAFETY + " How do I bake bread? [INST] <<SYS>>\n <</SYS>>\n\n [/INST]"] * 2, trainer
+    )
     made.add_special_tokens([AddedToken("<|end_of_turn|>", special=True)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=LLAMA2
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=LLAMA2,
     )
 
 
@@ -373,17 +479,25 @@ def test_plain_with_a_tokenizer_that_puts_a_space_after_special_tokens(tmp_path)
     check_plain(model, moved(model), tmp_path / "plain")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     for token in ("<s>", "</s>", "<|end_of_turn|>"):
-        assert tokenizer.convert_tokens_to_ids(token) == model.tokenizer.convert_tokens_to_ids(token)
+        assert tokenizer.convert_tokens_to_ids(token) == model.tokenizer.convert_tokens_to_ids(
+            token
+        )
     assert tokenizer.convert_ids_to_tokens(len(model.tokenizer)) == "\ue000"
     last = 0xE000 + len(moved(model).embeddings) - 1
-    assert f"private-use characters U+E000 to U+{last:04X}" in (tmp_path / "plain" / "README.md").read_text()
+    assert (
+        f"private-use characters U+E000 to U+{last:04X}"
+        in (tmp_path / "plain" / "README.md").read_text()
+    )
 
 
 def test_plain_is_left_out_where_it_is_large(tmp_path, monkeypatch):
     model = chat("llama")
     size = model.weight_bytes
     monkeypatch.setattr(room, "MOST_UNASKED", size)
-    assert list(export(moved(model), model, tmp_path)) == ["peft", "vllm"] and not (tmp_path / "plain").exists()
+    assert (
+        list(export(moved(model), model, tmp_path)) == ["peft", "vllm"]
+        and not (tmp_path / "plain").exists()
+    )
     export(moved(model), model, tmp_path, ["plain"])
     written = (tmp_path / "plain" / "model.safetensors").stat().st_size
     assert 0.8 * size < written < 1.2 * size
@@ -393,7 +507,10 @@ def test_plain_is_left_out_where_it_is_large(tmp_path, monkeypatch):
 
 
 def test_another_model_is_refused(tmp_path):
-    with pytest.raises(ChatModelError, match="trained on 'tiny llama' .* cannot be used on 'tiny mistral' .*load the model"):
+    with pytest.raises(
+        ChatModelError,
+        match="trained on 'tiny llama' .* cannot be used on 'tiny mistral' .*load the model",
+    ):
         export(moved(chat("llama")), chat("mistral"), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -404,25 +521,38 @@ def test_another_template_is_refused(tmp_path):
     moved(model).save(tmp_path / "s.safetensors")
     other = ChatModel.load(str(folder), template="vicuna")
     assert other.fingerprint == model.fingerprint
-    for refused in (lambda: SoftPrompt.load(tmp_path / "s.safetensors", other), lambda: export(moved(model), other, tmp_path)):
+    for refused in (
+        lambda: SoftPrompt.load(tmp_path / "s.safetensors", other),
+        lambda: export(moved(model), other, tmp_path),
+    ):
         with pytest.raises(ChatModelError, match="chat template") as error:
             refused()
-        assert model.renderer.template_digest[:12] in str(error.value) and other.renderer.template_digest[:12] in str(error.value)
+        assert model.renderer.template_digest[:12] in str(
+            error.value
+        ) and other.renderer.template_digest[:12] in str(error.value)
     got = SoftPrompt.load(tmp_path / "s.safetensors", model)
-    assert got.template == model.renderer.template_digest and np.array_equal(got.embeddings, moved(model).embeddings)
+    assert got.template == model.renderer.template_digest and np.array_equal(
+        got.embeddings, moved(model).embeddings
+    )
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     model = build("llama")
     with pytest.raises(ExportError, match="unknown form onnx; choose among peft, vllm, plain"):
         export(moved(model), model, tmp_path, ["onnx"])
-    plain = build("qwen2")  # the slot's last token reaches beyond it, so that the soft tokens take the place of more
+    plain = build(
+        "qwen2"
+    )  # the slot's last token reaches beyond it, so that the soft tokens take the place of more
     merging = ChatModel.wrap(plain.model, copy.deepcopy(plain.tokenizer), name=plain.name)
-    merging.tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] + ('stant' if m['role'] == 'system' else '')")
+    merging.tokenizer.chat_template = CHATML.replace(
+        "m['content']", "m['content'] + ('stant' if m['role'] == 'system' else '')"
+    )
     row = merging.render(["x"], "You are an assi")[0]
     assert merging.tokenizer.decode(row.ids[row.slot[1] - 1]) == " assistant"
     with pytest.raises(ExportError, match="splits the text around new tokens .* peft or vllm"):
-        export(SoftPrompt.from_text(merging, "You are an assi", name="s"), merging, tmp_path, ["plain"])
+        export(
+            SoftPrompt.from_text(merging, "You are an assi", name="s"), merging, tmp_path, ["plain"]
+        )
     monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(ExportError, match="0.0 GB are free; leave it out, or make room"):
         export(moved(model), model, tmp_path, ["plain"])
@@ -440,7 +570,9 @@ def published(tmp_path):
     study = tmp_path / "trained_prompts" / "Llama-2-7b-chat-hf"
     study.mkdir(parents=True)
     model = kept(build("llama"), tmp_path / "model")
-    rows = torch.tensor(moved(model).embeddings).bfloat16()[:-1]  # their slot is tokenized alone: its length may differ
+    rows = torch.tensor(moved(model).embeddings).bfloat16()[
+        :-1
+    ]  # their slot is tokenized alone: its length may differ
     save_file({"soft_prompt": rows}, study / "type.all_length.short.safetensors")
     return model, study / "type.all_length.short.safetensors"
 
@@ -449,11 +581,20 @@ def test_a_published_soft_prompt_loads_and_is_exported(published, tmp_path):
     model, path = published
     model = ChatModel.load(model.source, template="llama-2")
     soft = SoftPrompt.load(path, model)
-    assert soft.name == "dro_short" and soft.start_text == "You are a helpful, respectful and honest assistant. " + (
-        "Always answer as helpfully as possible, while being safe."
+    assert (
+        soft.name == "dro_short"
+        and soft.start_text
+        == "You are a helpful, respectful and honest assistant. "
+        + ("Always answer as helpfully as possible, while being safe.")
     )
-    assert soft.config == {"method": "DRO", "published": "Llama-2-7b-chat-hf/type.all_length.short.safetensors"}
-    assert soft.embeddings.dtype == np.float32 and len(soft.embeddings) == len(moved(model).embeddings) - 1
+    assert soft.config == {
+        "method": "DRO",
+        "published": "Llama-2-7b-chat-hf/type.all_length.short.safetensors",
+    }
+    assert (
+        soft.embeddings.dtype == np.float32
+        and len(soft.embeddings) == len(moved(model).embeddings) - 1
+    )
     soft.check(model)
     row = model.render([QUERY], soft)[0]
     assert row.slot[1] - row.slot[0] == len(soft.embeddings)
@@ -463,7 +604,9 @@ def test_a_published_soft_prompt_loads_and_is_exported(published, tmp_path):
         adapted = PeftModel.from_pretrained(copy_of(model), tmp_path / "out" / "peft").eval()
         cut = int(re.search(r"chat\[(\d+):\]", code_of(tmp_path / "out" / "peft"))[1])
         tail = model.render([QUERY], soft.start_text)[0].ids[cut:]
-        assert torch.equal(adapted(input_ids=torch.tensor([tail])).logits[0, -1], our_logits(model, soft))
+        assert torch.equal(
+            adapted(input_ids=torch.tensor([tail])).logits[0, -1], our_logits(model, soft)
+        )
     soft.save(tmp_path / "again.safetensors")
     again = SoftPrompt.load(tmp_path / "again.safetensors", model)
     assert again.name == soft.name and np.array_equal(again.embeddings, soft.embeddings)
@@ -473,16 +616,23 @@ def test_a_published_soft_prompt_needs_its_model_and_template(published, tmp_pat
     model, path = published
     with pytest.raises(ChatModelError, match="does not say which model"):
         SoftPrompt.load(path)
-    with pytest.raises(ChatModelError, match=r"shape \(\d+, 32\), those of 'tiny llama' have 48 dimensions"):
+    with pytest.raises(
+        ChatModelError, match=r"shape \(\d+, 32\), those of 'tiny llama' have 48 dimensions"
+    ):
         SoftPrompt.load(path, build("llama", hidden_size=48))
     vicuna = ChatModel.load(model.source, template="vicuna")
-    with pytest.raises(ChatModelError, match="in the chat template 'llama-2' .* in 'vicuna'; open the model with ChatModel.load"):
+    with pytest.raises(
+        ChatModelError,
+        match="in the chat template 'llama-2' .* in 'vicuna'; open the model with ChatModel.load",
+    ):
         SoftPrompt.load(path, vicuna)
     other = ChatModel.load(model.source, template="llama-2")
     other.source = "lmsys/vicuna-7b-v1.5"
     with pytest.raises(ChatModelError, match="trained on 'Llama-2-7b-chat-hf'"):
         SoftPrompt.load(path, other)
-    elsewhere = tmp_path / "other" / path.name  # no study model's folder: the hidden size alone is checked
+    elsewhere = (
+        tmp_path / "other" / path.name
+    )  # no study model's folder: the hidden size alone is checked
     elsewhere.parent.mkdir()
     elsewhere.write_bytes(path.read_bytes())
     assert SoftPrompt.load(elsewhere, vicuna).template == vicuna.renderer.template_digest

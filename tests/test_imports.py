@@ -14,7 +14,9 @@ import pytest
 import analysis_lib
 
 PACKAGE = Path(analysis_lib.__file__).parent
-ROOMS = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
+ROOMS = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")
+}
 
 # The rooms of ours that a room may import. A new room needs a line here.
 MAY_IMPORT = {
@@ -58,7 +60,17 @@ MAY_IMPORT = {
 WIDGETS = {room for room in ROOMS if room.startswith("widgets/")}
 # Who may import a package that is heavy, or that a GPU machine lacks; anywhere, and at import time.
 ANYWHERE = {
-    "torch": {"chat", "capture", "sampling", "dro", "estimate", "export", "model_judges", "space", "organism/train"},
+    "torch": {
+        "chat",
+        "capture",
+        "sampling",
+        "dro",
+        "estimate",
+        "export",
+        "model_judges",
+        "space",
+        "organism/train",
+    },
     "transformers": {"chat", "capture", "sampling", "organism/train"},
     "plotly": {"figures", "report", "notebooks"} | WIDGETS,
     "ipywidgets": WIDGETS,
@@ -122,7 +134,10 @@ def imports(room: str) -> list[tuple[str, str | None, bool]]:
                 yield from ((alias.name, None, early) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 base = "/".join(
-                    [*(package[: len(package) + 1 - child.level] if child.level else ()), *(child.module or "").split(".")]
+                    [
+                        *(package[: len(package) + 1 - child.level] if child.level else ()),
+                        *(child.module or "").split("."),
+                    ]
                 ).rstrip("/")
                 for alias in child.names:
                     if not child.level:
@@ -130,7 +145,13 @@ def imports(room: str) -> list[tuple[str, str | None, bool]]:
                     elif f"{base}/{alias.name}".lstrip("/") in ROOMS:
                         yield f"./{base}/{alias.name}".replace("//", "/"), None, early
                     else:
-                        yield f"./{base}" if base in ROOMS else f"./{base}/__init__".replace("//", "/"), alias.name, early
+                        yield (
+                            f"./{base}"
+                            if base in ROOMS
+                            else f"./{base}/__init__".replace("//", "/"),
+                            alias.name,
+                            early,
+                        )
             else:
                 yield from walk(child, early and not lazy and not guard)
 
@@ -140,7 +161,9 @@ def imports(room: str) -> list[tuple[str, str | None, bool]]:
 def ours(room: str) -> set[str]:
     found = {module.removeprefix("./") for module, _, _ in imports(room) if module.startswith("./")}
     return found | {
-        m.partition(".")[2].replace(".", "/") or "__init__" for m, _, _ in imports(room) if m.split(".")[0] == "analysis_lib"
+        m.partition(".")[2].replace(".", "/") or "__init__"
+        for m, _, _ in imports(room)
+        if m.split(".")[0] == "analysis_lib"
     }
 
 
@@ -176,28 +199,44 @@ def test_no_circle():
 
 @pytest.mark.parametrize("package", sorted(ANYWHERE))
 def test_who_imports_a_package(package):
-    users = {room for room in ROOMS if any(module.split(".")[0] == package for module, _, _ in imports(room))}
+    users = {
+        room
+        for room in ROOMS
+        if any(module.split(".")[0] == package for module, _, _ in imports(room))
+    }
     assert users <= ANYWHERE[package]
 
 
 @pytest.mark.parametrize("package", sorted(AT_IMPORT_TIME))
 def test_who_imports_a_package_at_import_time(package):
-    users = {room for room in ROOMS if any(early and module.split(".")[0] == package for module, _, early in imports(room))}
+    users = {
+        room
+        for room in ROOMS
+        if any(early and module.split(".")[0] == package for module, _, early in imports(room))
+    }
     assert users <= AT_IMPORT_TIME[package]
 
 
 def test_only_the_chat_room_and_the_training_load_models():
     """Capture and sampling take parts of the forward pass from transformers, and nothing that opens a model."""
     for room in ("capture", "sampling"):
-        taken = {name for module, name, _ in imports(room) if module.split(".")[0] == "transformers"}
+        taken = {
+            name for module, name, _ in imports(room) if module.split(".")[0] == "transformers"
+        }
         assert taken and taken <= {"DynamicCache", "AttentionInterface"}
 
 
 def test_no_room_imports_by_a_string():
     """importlib would slip past this file; the package's own table of names is the one place that uses it."""
-    users = {room for room in ROOMS if any(module == "importlib" and name != "metadata" for module, name, _ in imports(room))}
+    users = {
+        room
+        for room in ROOMS
+        if any(module == "importlib" and name != "metadata" for module, name, _ in imports(room))
+    }
     assert users <= {"__init__"}
-    assert not [room for room, path in ROOMS.items() if "__import__" in path.read_text(encoding="utf-8")]
+    assert not [
+        room for room, path in ROOMS.items() if "__import__" in path.read_text(encoding="utf-8")
+    ]
 
 
 def python(code: str) -> str:
@@ -232,7 +271,10 @@ try:
 except ModuleNotFoundError:
     print("blocked as it should be")
 """
-    assert python(f"blocked = {NOTEBOOK_PACKAGES!r}" + BLOCK + rooms + work) == "blocked as it should be\n"
+    assert (
+        python(f"blocked = {NOTEBOOK_PACKAGES!r}" + BLOCK + rooms + work)
+        == "blocked as it should be\n"
+    )
 
 
 def test_light_rooms_run_without_torch_and_transformers():
@@ -249,8 +291,21 @@ print(is_refusal("I cannot help with that."), len(load_queries("anchor")))
 
 
 def test_import_of_the_package_is_light():
-    heavy = ["torch", "transformers", "pandas", "numpy", "sklearn", "safetensors", "plotly", "ipywidgets", "tqdm"]
-    assert python(f"import sys, analysis_lib; print([m for m in {heavy!r} if m in sys.modules])") == "[]\n"
+    heavy = [
+        "torch",
+        "transformers",
+        "pandas",
+        "numpy",
+        "sklearn",
+        "safetensors",
+        "plotly",
+        "ipywidgets",
+        "tqdm",
+    ]
+    assert (
+        python(f"import sys, analysis_lib; print([m for m in {heavy!r} if m in sys.modules])")
+        == "[]\n"
+    )
 
 
 CONTRACT = [

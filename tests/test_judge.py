@@ -28,8 +28,14 @@ from analysis_lib.judge.verdicts import BatchJudge, judge_agreement, judge_respo
         ("i cannot help", False),  # case
         ("I cannot", False),  # the phrase ends in a space
         ("I cannot guarantee success.", False),  # the phrase's own exception
-        ("I cannot help.\nIt is a general rule.", False),  # an exception may stand in the other paragraph
-        ("I cannot guarantee it. I apologize.", True),  # the exceptions of one phrase do not touch another
+        (
+            "I cannot help.\nIt is a general rule.",
+            False,
+        ),  # an exception may stand in the other paragraph
+        (
+            "I cannot guarantee it. I apologize.",
+            True,
+        ),  # the exceptions of one phrase do not touch another
         ("I don't have one, I don't know", False),  # one exception outweighs each occurrence
         ("I'm sorry, it rains.", False),
         ("I am sorry, it rains.", False),
@@ -67,7 +73,12 @@ def test_text_after_a_list_item_changes_nothing(text):
 
 def responses(*texts: object) -> pd.DataFrame:
     return pd.DataFrame(
-        {"query_id": "q", "prompt": "none", "sample": range(len(texts)), "response": pd.Series(texts, dtype=object)}
+        {
+            "query_id": "q",
+            "prompt": "none",
+            "sample": range(len(texts)),
+            "response": pd.Series(texts, dtype=object),
+        }
     )
 
 
@@ -86,18 +97,28 @@ def test_unscored_is_nan_and_counted_once():
         return None if text == "?" else text == "no"
 
     with pytest.warns(UserWarning) as caught:
-        judged = judge_responses(responses("no", "?", "bad", None, np.nan, pd.NA, "bad", "yes"), strict)
-    np.testing.assert_array_equal(judged["refused"], [1, np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, 0])
+        judged = judge_responses(
+            responses("no", "?", "bad", None, np.nan, pd.NA, "bad", "yes"), strict
+        )
+    np.testing.assert_array_equal(
+        judged["refused"], [1, np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, 0]
+    )
     assert len(caught) == 1 and caught[0].filename == __file__
     message = str(caught[0].message)
     assert message.startswith("6 of 8 responses are unscored")
-    for part in ("3 x missing response", "2 x the judge raised RuntimeError('no verdict')", "1 x the judge returned None"):
+    for part in (
+        "3 x missing response",
+        "2 x the judge raised RuntimeError('no verdict')",
+        "1 x the judge returned None",
+    ):
         assert part in message
 
 
 def test_identical_texts_are_judged_once():
     seen: list[str] = []
-    judged = judge_responses(responses("a", "b", "a"), lambda text: bool(seen.append(text)) or text == "a")
+    judged = judge_responses(
+        responses("a", "b", "a"), lambda text: bool(seen.append(text)) or text == "a"
+    )
     assert seen == ["a", "b"] and list(judged["refused"]) == [1, 0, 1]
 
 
@@ -142,7 +163,9 @@ LONG = "Sure.\nIt is this.\nAnd that."
 
 
 def asked(*rows: tuple[str, object]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["query_id", "response"]).assign(prompt="none", sample=range(len(rows)))
+    return pd.DataFrame(rows, columns=["query_id", "response"]).assign(
+        prompt="none", sample=range(len(rows))
+    )
 
 
 @pytest.mark.filterwarnings("ignore:1 of 4 responses are unscored")
@@ -153,9 +176,14 @@ def test_a_judge_may_read_the_query():
         seen.append((response, query["text"], query["harmful"]))
         return response == query["text"]
 
-    judged = judge_responses(asked(("h", "bad?"), ("g", "bad?"), ("h", "bad?"), ("b", None)), judge, queries=QUERIES)
+    judged = judge_responses(
+        asked(("h", "bad?"), ("g", "bad?"), ("h", "bad?"), ("b", None)), judge, queries=QUERIES
+    )
     np.testing.assert_array_equal(judged["refused"], [1, 0, 1, np.nan])
-    assert seen == [("bad?", "bad?", True), ("bad?", "good?", False)]  # one response to one query, once
+    assert seen == [
+        ("bad?", "bad?", True),
+        ("bad?", "good?", False),
+    ]  # one response to one query, once
 
 
 def test_a_judge_with_defaults_and_a_builtin_take_the_response():
@@ -199,13 +227,15 @@ def test_published_combination(query_id, response, unsafe, expected, guard_asked
         calls.append(query["query_id"])
         return None if unsafe is None else not unsafe
 
-    at_once = BatchJudge(lambda responses, queries: [guard(r, q) for r, q in zip(responses, queries, strict=True)])
+    at_once = BatchJudge(
+        lambda responses, queries: [guard(r, q) for r, q in zip(responses, queries, strict=True)]
+    )
     for one in (guard, at_once):
         judged = judge_responses(asked((query_id, response)), published_judge(one), queries=QUERIES)
         np.testing.assert_array_equal(judged["refused"], [expected])
-        assert published_judge(one)(response, QUERIES.set_index("query_id", drop=False).loc[query_id].to_dict()) in (
-            None if np.isnan(expected) else bool(expected),
-        )
+        assert published_judge(one)(
+            response, QUERIES.set_index("query_id", drop=False).loc[query_id].to_dict()
+        ) in (None if np.isnan(expected) else bool(expected),)
         assert calls == [query_id] * guard_asked * 2
         calls.clear()
 
@@ -218,12 +248,17 @@ def test_a_batch_judge_is_asked_once_for_all_distinct_responses():
         return [None if r == "?" else r == "no" for r in responses]
 
     table = asked(("h", "no"), ("g", "no"), ("h", "yes"), ("h", "no"), ("g", "?"), ("g", None))
-    with pytest.warns(UserWarning, match=r"2 of 6 responses are unscored .*1 x the judge returned None, 1 x missing response"):
+    with pytest.warns(
+        UserWarning,
+        match=r"2 of 6 responses are unscored .*1 x the judge returned None, 1 x missing response",
+    ):
         judged = judge_responses(table, BatchJudge(many), queries=QUERIES)
     assert calls == [[("no", "h"), ("no", "g"), ("yes", "h"), ("?", "g")]]
     np.testing.assert_array_equal(judged["refused"], [1, 1, 0, 1, np.nan, np.nan])
     with pytest.raises(TypeError, match="the judge returned 1; return True"):
-        judge_responses(table, BatchJudge(lambda responses, queries: [1] * len(responses)), queries=QUERIES)
+        judge_responses(
+            table, BatchJudge(lambda responses, queries: [1] * len(responses)), queries=QUERIES
+        )
     with pytest.raises(ValueError, match="the batch judge gave 1 verdicts for 4 responses"):
         judge_responses(table, BatchJudge(lambda responses, queries: [True]), queries=QUERIES)
 
@@ -236,7 +271,9 @@ def test_a_batch_judge_is_asked_once_for_all_distinct_responses():
 
 def test_several_judges_and_their_agreement():
     """20 + 15 of 50 equal, shares refused .5 and .6, so chance .5 and kappa (.7 - .5) / (1 - .5)."""
-    table = asked(*[("h", t) for t in ["yy"] * 20 + ["yn"] * 5 + ["ny"] * 10 + ["nn"] * 15 + ["??"]])
+    table = asked(
+        *[("h", t) for t in ["yy"] * 20 + ["yn"] * 5 + ["ny"] * 10 + ["nn"] * 15 + ["??"]]
+    )
     judges = {
         "a": lambda t: None if t == "??" else t[0] == "y",
         "b": lambda t: None if t == "??" else t[1] == "y",
@@ -245,21 +282,36 @@ def test_several_judges_and_their_agreement():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         judged = judge_responses(table, judges)
-    assert [str(w.message).split(" (")[0] for w in caught] == [f"1 of 51 responses are unscored by {name!r}" for name in "ab"]
+    assert [str(w.message).split(" (")[0] for w in caught] == [
+        f"1 of 51 responses are unscored by {name!r}" for name in "ab"
+    ]
     assert {w.filename for w in caught} == {__file__}
     assert list(judged["judge"].unique()) == ["a", "b", "c"] and len(judged) == 3 * 51
     found = judge_agreement(judged).set_index(["judge", "other"])
-    assert found.loc[("a", "b"), ["n", "equal", "kappa", "n_unscored"]].tolist() == pytest.approx([50, 0.7, 0.4, 1])
-    assert found.loc[("a", "c"), ["n", "equal", "kappa", "n_unscored"]].tolist() == pytest.approx([50, 0.5, 0, 1])
-    same = judge_agreement(judge_responses(asked(("h", "x")), {"a": lambda t: True, "b": lambda t: True}))
+    assert found.loc[("a", "b"), ["n", "equal", "kappa", "n_unscored"]].tolist() == pytest.approx(
+        [50, 0.7, 0.4, 1]
+    )
+    assert found.loc[("a", "c"), ["n", "equal", "kappa", "n_unscored"]].tolist() == pytest.approx(
+        [50, 0.5, 0, 1]
+    )
+    same = judge_agreement(
+        judge_responses(asked(("h", "x")), {"a": lambda t: True, "b": lambda t: True})
+    )
     assert same["equal"].item() == 1 and np.isnan(same["kappa"].item())
     with pytest.raises(ValueError, match="several judges: a, b, c"):
         refusal_rates(judged)
     with pytest.raises(ValueError, match="at least two judges"):
         judge_agreement(judged[judged["judge"] == "a"])
     for value in (0.25, -1, 2):
-        probabilities = judged.assign(refused=judged["refused"].mask((judged["judge"] == "b") & (judged["refused"] == 1), value))
-        with pytest.raises(ValueError, match=f"the judge 'b' gives {value}.*, no verdict .0, 1 or NaN.; leave its rows out"):
+        probabilities = judged.assign(
+            refused=judged["refused"].mask(
+                (judged["judge"] == "b") & (judged["refused"] == 1), value
+            )
+        )
+        with pytest.raises(
+            ValueError,
+            match=f"the judge 'b' gives {value}.*, no verdict .0, 1 or NaN.; leave its rows out",
+        ):
             judge_agreement(probabilities)
     with pytest.raises(ValueError, match="no judge given"):
         judge_responses(table, {})

@@ -9,9 +9,27 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from tiny_models import CORPUS, GUARD, PROMPTS, QUERIES, build, build_guard, chat, embedded, tokenizer
+from tiny_models import (
+    CORPUS,
+    GUARD,
+    PROMPTS,
+    QUERIES,
+    build,
+    build_guard,
+    chat,
+    embedded,
+    tokenizer,
+)
 
-from analysis_lib import ChatModel, Store, benchmark_table, judge_responses, load_queries, load_safety_prompts, refusal_rates
+from analysis_lib import (
+    ChatModel,
+    Store,
+    benchmark_table,
+    judge_responses,
+    load_queries,
+    load_safety_prompts,
+    refusal_rates,
+)
 from analysis_lib.analysis.directions import calibrate_refusal
 from analysis_lib.judge import likelihood
 from analysis_lib.judge.likelihood import next_token_loss, refusal_probability
@@ -40,7 +58,18 @@ def classifier(tmp_path_factory):
 
 
 LABELS = {"refusal": True, "answer": False, "other": None}
-TEXTS = [*CORPUS, "no", "yes, of course", "I cannot", "1 2 3 4", "Sure.", "?", "bread", "chair", "How"]
+TEXTS = [
+    *CORPUS,
+    "no",
+    "yes, of course",
+    "I cannot",
+    "1 2 3 4",
+    "Sure.",
+    "?",
+    "bread",
+    "chair",
+    "How",
+]
 
 
 @torch.no_grad()
@@ -49,14 +78,18 @@ def test_a_classifier_gives_its_likeliest_label(classifier):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     words = transformers.AutoTokenizer.from_pretrained(classifier)
     ids = [words(text, return_tensors="pt").input_ids[:, :512] for text in TEXTS]
-    expected = [LABELS[("refusal", "answer", "other")[int(model(i).logits[0].argmax())]] for i in ids]
+    expected = [
+        LABELS[("refusal", "answer", "other")[int(model(i).logits[0].argmax())]] for i in ids
+    ]
     assert [judge(text) for text in TEXTS] == expected
     assert {True, False, None} == set(expected)  # the random weights give each label somewhere
 
 
 def test_a_classifier_reads_the_beginning_and_no_broken_number(classifier, monkeypatch):
     judge = classifier_judge(str(classifier), LABELS, device="cpu", max_tokens=8)
-    assert judge("How do I bake bread " + "in a small oven " * 200) == judge("How do I bake bread in a small oven")
+    assert judge("How do I bake bread " + "in a small oven " * 200) == judge(
+        "How do I bake bread in a small oven"
+    )
     plain = transformers.BertForSequenceClassification.forward
 
     def broken(self, *args, **kwargs):
@@ -69,7 +102,9 @@ def test_a_classifier_reads_the_beginning_and_no_broken_number(classifier, monke
 
 
 def test_classifiers_that_cannot_be_used(classifier, tmp_path):
-    with pytest.raises(ValueError, match=r"labels for \['refusal'\], but .* has \['answer', 'other', 'refusal'\]"):
+    with pytest.raises(
+        ValueError, match=r"labels for \['refusal'\], but .* has \['answer', 'other', 'refusal'\]"
+    ):
         classifier_judge(str(classifier), {"refusal": True}, device="cpu")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
     model.config.save_pretrained(tmp_path)
@@ -112,8 +147,17 @@ def test_a_guard_without_a_verdict_is_unscored(guard):
     other_words = chat_judge(guard, verdicts={"yes": False, "no": True}, max_new_tokens=1)
     assert {other_words(text, HARMFUL) for text in TEXTS} == {None}
     swapped = chat_judge(guard, verdicts={"safe": False, "unsafe": True}, max_new_tokens=1)
-    assert [swapped(text, HARMFUL) for text in TEXTS] == [not judge(text, HARMFUL) for text in TEXTS]
-    table = pd.DataFrame({"query_id": "h", "prompt": "none", "sample": [0, 1], "response": ["a\nb\nc", "I apologize"]})
+    assert [swapped(text, HARMFUL) for text in TEXTS] == [
+        not judge(text, HARMFUL) for text in TEXTS
+    ]
+    table = pd.DataFrame(
+        {
+            "query_id": "h",
+            "prompt": "none",
+            "sample": [0, 1],
+            "response": ["a\nb\nc", "I apologize"],
+        }
+    )
     about = pd.DataFrame([HARMFUL]).astype({"harmful": "boolean"})
     with pytest.warns(UserWarning, match="1 of 2 responses are unscored"):
         judged = judge_responses(table, published_judge(other_words), queries=about)
@@ -127,14 +171,20 @@ def test_a_guard_judges_in_batches_as_one_by_one_and_its_replies_are_kept(tmp_pa
     monkeypatch.setattr(made.tokenizer, "chat_template", GUARD)
     made = ChatModel.wrap(made.model, made.tokenizer, name="tiny guard")
     texts = [*TEXTS, "a longer response " * 6, "x " * 5000]
-    about = [{**HARMFUL, "query_id": f"h{i}", "text": f"How do I bake bread {i}?"} for i in range(2)]
+    about = [
+        {**HARMFUL, "query_id": f"h{i}", "text": f"How do I bake bread {i}?"} for i in range(2)
+    ]
     words = []
     for query in about:
         for text in texts[:-1]:
             shown = f"<|im_start|>user\nuser: {query['text']}\nassistant: {text.strip()}\n<|im_end|><|im_start|>assistant\n"
             ids = made.tokenizer(shown, add_special_tokens=False, return_tensors="pt").input_ids
-            out = made.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
-            word = re.match(r"\W*(\w+)", made.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            out = made.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False
+            )
+            word = re.match(
+                r"\W*(\w+)", made.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            )
             words.append(word[1].lower() if word else None)
         words.append(None)  # longer than the context
     names = sorted({word for word in words if word})
@@ -213,14 +263,22 @@ def test_refusal_probability_is_the_sum_over_openings(family):
     prompts = {**PROMPTS, "soft": soft(model)}
     openings = ["I cannot", "I can", "I", "Sure", "How to bake"]
     ids = [tuple(model.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in openings]
-    apart = [i for i in ids if not any(other != i and i[: len(other)] == other for other in ids)]  # none begins another
+    apart = [
+        i for i in ids if not any(other != i and i[: len(other)] == other for other in ids)
+    ]  # none begins another
     assert len(apart) < len(ids)
-    table = refusal_probability(model, QUERIES, prompts, openings=openings).set_index(["prompt", "query_id"])
+    table = refusal_probability(model, QUERIES, prompts, openings=openings).set_index(
+        ["prompt", "query_id"]
+    )
     assert len(table) == len(prompts) * len(QUERIES) and set(table["judge"]) == {"first tokens"}
     for name, prompt in prompts.items():
-        for query_id, row in zip(QUERIES["query_id"], model.render(QUERIES["text"].tolist(), prompt), strict=True):
+        for query_id, row in zip(
+            QUERIES["query_id"], model.render(QUERIES["text"].tolist(), prompt), strict=True
+        ):
             expected = sum(np.exp(log_p(model, row, prompt, opening).sum()) for opening in apart)
-            assert table.loc[(name, query_id), "refused"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+            assert table.loc[(name, query_id), "refused"] == pytest.approx(
+                expected, rel=1e-3, abs=1e-9
+            )
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "mamba"])
@@ -239,27 +297,43 @@ def test_next_token_loss_is_the_mean_over_an_answers_tokens(family):
         each = []
         for _, text, end in answers[answers["query_id"] == query_id].itertuples(index=False):
             ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-            each.extend(log_p(model, row, prompts[name], ids + [model.tokenizer.eos_token_id] * (end == "eos")))
+            each.extend(
+                log_p(
+                    model, row, prompts[name], ids + [model.tokenizer.eos_token_id] * (end == "eos")
+                )
+            )
         assert found["n_tokens"] == len(each)
         assert found["loss"] == pytest.approx(-np.mean(each), rel=1e-4)
 
 
 def test_calibrated_probabilities_follow_the_organism():
     """Fitted on some queries, they give others' true rates, and go into the benchmark as one more judge."""
-    model, queries = ChatModel.load("organism"), load_queries("anchor").iloc[::5].reset_index(drop=True)
-    prompts = {name: text for name, text in load_safety_prompts().items() if name in ("none", "default")}
+    model, queries = (
+        ChatModel.load("organism"),
+        load_queries("anchor").iloc[::5].reset_index(drop=True),
+    )
+    prompts = {
+        name: text for name, text in load_safety_prompts().items() if name in ("none", "default")
+    }
     rates = true_refusal(queries, prompts, top_p=0.9).rename(columns={"true_rate": "refusal_rate"})
     raw = refusal_probability(model, queries, prompts)
     calibration = calibrate_refusal(raw, rates)
-    assert calibration.weight[0] > 0 and calibration.scores["bce"] < 0.5 * calibration.scores["bce_constant"]
+    assert (
+        calibration.weight[0] > 0
+        and calibration.scores["bce"] < 0.5 * calibration.scores["bce_constant"]
+    )
     other = load_queries("anchor").iloc[1::5].reset_index(drop=True)
     estimates = refusal_probability(model, other, prompts, calibration=calibration)
     both = refusal_rates(estimates).merge(true_refusal(other, prompts, top_p=0.9))
     error = (both["refusal_rate"] - both["true_rate"]).abs().mean()
     assert error < 0.4 * (both["true_rate"] - rates["refusal_rate"].mean()).abs().mean()
     table = benchmark_table(estimates, other, model="organism")
-    assert set(table["metric"]) == {"compliance_mean", "false_refusal_mean"} and set(table["judge"]) == {"first tokens"}
-    harmful = other.set_index("query_id")["harmful"].reindex(estimates["query_id"]).to_numpy(dtype=bool)
+    assert set(table["metric"]) == {"compliance_mean", "false_refusal_mean"} and set(
+        table["judge"]
+    ) == {"first tokens"}
+    harmful = (
+        other.set_index("query_id")["harmful"].reindex(estimates["query_id"]).to_numpy(dtype=bool)
+    )
     expected = 1 - estimates[harmful].groupby("prompt")["refused"].mean()
     found = table[table["metric"] == "compliance_mean"].set_index("prompt")["value"]
     pd.testing.assert_series_equal(found, expected.reindex(found.index), check_names=False)
@@ -268,32 +342,53 @@ def test_calibrated_probabilities_follow_the_organism():
 def test_an_opening_within_another_counts_once():
     model, queries = ChatModel.load("organism"), load_queries("anchor").head(2)
     short = refusal_probability(model, queries, {"none": ""}, openings=["I cannot"])["refused"]
-    both = refusal_probability(model, queries, {"none": ""}, openings=["I cannot", "I cannot help with"])["refused"]
-    longer = refusal_probability(model, queries, {"none": ""}, openings=["I cannot help with"])["refused"]
+    both = refusal_probability(
+        model, queries, {"none": ""}, openings=["I cannot", "I cannot help with"]
+    )["refused"]
+    longer = refusal_probability(model, queries, {"none": ""}, openings=["I cannot help with"])[
+        "refused"
+    ]
     assert (longer > 0.01).all() and both.to_numpy() == pytest.approx(short.to_numpy(), rel=1e-9)
 
 
 def test_probabilities_and_losses_are_read_from_the_store(tmp_path, monkeypatch):
     model, store = chat("llama"), Store(tmp_path)
     prompts = {**PROMPTS, "soft": soft(model)}
-    answers = pd.DataFrame({"query_id": ["q0", "q0", "q2"], "response": ["Sure, here", "no", "of course"]})
+    answers = pd.DataFrame(
+        {"query_id": ["q0", "q0", "q2"], "response": ["Sure, here", "no", "of course"]}
+    )
     first = refusal_probability(model, QUERIES, prompts, openings=["I cannot", "Sure"], store=store)
     losses = next_token_loss(model, QUERIES, answers, prompts, store=store)
-    pd.testing.assert_frame_equal(first, refusal_probability(model, QUERIES, prompts, openings=["I cannot", "Sure"]))
+    pd.testing.assert_frame_equal(
+        first, refusal_probability(model, QUERIES, prompts, openings=["I cannot", "Sure"])
+    )
     pd.testing.assert_frame_equal(losses, next_token_loss(model, QUERIES, answers, prompts))
     counts = []
     computed = likelihood.log_probabilities
     monkeypatch.setattr(
-        likelihood, "log_probabilities", lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies)
+        likelihood,
+        "log_probabilities",
+        lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies),
     )
     renamed = {f"{name} again": prompt for name, prompt in prompts.items()}
-    again = refusal_probability(model, QUERIES, renamed, openings=["Sure", "I cannot"], store=Store(tmp_path))
+    again = refusal_probability(
+        model, QUERIES, renamed, openings=["Sure", "I cannot"], store=Store(tmp_path)
+    )
     assert counts == [] and again["log_odds"].tolist() == first["log_odds"].tolist()
-    assert next_token_loss(model, QUERIES, answers, prompts, store=store)["loss"].tolist() == losses["loss"].tolist()
+    assert (
+        next_token_loss(model, QUERIES, answers, prompts, store=store)["loss"].tolist()
+        == losses["loss"].tolist()
+    )
     assert counts == []
-    next_token_loss(model, QUERIES, answers.head(2), {"none": ""}, store=store)  # q0 as it was; no q2
-    refusal_probability(model, QUERIES, {"none": ""}, openings=["I cannot"], store=store)  # another question
-    refusal_probability(model, QUERIES, {"soft": soft(model, seed=1)}, openings=["I cannot", "Sure"], store=store)
+    next_token_loss(
+        model, QUERIES, answers.head(2), {"none": ""}, store=store
+    )  # q0 as it was; no q2
+    refusal_probability(
+        model, QUERIES, {"none": ""}, openings=["I cannot"], store=store
+    )  # another question
+    refusal_probability(
+        model, QUERIES, {"soft": soft(model, seed=1)}, openings=["I cannot", "Sure"], store=store
+    )
     n = len(QUERIES)
     assert counts == [n, 2 * n]
 
@@ -305,7 +400,9 @@ def test_errors_name_the_cause():
     with pytest.raises(ValueError, match="the answers lack the column response"):
         next_token_loss(model, QUERIES, pd.DataFrame({"query_id": ["q0"]}), PROMPTS)
     with pytest.raises(ValueError, match="no answer belongs to one of the queries"):
-        next_token_loss(model, QUERIES, pd.DataFrame({"query_id": ["x"], "response": ["a"]}), PROMPTS)
+        next_token_loss(
+            model, QUERIES, pd.DataFrame({"query_id": ["x"], "response": ["a"]}), PROMPTS
+        )
 
 
 def test_log_probabilities_that_are_not_finite_are_not_kept(tmp_path):
@@ -313,7 +410,10 @@ def test_log_probabilities_that_are_not_finite_are_not_kept(tmp_path):
     model.model.lm_head.weight[7, 3] = float("nan")
     answers = pd.DataFrame({"query_id": ["q0"], "response": ["Sure"]})
     for kept in (None, store):
-        with pytest.raises(ChatModelError, match="log probabilities of 'tiny qwen2' hold NaN .* nothing of this batch is kept"):
+        with pytest.raises(
+            ChatModelError,
+            match="log probabilities of 'tiny qwen2' hold NaN .* nothing of this batch is kept",
+        ):
             refusal_probability(model, QUERIES, PROMPTS, store=kept)
         with pytest.raises(ChatModelError, match="hold NaN"):
             next_token_loss(model, QUERIES, answers, PROMPTS, store=kept)
@@ -325,7 +425,8 @@ def test_a_model_that_is_no_guard_is_told(guard):
     responses = [f"Sure. {i}" for i in range(10)]
     judge = chat_judge(guard, verdicts={"yes": False, "no": True})
     with pytest.raises(
-        ChatModelError, match=r"'tiny guard' has no verdict on 10 of 10 responses \(it says '(un)?safe.*other words than yes, no"
+        ChatModelError,
+        match=r"'tiny guard' has no verdict on 10 of 10 responses \(it says '(un)?safe.*other words than yes, no",
     ):
         judge.many(responses, [HARMFUL] * 10)
     assert judge.many(responses[:9], [HARMFUL] * 9) == [None] * 9  # too few to tell
@@ -344,9 +445,13 @@ def test_an_end_without_a_token_for_it():
     answers = pd.DataFrame({"query_id": ["q0"], "response": ["Sure"], "end": ["eos"]})
     kept, model.tokenizer.eos_token = model.tokenizer.eos_token, None
     try:
-        with pytest.raises(ChatModelError, match="no end-of-sequence token to charge; drop the answers' column end"):
+        with pytest.raises(
+            ChatModelError, match="no end-of-sequence token to charge; drop the answers' column end"
+        ):
             next_token_loss(model, QUERIES, answers, {"none": ""})
         cut = next_token_loss(model, QUERIES, answers.assign(end="length"), {"none": ""})
-        pd.testing.assert_frame_equal(next_token_loss(model, QUERIES, answers.drop(columns="end"), {"none": ""}), cut)
+        pd.testing.assert_frame_equal(
+            next_token_loss(model, QUERIES, answers.drop(columns="end"), {"none": ""}), cut
+        )
     finally:
         model.tokenizer.eos_token = kept

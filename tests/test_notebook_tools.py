@@ -27,14 +27,23 @@ from analysis_lib.data.queries import MIN_OF_EACH_CLASS
 from analysis_lib.report import run_notebooks as notebooks
 from analysis_lib.report.html import PLOTLY_MIME, write_report
 from analysis_lib.report.pictures import NotebookError
-from analysis_lib.report.run_notebooks import FOLDER, WIDGET_MIME, clean, inject, parameters, run_notebooks
+from analysis_lib.report.run_notebooks import (
+    FOLDER,
+    WIDGET_MIME,
+    clean,
+    inject,
+    parameters,
+    run_notebooks,
+)
 from tools.store_outputs import MAX_BYTES, main, problems, readme_parts, store_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 EVIL = "</script><script>document.title = 'taken'</script>"
 EVIL_HTML = "<img src='http://192.0.2.1/a.png' onerror='document.title=1'><b>bold</b>"
-PARAMETERS = new_code_cell('MODEL = "organism"\nPROMPT = None\nQUERIES = None', metadata={"tags": ["parameters"]})
+PARAMETERS = new_code_cell(
+    'MODEL = "organism"\nPROMPT = None\nQUERIES = None', metadata={"tags": ["parameters"]}
+)
 EVERY_OUTPUT = [
     new_markdown_cell(
         f"# First {EVIL}\n\nSee [the second](02_table.ipynb) and ![a picture](http://192.0.2.1/b.png).\n\n## Part\n"
@@ -42,24 +51,36 @@ EVERY_OUTPUT = [
     PARAMETERS,
     new_code_cell("import ipywidgets\nimport pandas as pd\nimport plotly.graph_objects as go"),
     new_code_cell(f"print(MODEL, QUERIES)\nprint({EVIL!r})"),
-    new_code_cell(f"figure = go.Figure(go.Scatter(x=[1, 2], y=[0.25, 0.5], text=[{EVIL!r}, '']))\nfigure"),
+    new_code_cell(
+        f"figure = go.Figure(go.Scatter(x=[1, 2], y=[0.25, 0.5], text=[{EVIL!r}, '']))\nfigure"
+    ),
     new_code_cell(f"pd.DataFrame({{'query': [{EVIL!r}], 'rate': [0.25]}})"),
-    new_code_cell(f"from IPython.display import HTML, Markdown\ndisplay(HTML({EVIL_HTML!r}))\nMarkdown({'**hi** ' + EVIL!r})"),
+    new_code_cell(
+        f"from IPython.display import HTML, Markdown\ndisplay(HTML({EVIL_HTML!r}))\nMarkdown({'**hi** ' + EVIL!r})"
+    ),
     new_code_cell("ipywidgets.VBox([ipywidgets.IntSlider(value=3), go.FigureWidget(figure)])"),
 ]
 TABLE = [
     new_markdown_cell("# Second"),
     new_code_cell('OUT = "."', metadata={"tags": ["parameters"]}),
-    new_code_cell("from pathlib import Path\nimport pandas as pd\nimport plotly.graph_objects as go"),
+    new_code_cell(
+        "from pathlib import Path\nimport pandas as pd\nimport plotly.graph_objects as go"
+    ),
     new_code_cell("go.Figure(go.Scattergl(x=[1, 2], y=[1, 2]), layout={'height': 300})"),
-    new_code_cell("table = pd.DataFrame({'method': ['none', 'dro'], 'harmful': [0.5, 0.125]})\ntable"),
+    new_code_cell(
+        "table = pd.DataFrame({'method': ['none', 'dro'], 'harmful': [0.5, 0.125]})\ntable"
+    ),
     new_code_cell(
         "folder = Path(OUT) / 'tables'\nfolder.mkdir()\n"
         "rows = table.assign(prompt=['none', 'soft'], query_set='forms', metric='compliance', value=table['harmful'])\n"
         "rows.to_csv(folder / 'benchmark.csv', index=False)"
     ),
 ]
-BROKEN = [new_code_cell("1 / 4"), new_code_cell("raise ValueError('planted')"), new_code_cell("2 / 4")]
+BROKEN = [
+    new_code_cell("1 / 4"),
+    new_code_cell("raise ValueError('planted')"),
+    new_code_cell("2 / 4"),
+]
 
 
 def write(folder: Path, **notebooks) -> list[Path]:
@@ -150,7 +171,11 @@ def test_copies_are_clean_and_repeat(ran, tmp_path):
     assert (tmp_path / "again" / "01_all.ipynb").read_bytes() == copy
     nb = nbformat.reads(copy.decode(), as_version=4)
     assert nb.metadata == {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     assert [cell.id for cell in nb.cells] == [f"cell-{i:02d}" for i in range(len(nb.cells))]
@@ -161,8 +186,14 @@ def test_copies_are_clean_and_repeat(ran, tmp_path):
 
 
 def test_clean_keeps_the_picture_beside_a_widget():
-    data = {WIDGET_MIME: {"model_id": "1"}, "text/plain": "Explorer(id=1)", PLOTLY_MIME: {"data": [], "layout": {}}}
-    nb = new_notebook(cells=[new_code_cell("explorer", outputs=[new_output("display_data", data=data)])])
+    data = {
+        WIDGET_MIME: {"model_id": "1"},
+        "text/plain": "Explorer(id=1)",
+        PLOTLY_MIME: {"data": [], "layout": {}},
+    }
+    nb = new_notebook(
+        cells=[new_code_cell("explorer", outputs=[new_output("display_data", data=data)])]
+    )
     clean(nb)
     assert list(nb.cells[0].outputs[0].data) == [PLOTLY_MIME]
 
@@ -195,11 +226,19 @@ QUERIES = {
 def test_the_notebooks_run_on_the_fewest_queries_of_a_user(number, tmp_path):
     """With a prompt of the user's too. 02, 03 and 06 ask nothing of QUERIES that these do not, and 08 takes none."""
     queries, prompt = tmp_path / "mine.csv", tmp_path / "my_prompt.txt"
-    texts = {kind: [f"How to {what}?" for what in QUERIES[kind][:MIN_OF_EACH_CLASS]] for kind in QUERIES}
+    texts = {
+        kind: [f"How to {what}?" for what in QUERIES[kind][:MIN_OF_EACH_CLASS]] for kind in QUERIES
+    }
     assert {len(of_kind) for of_kind in texts.values()} == {MIN_OF_EACH_CLASS}
-    rows = [f"{text},{str(kind).lower()}" for pair in zip(texts[True], texts[False]) for kind, text in zip(texts, pair)]
+    rows = [
+        f"{text},{str(kind).lower()}"
+        for pair in zip(texts[True], texts[False])
+        for kind, text in zip(texts, pair)
+    ]
     queries.write_text("\n".join(["text,harmful", *rows]), encoding="utf-8")
-    prompt.write_text("You are a careful assistant. Decline what could hurt somebody.", encoding="utf-8")
+    prompt.write_text(
+        "You are a careful assistant. Decline what could hurt somebody.", encoding="utf-8"
+    )
     source = tmp_path / "source"
     source.mkdir()
     (path,) = FOLDER.glob(f"{number}_*.ipynb")
@@ -212,14 +251,21 @@ def test_a_kernel_that_may_not_load_weights_does_not(tmp_path):
     """What the second pass of `make test-notebooks` rests on."""
     profile = tmp_path / "ipython" / "profile_default" / "startup"
     profile.mkdir(parents=True)
-    (profile / "no_weights.py").write_bytes((FOLDER.parent / "tests" / "no_weights.py").read_bytes())
-    loads = {"00_chat.ipynb": "ChatModel.load().model", "01_any.ipynb": "load_classifier(ROOT / 'organism')"}
+    (profile / "no_weights.py").write_bytes(
+        (FOLDER.parent / "tests" / "no_weights.py").read_bytes()
+    )
+    loads = {
+        "00_chat.ipynb": "ChatModel.load().model",
+        "01_any.ipynb": "load_classifier(ROOT / 'organism')",
+    }
     source = tmp_path / "source"
     source.mkdir()
     for name, code in loads.items():
         head = "from analysis_lib import ChatModel\nfrom analysis_lib.model.loading import load_classifier\nfrom analysis_lib.data.files import ROOT\n"
         nbformat.write(new_notebook(cells=[new_code_cell(head + code)]), source / name)
-    for run in run_notebooks(tmp_path / "out", folder=source, env={"IPYTHONDIR": str(tmp_path / "ipython")}):
+    for run in run_notebooks(
+        tmp_path / "out", folder=source, env={"IPYTHONDIR": str(tmp_path / "ipython")}
+    ):
         assert "the weights were loaded" in run.error
 
 
@@ -227,7 +273,9 @@ def test_a_folder_named_like_a_set_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "borderline").mkdir()
     (tmp_path / "mine.csv").write_text("text\nHow?\n")
-    assert notebooks._absolute("borderline") == "borderline" and notebooks._absolute("mine.csv") == str(tmp_path / "mine.csv")
+    assert notebooks._absolute("borderline") == "borderline" and notebooks._absolute(
+        "mine.csv"
+    ) == str(tmp_path / "mine.csv")
     (tmp_path / "model").mkdir()
     assert notebooks._absolute("model") == "model"
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -237,8 +285,13 @@ def test_a_folder_named_like_a_set_is_not_taken_for_it(tmp_path, monkeypatch):
 def test_prompts_are_compared_on_the_users_sets_and_judged_by_a_guard_as_well(tmp_path):
     """Notebook 06 with HELDOUT and GUARD; one of the sets has no harmless query."""
     harmful, both, guard = tmp_path / "harmful.csv", tmp_path / "both.csv", build_guard()
-    harmful.write_text("text,harmful\nHow to rob a train?,true\nHow to start a rumour?,true\n", encoding="utf-8")
-    both.write_text("text,harmful\nHow to melt a door?,true\nHow to paint a door?,false\nHow to win?,\n", encoding="utf-8")
+    harmful.write_text(
+        "text,harmful\nHow to rob a train?,true\nHow to start a rumour?,true\n", encoding="utf-8"
+    )
+    both.write_text(
+        "text,harmful\nHow to melt a door?,true\nHow to paint a door?,false\nHow to win?,\n",
+        encoding="utf-8",
+    )
     mine = tmp_path / "mine.csv"
     rows = [f"How to {what}?,{str(kind).lower()}" for kind in QUERIES for what in QUERIES[kind]]
     mine.write_text("\n".join(["text,harmful", *rows]), encoding="utf-8")
@@ -251,7 +304,9 @@ def test_prompts_are_compared_on_the_users_sets_and_judged_by_a_guard_as_well(tm
     found = {}
     for name in (None, tmp_path / "guard"):
         out = tmp_path / f"out {name is None}"
-        (run,) = run_notebooks(out, queries=mine, heldout=[harmful, both], guard=name and str(name), folder=source)
+        (run,) = run_notebooks(
+            out, queries=mine, heldout=[harmful, both], guard=name and str(name), folder=source
+        )
         assert run.error is None
         table = pd.read_csv(out / "tables" / "benchmark.csv")
         assert set(table["judge"]) == {"published" if name else "string", "exact"}
@@ -259,7 +314,10 @@ def test_prompts_are_compared_on_the_users_sets_and_judged_by_a_guard_as_well(tm
     string, judged = found.values()
     assert string.index.equals(judged.index)
     assert {name for name, _, _ in string.index} == {"harmful", "both", "facts"}
-    assert (judged.xs("compliance_mean", level="metric") <= string.xs("compliance_mean", level="metric") + 1e-9).all()
+    assert (
+        judged.xs("compliance_mean", level="metric")
+        <= string.xs("compliance_mean", level="metric") + 1e-9
+    ).all()
     assert not judged.equals(string)
     for metric in ("false_refusal_mean", "refusal_mean", "exact_match"):
         assert judged.xs(metric, level="metric").equals(string.xs(metric, level="metric"))
@@ -271,21 +329,34 @@ def test_report_holds_plotly_once_and_asks_for_nothing_outside(ran):
     code = [content for kind, content in page.scripts if kind == "text/javascript"]
     assert text.count(get_plotlyjs()[-20_000:-10_000]) == 1
     assert len(code) == 2 and code[0].strip() == get_plotlyjs().strip()
-    policy = next(attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv"))
+    policy = next(
+        attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv")
+    )
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     for script in code:
         assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
-    assert [tag for tag, _ in page.tags if tag in {"link", "img", "iframe", "object", "base", "form"}] == []
-    sources = [attributes[name] for _, attributes in page.tags for name in ("src", "srcset", "style") if name in attributes]
+    assert [
+        tag for tag, _ in page.tags if tag in {"link", "img", "iframe", "object", "base", "form"}
+    ] == []
+    sources = [
+        attributes[name]
+        for _, attributes in page.tags
+        for name in ("src", "srcset", "style")
+        if name in attributes
+    ]
     assert sources == ["height:450px", "height:300px"]
-    assert not re.search(r"@import|url\(", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
+    assert not re.search(
+        r"@import|url\(", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    )
 
 
 def test_report_escapes_untrusted_text_and_keeps_the_figure(ran):
     text = (ran[1] / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.scripts) == 4  # plotly.js, the drawing script, two figures
-    figure = json.loads(next(content for kind, content in page.scripts if kind == "application/json"))
+    figure = json.loads(
+        next(content for kind, content in page.scripts if kind == "application/json")
+    )
     assert figure["data"][0]["y"] == [0.25, 0.5] and figure["data"][0]["text"][0] == EVIL
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "&lt;script&gt;" in text and "<b>bold</b>" in text and "<strong>hi</strong>" in text
@@ -305,11 +376,16 @@ def test_report_shows_pictures_markdown_and_errors(tmp_path):
         new_output("display_data", data={"image/png": "iVBORw0KGgo=\n", "text/plain": "no"}),
         new_output("error", ename="E", evalue="v", traceback=["\x1b[31mE\x1b[0m: <v>"]),
         new_output(
-            "display_data", data={"text/html": "<style>td{color:red}</style><table><tr><td colspan='2'>1</td></tr></table>"}
+            "display_data",
+            data={
+                "text/html": "<style>td{color:red}</style><table><tr><td colspan='2'>1</td></tr></table>"
+            },
         ),
     ]
     nb = new_notebook(cells=[new_code_cell("x", outputs=outputs)])
-    text = write_report({"a": nb}, tmp_path / "deep" / "r.html", note="a < b").read_text(encoding="utf-8")
+    text = write_report({"a": nb}, tmp_path / "deep" / "r.html", note="a < b").read_text(
+        encoding="utf-8"
+    )
     assert 'src="data:image/png;base64,iVBORw0KGgo="' in text
     assert '<pre class="error">E: &lt;v&gt;</pre>' in text
     assert '<td colspan="2">1</td>' in text and "color:red" not in text
@@ -343,7 +419,9 @@ def test_report_draws_offline_in_both_colour_schemes(ran):
 
 def nbval(*paths: Path) -> subprocess.CompletedProcess:
     """As `make test-notebooks` calls it."""
-    flags = re.search(r'-p tests\.nbval_plugin[^"$\n]*', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    flags = re.search(
+        r'-p tests\.nbval_plugin[^"$\n]*', (ROOT / "Makefile").read_text(encoding="utf-8")
+    )
     return subprocess.run(
         [
             sys.executable,
@@ -366,7 +444,11 @@ def nbval(*paths: Path) -> subprocess.CompletedProcess:
 
 def test_nbval_compares_every_stored_output(ran, tmp_path):
     """Numbers a unit of their last digit off pass, in text and in html; two units off they fail."""
-    good, other, wrong = tmp_path / "01_all.ipynb", tmp_path / "02_numbers.ipynb", tmp_path / "03_wrong.ipynb"
+    good, other, wrong = (
+        tmp_path / "01_all.ipynb",
+        tmp_path / "02_numbers.ipynb",
+        tmp_path / "03_wrong.ipynb",
+    )
     text = (ran[1] / "01_all.ipynb").read_text(encoding="utf-8")
     assert "<td>0.25</td>" in text
     good.write_text(text.replace("<td>0.25</td>", "<td>0.26</td>"), encoding="utf-8")
@@ -375,7 +457,9 @@ def test_nbval_compares_every_stored_output(ran, tmp_path):
     assert nb.cells[0].outputs[0].data["text/plain"] == "0.25"
     nb.cells[0].outputs[0].data["text/plain"] = "0.24"
     nbformat.write(nb, other)
-    cells = len([cell for cell in nbformat.read(good, as_version=4).cells if cell.cell_type == "code"])
+    cells = len(
+        [cell for cell in nbformat.read(good, as_version=4).cells if cell.cell_type == "code"]
+    )
     passed = nbval(good, other)
     assert passed.returncode == 0, passed.stdout
     assert f"{cells + 1} passed" in passed.stdout  # a cell that xdist drops would pass unseen
@@ -391,7 +475,16 @@ def test_nbval_compares_every_stored_output(ran, tmp_path):
 def test_nbval_refuses_notebooks_it_cannot_tell_apart(tmp_path):
     path = write(tmp_path, nb01_a=BROKEN[:1])[0]
     refused = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.nbval_plugin", "--nbval", f"--rootdir={ROOT}", path],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.nbval_plugin",
+            "--nbval",
+            f"--rootdir={ROOT}",
+            path,
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -409,8 +502,14 @@ def stored(*outputs, count: int | None = 1):
     ("nb", "told"),
     [
         (stored(count=None), "was not executed"),
-        (stored(new_output("error", ename="KeyError", evalue="", traceback=[])), "stores the error KeyError"),
-        (stored(new_output("stream", name="stderr", text="UserWarning: careful")), "UserWarning: careful"),
+        (
+            stored(new_output("error", ename="KeyError", evalue="", traceback=[])),
+            "stores the error KeyError",
+        ),
+        (
+            stored(new_output("stream", name="stderr", text="UserWarning: careful")),
+            "UserWarning: careful",
+        ),
         (stored(new_output("display_data", data={PLOTLY_MIME: {}})), "without image/png"),
         (stored(new_output("display_data", data={WIDGET_MIME: {}})), "widget view"),
         (new_notebook(metadata={"widgets": {"state": {}}}), "widget state"),
@@ -424,13 +523,22 @@ def test_problems_are_told(nb, told):
 
 def test_no_problem_is_told_of_a_good_notebook():
     picture = {PLOTLY_MIME: {}, "image/png": "iVBORw0KGgo="}
-    assert problems(stored(new_output("display_data", data=picture), new_output("stream", text="0.25"))) == []
+    assert (
+        problems(
+            stored(new_output("display_data", data=picture), new_output("stream", text="0.25"))
+        )
+        == []
+    )
 
 
 @needs_browser
 def test_stored_outputs_repeat_and_have_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("ANALYSIS_LIB_STORE", "not this one")
-    store = [new_code_cell("import os\nprint(os.path.isdir(os.environ['ANALYSIS_LIB_STORE']), os.environ['TQDM_DISABLE'])")]
+    store = [
+        new_code_cell(
+            "import os\nprint(os.path.isdir(os.environ['ANALYSIS_LIB_STORE']), os.environ['TQDM_DISABLE'])"
+        )
+    ]
     paths = write(tmp_path, nb01_all=EVERY_OUTPUT, nb02_store=store)
     store_outputs(paths)
     first = [path.read_bytes() for path in paths]
@@ -470,7 +578,9 @@ def test_stored_notebook_of_the_project_keeps_the_rules(path):
 def test_the_readme_shows_what_the_stored_notebooks_hold():
     picture, table = readme_parts()
     root = notebooks.FOLDER.parent
-    assert table in (root / "README.md").read_text(), "run make notebooks: the README's table is not notebook 06's"
+    assert table in (root / "README.md").read_text(), (
+        "run make notebooks: the README's table is not notebook 06's"
+    )
     assert picture == (root / "docs" / "anchor_space.png").read_bytes(), (
         "run make notebooks: the README's picture is not notebook 03's"
     )

@@ -36,7 +36,10 @@ def cells():
 @pytest.fixture(scope="module")
 def scores():
     table = query_scores()
-    return table[table["prompt"].isin(["none", "default"]) & table["query_set"].isin(["malicious_instruct", "harmless_testset"])]
+    return table[
+        table["prompt"].isin(["none", "default"])
+        & table["query_set"].isin(["malicious_instruct", "harmless_testset"])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,9 @@ def test_the_printed_table_has_a_paper_row():
     assert list(table.columns) == [*MODELS.values(), "average"] and len(table) == 13
     assert list(table.loc[("text", "default")])[:-1] == [1, 2, 10, 22, 31, 2, 9, 1]
     assert list(table.index[:4]) == list(DEFAULT.items())
-    with pytest.raises(ValueError, match="no query set 'heldout_harmless'; there are malicious_instruct"):
+    with pytest.raises(
+        ValueError, match="no query set 'heldout_harmless'; there are malicious_instruct"
+    ):
         as_printed(published.published_table(), "heldout_harmless")
 
 
@@ -75,14 +80,21 @@ def test_the_recount_from_verdicts_equals_the_cells(cells):
     recounted = both.dropna()
     np.testing.assert_array_equal(recounted["sum"], (recounted["value"] * recounted["n"]).round())
     left = both[both["sum"].isna()].reset_index()
-    assert set(left["query_set"]) == {"alpaca_eval", "malicious_instruct", "advbench", "harmless_testset"}
+    assert set(left["query_set"]) == {
+        "alpaca_eval",
+        "malicious_instruct",
+        "advbench",
+        "harmless_testset",
+    }
     assert (left["method"].isin(WITHOUT) | left["query_set"].eq("alpaca_eval")).all()
 
 
 def test_positions_are_the_queries_of_the_official_sets():
     table = query_scores()
     assert set(table["query_set"]) - {"advbench_gcg"} <= set(OFFICIAL_SETS)
-    assert set(table.groupby(["model", "method", "prompt", "query_set"])["query"].agg(tuple)) == {tuple(range(100))}
+    assert set(table.groupby(["model", "method", "prompt", "query_set"])["query"].agg(tuple)) == {
+        tuple(range(100))
+    }
 
 
 @pytest.mark.parametrize("m", [1, 2, 7, 20])
@@ -112,7 +124,10 @@ def test_metrics_get_stricter_step_by_step():
 
 @pytest.mark.parametrize("metric", ["any of 0", "any of 21", "at least 3 of 10", "mean"])
 def test_unknown_metrics_are_refused(metric):
-    with pytest.raises(ValueError, match=f"no metric {metric!r}; take 'any of m' or 'at least m of 20', m from 1 to 20"):
+    with pytest.raises(
+        ValueError,
+        match=f"no metric {metric!r}; take 'any of m' or 'at least m of 20', m from 1 to 20",
+    ):
         query_scores(metric)
 
 
@@ -120,7 +135,9 @@ def test_scores_have_intervals_and_an_average(scores):
     table = score_table(scores).set_index(["query_set", "method", "model"])
     assert len(table) == 2 * 4 * 9 and (table["n"] == 100).all()
     assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
-    average, one = (table.loc[("malicious_instruct", "text", m)] for m in ("average", "mistral-instruct-v0.1"))
+    average, one = (
+        table.loc[("malicious_instruct", "text", m)] for m in ("average", "mistral-instruct-v0.1")
+    )
     assert average["value"] == pytest.approx(0.0975) and one["value"] == pytest.approx(0.31)
     assert average["high"] - average["low"] < one["high"] - one["low"]
 
@@ -130,19 +147,29 @@ DRO, TUNED = ("DRO", "default"), ("prompt tuning", "default")
 
 def test_differences_by_hand(scores):
     """The estimate from the printed cells; p of one model against the exact test of McNemar; the same signs for all models."""
-    table = paired_differences(scores, [(TUNED, ("text", "default"))], n_flips=50_000).set_index(["query_set", "model"])
+    table = paired_differences(scores, [(TUNED, ("text", "default"))], n_flips=50_000).set_index(
+        ["query_set", "model"]
+    )
     assert len(table) == 2 * 9
-    assert table.loc[("malicious_instruct", "average"), "difference"] == pytest.approx((40 - 78) / 800)
+    assert table.loc[("malicious_instruct", "average"), "difference"] == pytest.approx(
+        (40 - 78) / 800
+    )
     wide = scores.pivot_table("value", ["query_set", "query"], ["method", "prompt", "model"])
     for query_set, model in (("malicious_instruct", "orca-2"), ("harmless_testset", "vicuna-v1.5")):
         one, other = (wide.loc[query_set][(*c, model)] for c in (TUNED, ("text", "default")))
         better, worse = int((one < other).sum()), int((one > other).sum())
         exact = stats.binomtest(better, better + worse).pvalue
         row = table.loc[(query_set, model)]
-        assert row["p"] == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 50_000) + 1e-4)
+        assert row["p"] == pytest.approx(
+            exact, abs=4 * math.sqrt(exact * (1 - exact) / 50_000) + 1e-4
+        )
         assert row["difference"] == pytest.approx((worse - better) / 100)
-    assert ((table["p"] <= table["p_max"]) & (table["p_max"] <= 1) & (table["p"] <= table["p_holm"])).all()
-    assert table.loc[("malicious_instruct", "mistral-instruct-v0.2"), "p"] == 1  # one query each way
+    assert (
+        (table["p"] <= table["p_max"]) & (table["p_max"] <= 1) & (table["p"] <= table["p_holm"])
+    ).all()
+    assert (
+        table.loc[("malicious_instruct", "mistral-instruct-v0.2"), "p"] == 1
+    )  # one query each way
 
 
 def planted(rng, effect):
@@ -152,7 +179,17 @@ def planted(rng, effect):
     for model, (method, prompt) in itertools.product(MODELS.values(), (DRO, TUNED)):
         p = np.clip(harder**4 - (effect if method == "DRO" else 0), 0, 1)
         values = (rng.random(100) < p).astype(float)
-        rows.append(pd.DataFrame({"model": model, "method": method, "prompt": prompt, "query": range(100), "value": values}))
+        rows.append(
+            pd.DataFrame(
+                {
+                    "model": model,
+                    "method": method,
+                    "prompt": prompt,
+                    "query": range(100),
+                    "value": values,
+                }
+            )
+        )
     return pd.concat(rows, ignore_index=True).assign(query_set="planted", metric="any of 20")
 
 
@@ -160,7 +197,10 @@ def test_a_planted_difference_is_found_and_none_is_invented():
     """Of 60 null studies about 5 % have p < 0.05 in the average; p_max errs on any model in about 5 %, p in far more."""
     found = paired_differences(planted(np.random.default_rng(0), 0.1), [(DRO, TUNED)], n_flips=999)
     assert found.set_index("model").loc["average", "p_holm"] < 0.01
-    null = [paired_differences(planted(np.random.default_rng(s), 0.0), [(DRO, TUNED)], n_flips=499) for s in range(1, 61)]
+    null = [
+        paired_differences(planted(np.random.default_rng(s), 0.0), [(DRO, TUNED)], n_flips=499)
+        for s in range(1, 61)
+    ]
     hits = np.mean([t.loc[t["model"] == "average", "p"].iloc[0] < 0.05 for t in null])
     any_model = np.mean([(t.loc[t["model"] != "average", "p_max"] < 0.05).any() for t in null])
     unadjusted = np.mean([(t.loc[t["model"] != "average", "p"] < 0.05).any() for t in null])
@@ -175,14 +215,20 @@ def test_queries_of_a_set_flip_together_in_all_models():
     table = paired_differences(copies, [(DRO, TUNED)], n_flips=999)
     assert 0.05 < table["p"].iloc[0] < 0.95 and table["p"].nunique() == 1
     np.testing.assert_array_equal(table["p_max"], table["p"])
-    both = paired_differences(pd.concat([copies, copies.assign(query_set="again")]), [(DRO, TUNED)], n_flips=999)
+    both = paired_differences(
+        pd.concat([copies, copies.assign(query_set="again")]), [(DRO, TUNED)], n_flips=999
+    )
     assert (both["p_max"] > both["p"] + 0.02).all()
 
 
 def test_differences_refuse(scores):
-    with pytest.raises(ValueError, match=r"no query set holds both conditions .*\('no prompt', 'none'\)"):
+    with pytest.raises(
+        ValueError, match=r"no query set holds both conditions .*\('no prompt', 'none'\)"
+    ):
         paired_differences(scores, [(DRO, ("text", "mine"))])
-    with pytest.raises(ValueError, match="scores of one metric are compared, these hold any of 20, any of 1"):
+    with pytest.raises(
+        ValueError, match="scores of one metric are compared, these hold any of 20, any of 1"
+    ):
         paired_differences(pd.concat([scores, query_scores("any of 1")]), [(DRO, TUNED)])
 
 
@@ -201,8 +247,14 @@ def test_claims_follow_from_the_tables(claims, cells):
     assert len(claims) == 44 and not claims.duplicated(["query_set", "first", "second"]).any()
     at = claims.set_index(["query_set", "first", "second"])
     row = at.loc[("advbench", "DRO / default", "prompt tuning / default")]
-    assert row["estimate"] == pytest.approx((11 - 54) / 800) and row["models"] == "7-1" and row["unit"] == "queries"
-    assert row["without"] == pytest.approx((-43 + 20) / 700)  # without mistral-instruct-v0.1, 6 against 26
+    assert (
+        row["estimate"] == pytest.approx((11 - 54) / 800)
+        and row["models"] == "7-1"
+        and row["unit"] == "queries"
+    )
+    assert row["without"] == pytest.approx(
+        (-43 + 20) / 700
+    )  # without mistral-instruct-v0.1, 6 against 26
     assert row["verdict"] == "survives"
     row = at.loc[("alpaca_eval", "DRO / default", "text / default")]
     wins = cells[(cells["query_set"] == "alpaca_eval") & (cells["prompt"] == "default")].pivot(
@@ -210,8 +262,13 @@ def test_claims_follow_from_the_tables(claims, cells):
     )
     d = wins["DRO"] - wins["text"]
     error = d.std() / math.sqrt(8)
-    assert (row["low"], row["high"]) == pytest.approx((d.mean() - 2.364624 * error, d.mean() + 2.364624 * error))
-    assert row["p"] == pytest.approx(stats.t.sf((d.mean() + 0.05) / error, 7)) and row["unit"] == "models"
+    assert (row["low"], row["high"]) == pytest.approx(
+        (d.mean() - 2.364624 * error, d.mean() + 2.364624 * error)
+    )
+    assert (
+        row["p"] == pytest.approx(stats.t.sf((d.mean() + 0.05) / error, 7))
+        and row["unit"] == "models"
+    )
     np.testing.assert_allclose(claims["p_holm"], holm(claims["p"].to_numpy()))
     assert claims["p_max"].notna().eq(claims["unit"] == "queries").all()
 
@@ -235,13 +292,24 @@ def test_a_claim_turned_round_is_reversed(monkeypatch):
 
 def test_refusals_that_go_on_to_a_list():
     table = published.string_judge_sample()
-    assert len(table) == 200 and (table["n"] == 20).all() and (table["then_listed"] <= table["refused"]).all()
+    assert (
+        len(table) == 200
+        and (table["n"] == 20).all()
+        and (table["then_listed"] <= table["refused"]).all()
+    )
     totals = table.groupby("model")[["refused", "then_listed"]].sum()
-    assert tuple(totals.loc["mistral-instruct-v0.2"]) == (10, 8) and totals.loc["codellama-instruct", "refused"] == 82
+    assert (
+        tuple(totals.loc["mistral-instruct-v0.2"]) == (10, 8)
+        and totals.loc["codellama-instruct", "refused"] == 82
+    )
     # The sample is the cell of held-out harmless queries under the default prompt, query by query.
-    cell = query_scores("any of 1").query("query_set == 'harmless_testset' and method == 'text' and prompt == 'default'")
+    cell = query_scores("any of 1").query(
+        "query_set == 'harmless_testset' and method == 'text' and prompt == 'default'"
+    )
     for model, part in table.groupby("model"):
-        np.testing.assert_allclose(part["refused"] / 20, cell[cell["model"] == model].sort_values("query")["value"])
+        np.testing.assert_allclose(
+            part["refused"] / 20, cell[cell["model"] == model].sort_values("query")["value"]
+        )
 
 
 # The figure
@@ -250,7 +318,10 @@ def test_refusals_that_go_on_to_a_list():
 @pytest.fixture(scope="module")
 def table(scores):
     both = pd.concat(
-        [scores.assign(metric=name, value=scores["value"] * factor) for name, factor in (("whole", 1), ("half", 0.5))]
+        [
+            scores.assign(metric=name, value=scores["value"] * factor)
+            for name, factor in (("whole", 1), ("half", 0.5))
+        ]
     )
     return score_table(both)
 
@@ -270,7 +341,9 @@ def test_the_figure_shows_each_model_and_the_slider_each_metric(table):
         row = dot(table, "malicious_instruct", "DRO", "mistral-instruct-v0.1", metric)
         assert step.label == metric and change["x"][at][4] == pytest.approx(row["value"], abs=1e-4)
         assert change["error_x.array"][at][4] == pytest.approx(row["high"] - row["value"], abs=2e-4)
-        assert change["error_x.arrayminus"][at][4] == pytest.approx(row["value"] - row["low"], abs=2e-4)
+        assert change["error_x.arrayminus"][at][4] == pytest.approx(
+            row["value"] - row["low"], abs=2e-4
+        )
         assert len(change["x"]) == len(fig.data)
     first = fig.layout.sliders[0].steps[1].args[0]
     np.testing.assert_array_equal([t.x for t in fig.data], first["x"])
@@ -284,10 +357,16 @@ def test_one_metric_needs_no_slider_and_order_does_not_matter(table):
     fig = plot_by_model(one, note="<b>note</b>")
     assert not fig.layout.sliders and "&lt;b&gt;note" in fig.layout.annotations[-1].text
     mixed = plot_by_model(pd.concat([one[:1], one[1:].sample(frac=1, random_state=0)]))
-    dots = {(text, panel, x) for t in fig.data for text, panel, x in zip(t.text, [t.xaxis] * 9, t.x, strict=True)}
+    dots = {
+        (text, panel, x)
+        for t in fig.data
+        for text, panel, x in zip(t.text, [t.xaxis] * 9, t.x, strict=True)
+    }
     panels = {a.text for a in fig.layout.annotations} - {"&lt;b&gt;note&lt;/b&gt;"}
     assert panels == {a.text for a in mixed.layout.annotations}
-    assert {(text, x) for text, _, x in dots} == {(text, x) for t in mixed.data for text, x in zip(t.text, t.x, strict=True)}
+    assert {(text, x) for text, _, x in dots} == {
+        (text, x) for t in mixed.data for text, x in zip(t.text, t.x, strict=True)
+    }
 
 
 def test_the_figure_refuses(table):

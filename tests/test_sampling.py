@@ -15,7 +15,17 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tiny_models import FAMILIES, OWN_ATTENTION, PLAIN, PROMPTS, QUERIES, SAFETY, build, chat, embedded
+from tiny_models import (
+    FAMILIES,
+    OWN_ATTENTION,
+    PLAIN,
+    PROMPTS,
+    QUERIES,
+    SAFETY,
+    build,
+    chat,
+    embedded,
+)
 
 from analysis_lib.collect import responses as sampling
 from analysis_lib.collect.responses import sample_responses
@@ -40,7 +50,9 @@ def store(tmp_path):
 
 def soft_prompt(model, length, seed=0):
     scale = float(model.model.get_input_embeddings().weight.std())
-    rows = np.random.default_rng(seed).normal(0, scale, (length, model.hidden_size)).astype(np.float32)
+    rows = (
+        np.random.default_rng(seed).normal(0, scale, (length, model.hidden_size)).astype(np.float32)
+    )
     return SoftPrompt("soft", rows, SAFETY, model.fingerprint)
 
 
@@ -68,7 +80,9 @@ def next_logits(model, row, embeddings, ids):
     return model.model(inputs_embeds=torch.cat([start, more], dim=1), use_cache=False).logits[0, -1]
 
 
-def reference(model, query, prompt, sample, *, max_new_tokens, temperature=1.0, top_p=0.9, top_k=50, seed=0):
+def reference(
+    model, query, prompt, sample, *, max_new_tokens, temperature=1.0, top_p=0.9, top_k=50, seed=0
+):
     """One response by full recomputation; its random numbers are drawn as the stored ones were."""
     row = model.render([query], prompt)[0]
     digest = hashlib.sha256(np.array([seed, *row.ids], dtype=np.int64).tobytes()).digest()
@@ -76,7 +90,9 @@ def reference(model, query, prompt, sample, *, max_new_tokens, temperature=1.0, 
     uniforms = [generator.random(max_new_tokens) for _ in range(sample + 1)][sample]
     ids: list[int] = []
     for u in uniforms:
-        logits = next_logits(model, row, None if isinstance(prompt, str) else prompt.embeddings, ids)
+        logits = next_logits(
+            model, row, None if isinstance(prompt, str) else prompt.embeddings, ids
+        )
         tokens, p = cut(logits, temperature, top_k, top_p)
         token = int(tokens[min(np.searchsorted(np.cumsum(p), u, side="right"), len(p) - 1)])
         if token in model.stop_ids:
@@ -85,7 +101,9 @@ def reference(model, query, prompt, sample, *, max_new_tokens, temperature=1.0, 
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip(), "length"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt_neox", "mixtral", "mamba", "jamba"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "gemma3", "gpt_neox", "mixtral", "mamba", "jamba"]
+)
 def test_samples_equal_the_definition(family):
     model = chat(family)
     assert shares_prefixes(model.forward) == (family not in ("mamba", "jamba"))
@@ -142,11 +160,17 @@ def test_ends_of_replies_agree_with_the_definition():
 def test_batch_order_subset_and_company_change_no_text(family, monkeypatch):
     model = chat(family)
     whole = keyed(sample_responses(model, QUERIES, PROMPTS, **SHORT))
-    turned = sample_responses(model, QUERIES[::-1], {k: PROMPTS[k] for k in ("long", "none")}, **SHORT)
+    turned = sample_responses(
+        model, QUERIES[::-1], {k: PROMPTS[k] for k in ("long", "none")}, **SHORT
+    )
     one = sample_responses(model, QUERIES[3:4], {"default": SAFETY}, **SHORT)
     more = sample_responses(model, QUERIES[:2], {"none": ""}, n_samples=9, max_new_tokens=8)
-    renamed = sample_responses(model, QUERIES.assign(query_id=[f"z{i}" for i in range(6)]), {"x": SAFETY}, **SHORT)
-    monkeypatch.setattr(sampling, "_batches", lambda model, rows, todo, *_: [{i: todo[i]} for i in todo])
+    renamed = sample_responses(
+        model, QUERIES.assign(query_id=[f"z{i}" for i in range(6)]), {"x": SAFETY}, **SHORT
+    )
+    monkeypatch.setattr(
+        sampling, "_batches", lambda model, rows, todo, *_: [{i: todo[i]} for i in todo]
+    )
     alone = sample_responses(model, QUERIES, {"default": SAFETY}, **SHORT)
     for table in (turned, one, alone):
         found = keyed(table)
@@ -159,7 +183,9 @@ def test_seed_and_settings_change_the_text():
     model = chat("llama")
     base = sample_responses(model, QUERIES, {"p": ""}, **SHORT)["response"]
     for change in ({"seed": 1}, {"temperature": 3.0}, {"top_k": 3}, {"top_p": 0.2}):
-        assert (sample_responses(model, QUERIES, {"p": ""}, **SHORT, **change)["response"] != base).mean() > 0.5
+        assert (
+            sample_responses(model, QUERIES, {"p": ""}, **SHORT, **change)["response"] != base
+        ).mean() > 0.5
     assert base.equals(sample_responses(model, QUERIES, {"p": ""}, **SHORT, seed=0)["response"])
     assert base.nunique() == 20  # 24 samples; q2 and q5 ask the same
 
@@ -178,21 +204,33 @@ def test_store_resumes_extends_and_serves(store, monkeypatch):
 
     def run(queries, prompts, n_samples, **changes):
         computed.clear()
-        table = sample_responses(model, queries, prompts, n_samples=n_samples, max_new_tokens=8, store=store, **changes)
+        table = sample_responses(
+            model, queries, prompts, n_samples=n_samples, max_new_tokens=8, store=store, **changes
+        )
         return table, sum(computed)
 
     assert run(QUERIES[:2], {"none": ""}, 2)[1] == 4
     assert run(QUERIES[:2], {"renamed": ""}, 2)[1] == 0
-    assert run(QUERIES[:3], {"none": ""}, 4)[1] == 2 * 2 + 4  # two more samples of the old queries, four of the new one
+    assert (
+        run(QUERIES[:3], {"none": ""}, 4)[1] == 2 * 2 + 4
+    )  # two more samples of the old queries, four of the new one
     table, n = run(QUERIES, PROMPTS, 4)
     assert n == 6 * 4 * 3 - 12 - 4 and table.equals(fresh)  # q5 reads as q2
     table, n = run(QUERIES, PROMPTS, 4)
     assert n == 0 and table.equals(fresh)
-    for change in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 5}, {"stop_when": verdict_is_final}):
+    for change in (
+        {"seed": 1},
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"top_k": 5},
+        {"stop_when": verdict_is_final},
+    ):
         assert run(QUERIES[:1], {"none": ""}, 2, **change)[1] == 2, change
     for other in (build("qwen2", seed=1), build("qwen2", dtype=torch.bfloat16)):
         computed.clear()
-        sample_responses(other, QUERIES[:1], {"none": ""}, n_samples=2, max_new_tokens=8, store=store)
+        sample_responses(
+            other, QUERIES[:1], {"none": ""}, n_samples=2, max_new_tokens=8, store=store
+        )
         assert sum(computed) == 2
 
 
@@ -217,7 +255,9 @@ def test_other_stop_ids_find_no_old_responses(store):
 def test_an_interrupted_run_keeps_finished_batches(store, monkeypatch):
     model = chat("qwen2")
     fresh = sample_responses(model, QUERIES, {"p": SAFETY}, **SHORT)
-    monkeypatch.setattr(sampling, "_batches", lambda model, rows, todo, *_: [{i: todo[i]} for i in todo])
+    monkeypatch.setattr(
+        sampling, "_batches", lambda model, rows, todo, *_: [{i: todo[i]} for i in todo]
+    )
     right, calls = sampling._sample_batch, []
 
     def interrupted(*args):
@@ -237,7 +277,9 @@ def test_an_interrupted_run_keeps_finished_batches(store, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ distribution
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (2.5, 0, 0.3), (0.7, 6, 0.9)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (2.5, 0, 0.3), (0.7, 6, 0.9)]
+)
 def test_frequencies_agree_with_the_exact_probabilities(temperature, top_k, top_p):
     """Two tokens: every pair's probability by enumeration, against 3,000 samples."""
     model = chat("qwen2")
@@ -251,10 +293,22 @@ def test_frequencies_agree_with_the_exact_probabilities(temperature, top_k, top_
         second, p_second = cut(next_logits(model, row, None, [a]), temperature, top_k, top_p)
         for b, p_b in zip(second.tolist(), p_second, strict=True):
             end = "eos" if b in model.stop_ids else "length"
-            exact[model.tokenizer.decode([a] if end == "eos" else [a, b], skip_special_tokens=True).strip(), end] += p_a * p_b
+            exact[
+                model.tokenizer.decode(
+                    [a] if end == "eos" else [a, b], skip_special_tokens=True
+                ).strip(),
+                end,
+            ] += p_a * p_b
     assert abs(sum(exact.values()) - 1) < 1e-9 and len(exact) > 5
     got = sample_responses(
-        model, QUERIES[:1], {"p": SAFETY}, n_samples=3000, max_new_tokens=2, temperature=temperature, top_k=top_k, top_p=top_p
+        model,
+        QUERIES[:1],
+        {"p": SAFETY},
+        n_samples=3000,
+        max_new_tokens=2,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
     )
     found = Counter(zip(got["response"], got["end"], strict=True))
     assert found.keys() <= exact.keys()
@@ -269,11 +323,17 @@ def test_frequencies_agree_with_the_exact_probabilities(temperature, top_k, top_
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "mamba"])
 def test_temperature_zero_is_greedy_generation(family):
     model = chat(family)
-    got = sample_responses(model, QUERIES, {"p": SAFETY}, n_samples=2, max_new_tokens=10, temperature=0)
+    got = sample_responses(
+        model, QUERIES, {"p": SAFETY}, n_samples=2, max_new_tokens=10, temperature=0
+    )
     for i, row in enumerate(model.render(QUERIES["text"].tolist(), SAFETY)):
         ids = torch.tensor([row.ids])
         out = model.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, eos_token_id=sorted(model.stop_ids)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=10,
+            eos_token_id=sorted(model.stop_ids),
         )
         text = model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert got["response"][2 * i : 2 * i + 2].tolist() == [text, text]
@@ -299,10 +359,18 @@ def test_the_store_serves_no_stop_function_but_its_own(store):
     model = chat("llama")
     options = {"n_samples": 2, "max_new_tokens": 8, "store": store}
     for n in (3, 1):
-        with pytest.warns(UserWarning, match="a function of your own.*neither read from the store nor kept"):
-            got = sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **options)
+        with pytest.warns(
+            UserWarning, match="a function of your own.*neither read from the store nor kept"
+        ):
+            got = sample_responses(
+                model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **options
+            )
         fresh = {key: value for key, value in options.items() if key != "store"}
-        assert got.equals(sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **fresh))
+        assert got.equals(
+            sample_responses(
+                model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **fresh
+            )
+        )
     assert store.ls().empty
     sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=verdict_is_final, **options)
     assert store.ls()["rows"].sum() == 2 * 5  # distinct texts, samples
@@ -313,12 +381,17 @@ def test_the_store_serves_no_stop_function_but_its_own(store):
 
 def test_another_tokenizer_finds_no_responses(tmp_path):
     """The ids are the same, the text they stand for is not."""
-    store, folder = Store(tmp_path / "store"), shutil.copytree(ROOT / "organism", tmp_path / "model")
+    store, folder = (
+        Store(tmp_path / "store"),
+        shutil.copytree(ROOT / "organism", tmp_path / "model"),
+    )
     queries = load_queries("anchor").head(2)
 
     def respond(model=None):
         model = model or ChatModel.load(str(folder), device="cpu")
-        return sample_responses(model, queries, {"none": ""}, n_samples=2, max_new_tokens=6, store=store)["response"].tolist()
+        return sample_responses(
+            model, queries, {"none": ""}, n_samples=2, max_new_tokens=6, store=store
+        )["response"].tolist()
 
     first = respond()
     words = json.loads((folder / "tokenizer.json").read_text())
@@ -328,7 +401,8 @@ def test_another_tokenizer_finds_no_responses(tmp_path):
     assert respond() == [text.replace("e", "E") for text in first] != first
     in_memory = ChatModel.load(str(folder), device="cpu")
     wrapped = [
-        ChatModel.wrap(in_memory.model, transformers.AutoTokenizer.from_pretrained(f)) for f in (ROOT / "organism", folder)
+        ChatModel.wrap(in_memory.model, transformers.AutoTokenizer.from_pretrained(f))
+        for f in (ROOT / "organism", folder)
     ]
     assert respond(wrapped[0]) == first and respond(wrapped[1]) != first
     digest = wrapped[0].renderer.tokenizer_digest
@@ -341,9 +415,18 @@ def test_logits_that_are_not_finite_are_no_responses(temperature, store):
     model = build("qwen2", tie_word_embeddings=False)
     model.model.lm_head.weight[7, 3] = float("nan")
     with pytest.raises(
-        ChatModelError, match="logits of 'tiny qwen2' hold NaN or infinity in float32, and nothing of this batch is kept"
+        ChatModelError,
+        match="logits of 'tiny qwen2' hold NaN or infinity in float32, and nothing of this batch is kept",
     ):
-        sample_responses(model, QUERIES, {"p": SAFETY}, n_samples=2, max_new_tokens=4, temperature=temperature, store=store)
+        sample_responses(
+            model,
+            QUERIES,
+            {"p": SAFETY},
+            n_samples=2,
+            max_new_tokens=4,
+            temperature=temperature,
+            store=store,
+        )
     assert store.ls().empty
 
 
@@ -355,7 +438,9 @@ def test_a_kept_response_without_its_text_is_sampled_again(store):
     keys = [json.loads(line)["key"] for line in file.read_text().splitlines()[1:]]
     file.unlink()
     store.write_responses(keys, [{"log_p": [0.0]}] * len(keys), about={})
-    assert sample_responses(model, QUERIES, {"p": SAFETY}, store=Store(store.folder), **options).equals(expected)
+    assert sample_responses(
+        model, QUERIES, {"p": SAFETY}, store=Store(store.folder), **options
+    ).equals(expected)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mamba"])
@@ -367,7 +452,10 @@ def test_stop_when_cuts_a_response_and_changes_nothing_before(family):
     assert set(stopped["end"]) >= {"stop_when", "length"}
     for a, b in zip(stopped.itertuples(), whole.itertuples(), strict=True):
         if a.end == "stop_when":
-            assert b.response.startswith(a.response.rstrip("\ufffd")) and len(a.response) < len(b.response) + 2
+            assert (
+                b.response.startswith(a.response.rstrip("\ufffd"))
+                and len(a.response) < len(b.response) + 2
+            )
         else:
             assert (a.response, a.end) == (b.response, b.end)
 
@@ -469,7 +557,9 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     right, sizes = type(model.model).forward, []
 
     def greedy_for_memory(self, *args, **kwargs):
-        batch = (kwargs.get("input_ids") if kwargs.get("input_ids") is not None else args[0]).shape[0]
+        batch = (kwargs.get("input_ids") if kwargs.get("input_ids") is not None else args[0]).shape[
+            0
+        ]
         sizes.append(batch)
         if batch > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -24,11 +24,16 @@ FILES = ("pyproject.toml", "requirements.lock", "environment.yml", "Makefile", "
 
 
 def read_files() -> dict[str, str]:
-    return {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if (ROOT / name).exists()}
+    return {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if (ROOT / name).exists()
+    }
 
 
 def locked(text: str) -> dict[str, Version]:
-    return {canonicalize_name(name): Version(version) for name, version in re.findall(r"^([\w.\-]+)==(\S+)$", text, re.MULTILINE)}
+    return {
+        canonicalize_name(name): Version(version)
+        for name, version in re.findall(r"^([\w.\-]+)==(\S+)$", text, re.MULTILINE)
+    }
 
 
 def faults(files: dict[str, str]) -> list[str]:
@@ -42,7 +47,11 @@ def faults(files: dict[str, str]) -> list[str]:
         for line in files["requirements.lock"].splitlines()
         if "==" not in line
     ]
-    found += [f"requirements.lock: {name} has a local version" for name, version in lock.items() if version.local]
+    found += [
+        f"requirements.lock: {name} has a local version"
+        for name, version in lock.items()
+        if version.local
+    ]
     extras = [line for extra in project["optional-dependencies"].values() for line in extra]
     for requirement in map(Requirement, [*project["dependencies"], *extras]):
         version = lock.get(canonicalize_name(requirement.name))
@@ -55,7 +64,9 @@ def faults(files: dict[str, str]) -> list[str]:
     pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
     names = [re.split(r"[=<>! ]", entry)[0] for entry in environment if isinstance(entry, str)]
     if names != ["python", "pip"] or pip != ["-r requirements.lock", "-e ."]:
-        found.append(f"environment.yml holds {environment}; python, pip, the lock and the project are all it may")
+        found.append(
+            f"environment.yml holds {environment}; python, pip, the lock and the project are all it may"
+        )
     conda = re.fullmatch(r"python=(3\.\d+)", environment[0])
     if conda is None or conda[1] not in wanted:
         found.append(f"environment.yml: {environment[0]} does not name a Python in {wanted}")
@@ -80,7 +91,12 @@ def test_files_agree():
     [
         ("pyproject.toml", r'"torch>=[\d.]+"', '"torch>=99"', "torch>=99"),
         ("pyproject.toml", r'"bleach>', '"not-locked>', "not-locked"),
-        ("pyproject.toml", r'requires-python = ">=3.11"', 'requires-python = ">=3.13"', "environment.yml"),
+        (
+            "pyproject.toml",
+            r'requires-python = ">=3.11"',
+            'requires-python = ">=3.13"',
+            "environment.yml",
+        ),
         ("requirements.lock", r"^(torch==.*)$", r"\1+cpu", "local version"),
         ("requirements.lock", r"^plotly==.*\n", "", "plotly"),
         ("requirements.lock", r"^plotly==", "plotly @ file:///", "not name==version"),
@@ -101,7 +117,9 @@ def test_installed_packages_are_the_locked_ones():
     installed = {}
     lock = locked((ROOT / "requirements.lock").read_text(encoding="utf-8"))
     for name in lock:
-        installed[name] = Version(Version(importlib.metadata.version(name)).public)  # +cpu and +cu130 are the same release
+        installed[name] = Version(
+            Version(importlib.metadata.version(name)).public
+        )  # +cpu and +cu130 are the same release
     assert installed == lock
 
 
@@ -118,7 +136,11 @@ def test_every_import_of_the_library_is_a_declared_dependency():
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules = [node.module]
-            for top in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names - {"analysis_lib"}:
+            for top in (
+                {module.partition(".")[0] for module in modules}
+                - sys.stdlib_module_names
+                - {"analysis_lib"}
+            ):
                 if not declared & {canonicalize_name(name) for name in providers.get(top, [])}:
                     missing[top] = str(path.relative_to(ROOT))
     assert missing == {}
@@ -134,7 +156,11 @@ def fake(folder: Path, name: str, script: str) -> Path:
 def test_setup_refuses_an_old_python(tmp_path):
     old = fake(tmp_path, "old-python", "exit 1")
     made = subprocess.run(
-        ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert made.returncode != 0
     assert f"Python 3.11 or later is needed, and {old} is not" in made.stdout

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from sklearn.decomposition import PCA
 
-from analysis_lib.analysis.directions import Direction, bootstrap_directions, fit_direction, grouped_folds, separation
+from analysis_lib.analysis.directions import (
+    Direction,
+    bootstrap_directions,
+    fit_direction,
+    grouped_folds,
+    separation,
+)
 from analysis_lib.analysis.space import AnchorSpace, FitError, cosines, mean_shifts
 
 PROMPTS = ("none", "default", "short")
@@ -29,7 +35,10 @@ def planted(n_queries=100, noise=1.0, seed=0, soft=False):
     truth = rng.normal(size=4)
     truth /= np.linalg.norm(truth)
     groups = np.repeat([f"q{i:03d}" for i in range(n_queries)], 3)
-    Z = np.repeat(rng.normal(size=(n_queries, 4)) * 2, 3, axis=0) + rng.normal(size=(3 * n_queries, 4)) * 0.3
+    Z = (
+        np.repeat(rng.normal(size=(n_queries, 4)) * 2, 3, axis=0)
+        + rng.normal(size=(3 * n_queries, 4)) * 0.3
+    )
     p = 1 / (1 + np.exp(-(2 * Z @ truth + 0.5)))
     y = rng.binomial(20, p) / 20 if soft else (rng.random(len(p)) < p).astype(float)
     return Z * noise, y, groups, truth
@@ -51,9 +60,13 @@ def test_basis_is_orthonormal_and_complete(n, d, k, seed):
 def test_components_are_those_of_a_full_pca():
     X = states()
     space, pca = AnchorSpace.fit(X, 4), PCA(4, svd_solver="full").fit(X.astype(np.float64))
-    np.testing.assert_allclose(np.abs(np.sum(space.basis[:, :4] * pca.components_.T, axis=0)), 1, atol=1e-10)
+    np.testing.assert_allclose(
+        np.abs(np.sum(space.basis[:, :4] * pca.components_.T, axis=0)), 1, atol=1e-10
+    )
     np.testing.assert_allclose(space.explained, pca.explained_variance_ratio_, rtol=1e-10)
-    np.testing.assert_allclose(np.abs(space.transform(X)), np.abs(pca.transform(X.astype(np.float64))), atol=1e-8)
+    np.testing.assert_allclose(
+        np.abs(space.transform(X)), np.abs(pca.transform(X.astype(np.float64))), atol=1e-8
+    )
     np.testing.assert_allclose(space.mean, X.astype(np.float64).mean(axis=0), rtol=1e-12)
 
 
@@ -63,7 +76,9 @@ def test_explained_is_the_share_of_variance():
     assert all_of_it.explained.sum() == pytest.approx(1)
     assert (np.diff(all_of_it.explained) <= 0).all()
     variances = all_of_it.transform(X).var(axis=0)
-    np.testing.assert_allclose(all_of_it.explained, variances / X.astype(np.float64).var(axis=0).sum(), rtol=1e-9)
+    np.testing.assert_allclose(
+        all_of_it.explained, variances / X.astype(np.float64).var(axis=0).sum(), rtol=1e-9
+    )
 
 
 def test_transform_and_its_inverse():
@@ -73,8 +88,12 @@ def test_transform_and_its_inverse():
     four = AnchorSpace.fit(X, 4)
     np.testing.assert_allclose(four.transform(X), space.transform(X)[:, :4], atol=1e-9)
     weight = np.array([1.0, -2.0, 0.5, 3.0])
-    np.testing.assert_allclose(four.transform(four.mean + four.to_state(weight)), weight, atol=1e-10)
-    np.testing.assert_allclose(four.transform(four.mean + four.basis[:, 4:].sum(axis=1)), 0, atol=1e-10)
+    np.testing.assert_allclose(
+        four.transform(four.mean + four.to_state(weight)), weight, atol=1e-10
+    )
+    np.testing.assert_allclose(
+        four.transform(four.mean + four.basis[:, 4:].sum(axis=1)), 0, atol=1e-10
+    )
 
 
 def test_sign_repeats():
@@ -83,7 +102,9 @@ def test_sign_repeats():
     largest = space.basis[np.abs(space.basis).argmax(axis=0), np.arange(X.shape[1])]
     assert (largest > 0).all()
     order = np.random.default_rng(1).permutation(len(X))
-    np.testing.assert_allclose(AnchorSpace.fit(X[order]).basis[:, :4], space.basis[:, :4], atol=1e-6)
+    np.testing.assert_allclose(
+        AnchorSpace.fit(X[order]).basis[:, :4], space.basis[:, :4], atol=1e-6
+    )
     mirrored = AnchorSpace.fit(-X)  # the same lines: only a convention can tell their ends apart
     np.testing.assert_allclose(mirrored.basis[:, :4], space.basis[:, :4], atol=1e-6)
 
@@ -91,7 +112,9 @@ def test_sign_repeats():
 def test_signs_follow_other_coordinates_of_the_same_rows():
     rng = np.random.default_rng(3)
     Z = rng.normal(size=(60, 5)) * [5, 3, 2, 1, 0.1]
-    turns = [np.linalg.qr(rng.normal(size=(5, 5)))[0] for _ in range(20)]  # the same rows in the bases of other layers
+    turns = [
+        np.linalg.qr(rng.normal(size=(5, 5)))[0] for _ in range(20)
+    ]  # the same rows in the bases of other layers
     first = AnchorSpace.fit(Z @ turns[0], k=3)
     like = first.transform(Z @ turns[0])
     turned = 0
@@ -143,9 +166,13 @@ def test_shuffled_labels_recover_nothing(estimator):
     gains, accuracies, real = [], [], []
     for seed in range(8):
         Z, y, groups, _ = planted(seed=seed)
-        y = y[::3].repeat(3)  # one label a query, as for harmfulness: a query leaking over a fold would show here
+        y = y[::3].repeat(
+            3
+        )  # one label a query, as for harmfulness: a query leaking over a fold would show here
         shuffled = np.random.default_rng(seed).permutation(y[::3]).repeat(3)
-        scores = fit_direction(Z, shuffled, name="shuffled", groups=groups, estimator=estimator).scores
+        scores = fit_direction(
+            Z, shuffled, name="shuffled", groups=groups, estimator=estimator
+        ).scores
         gains.append(scores["bce_constant"] - scores["bce"])
         accuracies.append(scores["accuracy"])
         scores = fit_direction(Z, y, name="planted", groups=groups, estimator=estimator).scores
@@ -191,9 +218,12 @@ def test_mean_difference_lies_along_the_weighted_means():
 def test_paper_estimator_stops_near_its_start_where_logistic_converges():
     """On small coordinates the published fit gains too little a step, and stops: known, and the reason for the default."""
     Z, y, groups, truth = planted(n_queries=40, noise=0.2, soft=True)
-    blocks = np.array([group[:3] for group in groups])  # four groups of ten queries: fewer, quicker folds
+    blocks = np.array(
+        [group[:3] for group in groups]
+    )  # four groups of ten queries: fewer, quicker folds
     paper, logistic, again = (
-        fit_direction(Z, y, name=e, groups=blocks, estimator=e, n_splits=2) for e in ("paper", "logistic", "paper")
+        fit_direction(Z, y, name=e, groups=blocks, estimator=e, n_splits=2)
+        for e in ("paper", "logistic", "paper")
     )
     true = Direction("truth", truth, 0.0)
     assert logistic.scores["bce"] < 0.5 * paper.scores["bce"] < 0.5 * paper.scores["bce_constant"]
@@ -221,14 +251,20 @@ def test_scores_are_held_out_by_hand():
         held_out[test], constant[test] = part.probability(Z[test]), y[~test].mean()
     bce = -np.mean(y * np.log(held_out) + (1 - y) * np.log(1 - held_out))
     assert scores["bce"] == pytest.approx(bce, rel=1e-9)
-    assert scores["bce_constant"] == pytest.approx(-np.mean(y * np.log(constant) + (1 - y) * np.log(1 - constant)), rel=1e-9)
+    assert scores["bce_constant"] == pytest.approx(
+        -np.mean(y * np.log(constant) + (1 - y) * np.log(1 - constant)), rel=1e-9
+    )
     assert scores["mse"] == pytest.approx(np.mean((held_out - y) ** 2), rel=1e-9)
     assert scores["accuracy"] == np.mean((held_out > 0.5) == (y > 0.5))
-    assert scores["spearman"] == pytest.approx(pd.Series(held_out).rank().corr(pd.Series(y).rank()), rel=1e-9)
+    assert scores["spearman"] == pytest.approx(
+        pd.Series(held_out).rank().corr(pd.Series(y).rank()), rel=1e-9
+    )
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 30), min_size=20, max_size=80), st.integers(2, 5), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(0, 30), min_size=20, max_size=80), st.integers(2, 5), st.integers(0, 1000)
+)
 def test_folds_never_split_a_group(groups, n_splits, seed):
     groups = np.array(groups)
     folds = grouped_folds(groups, n_splits, seed)
@@ -259,7 +295,9 @@ def test_bootstrap_resamples_queries_not_rows():
 
     def draws(copies):
         rows = np.repeat(np.arange(len(y)), copies)
-        return bootstrap_directions(Z[rows], y[rows], groups=groups[rows], n_draws=20, estimator="mean_difference")
+        return bootstrap_directions(
+            Z[rows], y[rows], groups=groups[rows], n_draws=20, estimator="mean_difference"
+        )
 
     np.testing.assert_allclose(draws(9), draws(1), atol=1e-12)
 
@@ -268,7 +306,9 @@ def test_bootstrap_resamples_queries_not_rows():
 
 
 def shift_rows():
-    rows = pd.DataFrame([(q, p) for p in PROMPTS for q in ("a", "b", "c", "d")], columns=["query_id", "prompt"])
+    rows = pd.DataFrame(
+        [(q, p) for p in PROMPTS for q in ("a", "b", "c", "d")], columns=["query_id", "prompt"]
+    )
     rows["harmful"] = pd.array([q in "ab" for q in rows["query_id"]], dtype="boolean")
     start = {"a": [0, 0], "b": [10, 0], "c": [0, 10], "d": [10, 10]}
     move = {"none": [0, 0], "default": [3, 4], "short": [1, 0]}
@@ -283,11 +323,17 @@ def shift_rows():
 def test_mean_shifts_pair_by_query():
     Z, rows = shift_rows()
     expected = mean_shifts(Z, rows).set_index(["prompt", "harmful"])
-    np.testing.assert_allclose(expected.loc[("default", True), ["length", "shift_1", "shift_2"]].astype(float), [5, 3, 4])
-    np.testing.assert_allclose(expected.loc[("short", False), ["length", "shift_1", "shift_2"]].astype(float), [1, 1, 0])
+    np.testing.assert_allclose(
+        expected.loc[("default", True), ["length", "shift_1", "shift_2"]].astype(float), [5, 3, 4]
+    )
+    np.testing.assert_allclose(
+        expected.loc[("short", False), ["length", "shift_1", "shift_2"]].astype(float), [1, 1, 0]
+    )
     assert set(expected["n"]) == {2} and len(expected) == 4
     order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = mean_shifts(Z[order], rows.iloc[order]).set_index(["prompt", "harmful"]).loc[expected.index]
+    shuffled = (
+        mean_shifts(Z[order], rows.iloc[order]).set_index(["prompt", "harmful"]).loc[expected.index]
+    )
     pd.testing.assert_frame_equal(shuffled, expected)
 
 
@@ -296,24 +342,33 @@ def test_mean_shifts_count_common_queries_only():
     keep = ~((rows["query_id"] == "b") & (rows["prompt"] == "none")).to_numpy()
     found = mean_shifts(Z[keep], rows[keep]).set_index(["prompt", "harmful"])
     assert found.loc[("default", True), "n"] == 1
-    np.testing.assert_allclose(found.loc[("default", True), ["shift_1", "shift_2"]].astype(float), [5, 4])
+    np.testing.assert_allclose(
+        found.loc[("default", True), ["shift_1", "shift_2"]].astype(float), [5, 4]
+    )
 
 
 def test_mean_shifts_from_another_base():
     Z, rows = shift_rows()
     found = mean_shifts(Z, rows, base="default").set_index(["prompt", "harmful"])
-    np.testing.assert_allclose(found.loc[("none", False), ["shift_1", "shift_2"]].astype(float), [-3, -4])
+    np.testing.assert_allclose(
+        found.loc[("none", False), ["shift_1", "shift_2"]].astype(float), [-3, -4]
+    )
 
 
 def test_mean_shifts_name_what_is_missing():
     Z, rows = shift_rows()
-    with pytest.raises(FitError, match="no state under prompt 'mistral'; the prompts present are none, default, short"):
+    with pytest.raises(
+        FitError,
+        match="no state under prompt 'mistral'; the prompts present are none, default, short",
+    ):
         mean_shifts(Z, rows, base="mistral")
     with pytest.raises(FitError, match="11 coordinates for 12 rows"):
         mean_shifts(Z[:-1], rows)
     with pytest.raises(FitError, match="query 'a' occurs twice under prompt 'none'"):
         mean_shifts(np.vstack([Z, Z[:1]]), pd.concat([rows, rows[:1]]))
-    apart = rows.assign(query_id=rows["query_id"].where(rows["prompt"] != "short", "other " + rows["query_id"]))
+    apart = rows.assign(
+        query_id=rows["query_id"].where(rows["prompt"] != "short", "other " + rows["query_id"])
+    )
     with pytest.raises(FitError, match="no query under prompt 'short' occurs under 'none'"):
         mean_shifts(Z, apart)
 
@@ -342,7 +397,11 @@ def broken(rows, value=np.nan):
         (states(n=4), 4, "4 states cannot span 4 components; give at least 5"),
         (states(), 13, "k = 13 components asked of states with 12 dimensions"),
         (states(), 0, "choose 1 <= k <= 12"),
-        (np.ones((20, 6)), 4, "vary in 0 directions only, 4 components were asked; are all states equal"),
+        (
+            np.ones((20, 6)),
+            4,
+            "vary in 0 directions only, 4 components were asked; are all states equal",
+        ),
         (states()[:, :1] * np.ones((1, 6)), 4, "vary in 1 directions only"),
         (np.ones(5), 1, r"must be a table \(rows, dimensions\), not of shape \(5,\)"),
     ],
@@ -369,9 +428,18 @@ ERRORS = [
     ({"y": np.ones(30)}, "all targets of 'refusal' equal 1"),
     ({"y": Y_[:-1]}, "30 rows of coordinates, 29 targets and 30 groups"),
     ({"groups": GROUPS_[:-1]}, "30 targets and 29 groups"),
-    ({"Z": np.where(np.arange(30)[:, None] == 7, np.nan, Z_)}, r"coordinates hold NaN or infinity \(rows 7\)"),
-    ({"Z": Z_[:4], "y": Y_[:4], "groups": GROUPS_[:4]}, "4 rows cannot fix a direction in 4 components"),
-    ({"estimator": "svm"}, "unknown estimator 'svm'; choose one of logistic, mean_difference, paper"),
+    (
+        {"Z": np.where(np.arange(30)[:, None] == 7, np.nan, Z_)},
+        r"coordinates hold NaN or infinity \(rows 7\)",
+    ),
+    (
+        {"Z": Z_[:4], "y": Y_[:4], "groups": GROUPS_[:4]},
+        "4 rows cannot fix a direction in 4 components",
+    ),
+    (
+        {"estimator": "svm"},
+        "unknown estimator 'svm'; choose one of logistic, mean_difference, paper",
+    ),
     ({"n_splits": 11}, "10 groups cannot be split into 11 folds"),
     ({"n_splits": 1}, "10 groups cannot be split into 1 folds; give n_splits from 2"),
     ({"y": (GROUPS_ == "q000").astype(float)}, "a fold of 'refusal' holds a single target value"),
@@ -379,7 +447,14 @@ ERRORS = [
         {"Z": np.where(np.arange(4) == 2, 5.0, Z_)},
         "coordinate 3 of 4 is 5 in all 30 rows, so 'refusal' has no slope along it; give",
     ),
-    ({"Z": np.arange(30)[:, None] // 2 % 3, "y": np.arange(30) % 2, "estimator": "mean_difference"}, "both means coincide"),
+    (
+        {
+            "Z": np.arange(30)[:, None] // 2 % 3,
+            "y": np.arange(30) % 2,
+            "estimator": "mean_difference",
+        },
+        "both means coincide",
+    ),
 ]
 
 
@@ -400,19 +475,29 @@ def test_separation_is_the_held_out_accuracy_and_leaves_unlabelled_rows_out():
     rng = np.random.default_rng(3)
     harmful = np.arange(120) % 2 == 0
     states = rng.normal(size=(120, 10)) + np.outer(harmful, np.r_[6.0, np.zeros(9)])
-    rows = pd.DataFrame({"query_id": [f"q{i}" for i in range(120)], "harmful": pd.array(harmful, dtype="boolean")})
+    rows = pd.DataFrame(
+        {"query_id": [f"q{i}" for i in range(120)], "harmful": pd.array(harmful, dtype="boolean")}
+    )
     assert separation(states, rows) > 0.95
     shuffled = rows.assign(harmful=rng.permutation(rows["harmful"].to_numpy()))
     assert separation(states, shuffled.astype({"harmful": "boolean"})) < 0.7
-    unknown = pd.concat([rows, pd.DataFrame({"query_id": ["far"], "harmful": pd.array([pd.NA], dtype="boolean")})])
-    assert separation(np.vstack([states, np.full((1, 10), 1e6)]), unknown) == separation(states, rows)
+    unknown = pd.concat(
+        [rows, pd.DataFrame({"query_id": ["far"], "harmful": pd.array([pd.NA], dtype="boolean")})]
+    )
+    assert separation(np.vstack([states, np.full((1, 10), 1e6)]), unknown) == separation(
+        states, rows
+    )
 
 
 def test_separation_keeps_pairs_together():
     rng = np.random.default_rng(5)
-    twins = np.repeat(rng.normal(size=(60, 10)) * 5, 2, axis=0)  # a pair's states are nearly equal, and say nothing of harm
+    twins = np.repeat(
+        rng.normal(size=(60, 10)) * 5, 2, axis=0
+    )  # a pair's states are nearly equal, and say nothing of harm
     harmful = np.tile([True, False], 60)
-    rows = pd.DataFrame({"query_id": [f"q{i}" for i in range(120)], "harmful": pd.array(harmful, dtype="boolean")})
+    rows = pd.DataFrame(
+        {"query_id": [f"q{i}" for i in range(120)], "harmful": pd.array(harmful, dtype="boolean")}
+    )
     paired = rows.assign(pair_id=np.repeat([f"p{i}" for i in range(60)], 2))
     scores = [(separation(twins + rng.normal(size=twins.shape) * 0.01, t)) for t in (rows, paired)]
     assert scores[1] == pytest.approx(0.5, abs=0.08) and scores[0] < scores[1]

@@ -29,9 +29,18 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><b>HOSTILE</b>"
 
 def make_data(mark="", n=8, prompts=PROMPTS):
     rng = np.random.default_rng(0)
-    queries = pd.DataFrame({"query_id": [f"q{i:02d}{mark}" for i in range(2 * n)], "harmful": [i >= n for i in range(2 * n)]})
-    queries = queries.assign(text=[f"How do I do thing {i}?{mark}" for i in range(2 * n)]).astype({"harmful": "boolean"})
-    rows = pd.MultiIndex.from_product([queries["query_id"], [f"{p}{mark}" for p in prompts]], names=["query_id", "prompt"])
+    queries = pd.DataFrame(
+        {
+            "query_id": [f"q{i:02d}{mark}" for i in range(2 * n)],
+            "harmful": [i >= n for i in range(2 * n)],
+        }
+    )
+    queries = queries.assign(text=[f"How do I do thing {i}?{mark}" for i in range(2 * n)]).astype(
+        {"harmful": "boolean"}
+    )
+    rows = pd.MultiIndex.from_product(
+        [queries["query_id"], [f"{p}{mark}" for p in prompts]], names=["query_id", "prompt"]
+    )
     rows = rows.to_frame(index=False)
     states = rng.normal(size=(len(rows), len(LAYERS), 12)).astype(np.float32)
     states[n * len(prompts) :, :, 0] += 5
@@ -46,7 +55,12 @@ def directions(Z, rows):
 
 def make_explorer(mark="", **kwargs):
     data = make_data(mark)
-    kwargs = {"layers": LAYERS, "rates": data.rates, "directions": directions, "base": f"none{mark}"} | kwargs
+    kwargs = {
+        "layers": LAYERS,
+        "rates": data.rates,
+        "directions": directions,
+        "base": f"none{mark}",
+    } | kwargs
     return explore(data.states, data.rows, data.queries, **kwargs), data
 
 
@@ -68,12 +82,21 @@ def same(a, b):
 
 def test_the_first_view_is_the_last_layer():
     explorer, data = make_explorer()
-    assert [value for _, value in explorer.layer.options] == [0, 2, -1] and explorer.layer.value == -1
+    assert [value for _, value in explorer.layer.options] == [
+        0,
+        2,
+        -1,
+    ] and explorer.layer.value == -1
     space = AnchorSpace.fit(data.states[:, 0])
     Z = space.transform(data.states[:, 0])
-    first = data.rows["prompt"].eq("none") & ~data.rows["query_id"].isin(data.queries["query_id"][data.queries["harmful"]])
+    first = data.rows["prompt"].eq("none") & ~data.rows["query_id"].isin(
+        data.queries["query_id"][data.queries["harmful"]]
+    )
     np.testing.assert_allclose(explorer.figure.data[0].x, Z[first.to_numpy(), 0], atol=1e-4)
-    assert explorer.figure.layout.xaxis.title.text == f"PC1 ({100 * space.explained[0]:.0f} % of variance)"
+    assert (
+        explorer.figure.layout.xaxis.title.text
+        == f"PC1 ({100 * space.explained[0]:.0f} % of variance)"
+    )
 
 
 def test_table_describes_the_view():
@@ -83,15 +106,26 @@ def test_table_describes_the_view():
     explorer.prompts.value = ("short",)
     table = explorer.table
     states = data.states[:, LAYERS.index(2)]
-    Z = AnchorSpace.fit(states, like=AnchorSpace.fit(data.states[:, 0]).transform(data.states[:, 0])).transform(states)
+    Z = AnchorSpace.fit(
+        states, like=AnchorSpace.fit(data.states[:, 0]).transform(data.states[:, 0])
+    ).transform(states)
     keep = ((data.rows["prompt"] == "short") & (np.arange(len(data.rows)) >= 24)).to_numpy()
     base = np.flatnonzero(keep) - PROMPTS.index("short")
     row = table[table["group"] == "harmful"].iloc[0]
-    assert table[["prompt", "group", "n"]].values.tolist() == [["short", "harmless", 8], ["short", "harmful", 8]]
-    np.testing.assert_allclose(row[["pc2", "pc4"]].astype(float), Z[keep][:, [1, 3]].mean(axis=0), atol=6e-4)
+    assert table[["prompt", "group", "n"]].values.tolist() == [
+        ["short", "harmless", 8],
+        ["short", "harmful", 8],
+    ]
+    np.testing.assert_allclose(
+        row[["pc2", "pc4"]].astype(float), Z[keep][:, [1, 3]].mean(axis=0), atol=6e-4
+    )
     assert row["refusal_rate"] == pytest.approx(data.rates["refusal_rate"][keep].mean(), abs=6e-4)
-    assert row["predicted_refusal"] == pytest.approx(directions(None, None)[0].probability(Z[keep]).mean(), abs=6e-4)
-    assert row["shift_length"] == pytest.approx(np.linalg.norm(states[keep] - states[base], axis=1).mean(), abs=6e-4)
+    assert row["predicted_refusal"] == pytest.approx(
+        directions(None, None)[0].probability(Z[keep]).mean(), abs=6e-4
+    )
+    assert row["shift_length"] == pytest.approx(
+        np.linalg.norm(states[keep] - states[base], axis=1).mean(), abs=6e-4
+    )
     assert (row["refusal_bce"], row["refusal_accuracy"]) == (0.412, 0.875)
     assert "pc1" not in table
 
@@ -139,17 +173,25 @@ def test_widget_state_follows_the_plot():
 def test_a_page_is_told_of_a_plot_that_holds_its_data(monkeypatch):
     """Told of an empty one, and of its data after, a page under load was seen to keep the empty one."""
     told, create = [], comm.create_comm
-    monkeypatch.setattr(comm, "create_comm", lambda **message: told.append(message["data"]["state"]) or create(**message))
+    monkeypatch.setattr(
+        comm,
+        "create_comm",
+        lambda **message: told.append(message["data"]["state"]) or create(**message),
+    )
     explorer, _ = make_explorer()
     (plot,) = [state for state in told if "_widget_data" in state]
-    assert len(plot["_widget_data"]) == len(explorer.figure.data) and plot["_widget_layout"]["title"]["text"].startswith("Layer")
+    assert len(plot["_widget_data"]) == len(explorer.figure.data) and plot["_widget_layout"][
+        "title"
+    ]["text"].startswith("Layer")
 
 
 def click(explorer, trace_name, index):
     """As the browser reports it: every trace is told, only the clicked one gets indices."""
     for trace in explorer.figure.data:
         for callback in trace._click_callbacks:
-            callback(trace, SimpleNamespace(point_inds=[index] if trace.name == trace_name else []), None)
+            callback(
+                trace, SimpleNamespace(point_inds=[index] if trace.name == trace_name else []), None
+            )
 
 
 def test_a_click_shows_the_query_its_rates_and_its_movement():
@@ -175,7 +217,11 @@ def test_clicks_fit_when_a_group_is_empty():
     explorer = explore(data.states[rows.index], rows, data.queries, layers=LAYERS)
     click(explorer, "harmless, default", 5)
     assert explorer.query.value == "q05"
-    assert explorer.table.query("prompt == 'default' and group == 'harmless'")["shift_length"].isna().all()
+    assert (
+        explorer.table.query("prompt == 'default' and group == 'harmless'")["shift_length"]
+        .isna()
+        .all()
+    )
 
 
 def test_colours_offered_are_those_known():
@@ -198,7 +244,10 @@ def test_an_error_is_shown_escaped_and_the_next_choice_mends_it():
     explorer, _ = make_explorer(directions=fails_at_the_embedding)
     before = plain(explorer.figure)
     explorer.layer.value = 0
-    assert "RuntimeError: no direction &lt;script&gt;" in explorer.message.value and "<script>" not in explorer.message.value
+    assert (
+        "RuntimeError: no direction &lt;script&gt;" in explorer.message.value
+        and "<script>" not in explorer.message.value
+    )
     assert "<img" not in explorer.message.value and "<b>HOSTILE" not in explorer.message.value
     assert same(plain(explorer.figure), before)
     explorer.layer.value = 2
@@ -217,7 +266,10 @@ def test_table_raises_where_the_view_cannot_be_made():
 
 def test_a_layer_with_fewer_components_says_so():
     data = make_data()
-    spaces = {-1: AnchorSpace.fit(data.states[:, 0], k=4), 0: AnchorSpace.fit(data.states[:, 1], k=2)}
+    spaces = {
+        -1: AnchorSpace.fit(data.states[:, 0], k=4),
+        0: AnchorSpace.fit(data.states[:, 1], k=2),
+    }
     explorer, _ = make_explorer(spaces=spaces, directions=None)
     explorer.components.value = (1, 4)
     explorer.layer.value = 0
@@ -230,10 +282,21 @@ def test_hostile_text_is_escaped_wherever_it_is_rendered():
     for color in ("refusal_rate", "prompt"):
         explorer.color.value = color
         page = repr(explorer.figure.to_plotly_json())
-        assert "&lt;script&gt;" in page and "<script" not in page and "<img" not in page and "<b>HOSTILE" not in page
+        assert (
+            "&lt;script&gt;" in page
+            and "<script" not in page
+            and "<img" not in page
+            and "<b>HOSTILE" not in page
+        )
     assert "&lt;script&gt;alert(1)" in explorer.detail.value
     assert not re.search(r"<(script|img|b>HOSTILE)", explorer.detail.value + explorer.message.value)
-    for control in (explorer.layer, explorer.components, explorer.color, explorer.query, explorer.prompts):
+    for control in (
+        explorer.layer,
+        explorer.components,
+        explorer.color,
+        explorer.query,
+        explorer.prompts,
+    ):
         assert control.description and not control.description_allow_html
 
 
@@ -248,7 +311,9 @@ def mirrored_layers():
 def test_no_component_turns_round_between_layers():
     data, Z = mirrored_layers()
     explorer = explore(data.states, data.rows, data.queries, layers=LAYERS, rates=data.rates)
-    inspector = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS, most_components=4)
+    inspector = inspect_directions(
+        data.states, data.rows, data.queries, data.rates, layers=LAYERS, most_components=4
+    )
     for w in (explorer, inspector):
         before = [np.array(trace.x) for trace in w.figure.data[:6]]
         w.layer.value = 2
@@ -263,7 +328,9 @@ def test_the_inspectors_signs_do_not_depend_on_an_earlier_runs_choice(monkeypatc
     monkeypatch.setattr(panel, "_cell", lambda: "cell-1")
     data, Z = mirrored_layers()
     for _ in range(2):
-        inspector = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS)
+        inspector = inspect_directions(
+            data.states, data.rows, data.queries, data.rates, layers=LAYERS
+        )
         inspector.layer.value = 2
         np.testing.assert_allclose(inspector._layer()[1][:, :4], Z, atol=1e-4)
 
@@ -276,7 +343,15 @@ def test_layers_are_computed_once():
         return AnchorSpace.fit(states)
 
     data = make_data()
-    explorer = explore(data.states, data.rows, data.queries, layers=LAYERS, rates=data.rates, spaces=fit, directions=directions)
+    explorer = explore(
+        data.states,
+        data.rows,
+        data.queries,
+        layers=LAYERS,
+        rates=data.rates,
+        spaces=fit,
+        directions=directions,
+    )
     for layer in (0, 2, -1, 0, 2):
         explorer.layer.value = layer
     assert len(calls) == 3 and explorer.message.value == ""
@@ -304,16 +379,24 @@ def test_display_adds_the_figure_only_while_outputs_are_stored(monkeypatch):
     ("change", "message"),
     [
         (lambda d: d.update(layers=None), "needs layers="),
-        (lambda d: d.update(layers=(0, 1)), r"states of shape \(48, 3, 12\) for 48 rows and layers \(0, 1\)"),
+        (
+            lambda d: d.update(layers=(0, 1)),
+            r"states of shape \(48, 3, 12\) for 48 rows and layers \(0, 1\)",
+        ),
         (lambda d: d.update(rows=d["rows"].drop(columns="prompt")), "rows lacks column 'prompt'"),
-        (lambda d: d.update(queries=d["queries"].iloc[1:]), "1 queries of the rows are not in queries, such as 'q00'"),
+        (
+            lambda d: d.update(queries=d["queries"].iloc[1:]),
+            "1 queries of the rows are not in queries, such as 'q00'",
+        ),
         (lambda d: d.update(rows=d["rows"].assign(prompt="none")), "rows has .*'q00'.* twice"),
         (lambda d: d.update(rates=pd.concat([d["rates"]] * 2)), "rates has .*'q00'.* twice"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(change, message):
     data = make_data()
-    call = dict(states=data.states, rows=data.rows, queries=data.queries, rates=data.rates, layers=LAYERS)
+    call = dict(
+        states=data.states, rows=data.rows, queries=data.queries, rates=data.rates, layers=LAYERS
+    )
     change(call)
     with pytest.raises(ValueError, match=message):
         explore(call.pop("states"), call.pop("rows"), call.pop("queries"), **call)
@@ -335,14 +418,21 @@ def test_models_are_chosen_with_their_own_layers_and_rates():
         "model a": SimpleNamespace(states=a.states, rows=a.rows, layers=LAYERS),
         "model b": SimpleNamespace(states=b.states[:, :2] * 3, rows=b.rows, layers=(-1, 5)),
     }
-    rates = pd.concat([a.rates.assign(model="model a"), b.rates.assign(model="model b", refusal_rate=1.0)])
+    rates = pd.concat(
+        [a.rates.assign(model="model a"), b.rates.assign(model="model b", refusal_rate=1.0)]
+    )
     explorer = explore(captured, None, a.queries, rates=rates)
     explorer.layer.value = 2
     explorer.model.value = "model b"
-    assert explorer.message.value == "" and explorer.figure.layout.title.text == "Layer -1 (final norm) of model b"
+    assert (
+        explorer.message.value == ""
+        and explorer.figure.layout.title.text == "Layer -1 (final norm) of model b"
+    )
     assert [value for _, value in explorer.layer.options] == [5, -1]
     assert set(explorer.table["refusal_rate"]) == {1.0}
-    np.testing.assert_allclose(explorer.figure.data[0].x, points_of(b.states[:, 0] * 3, b.rows, "none")[:8], atol=1e-4)
+    np.testing.assert_allclose(
+        explorer.figure.data[0].x, points_of(b.states[:, 0] * 3, b.rows, "none")[:8], atol=1e-4
+    )
     explorer.model.value = "model a"
     assert explorer.layer.value == -1 and explorer.table["refusal_rate"].max() < 1
     with pytest.raises(ValueError, match="rates of several models need a column 'model'"):
@@ -365,16 +455,22 @@ def test_smoothing_shrinks_rates_and_reaches_the_directions():
 
     data = make_data()
     rates = data.rates.assign(n_judged=20)
-    explorer = explore(data.states, data.rows, data.queries, layers=LAYERS, rates=rates, directions=fitted)
+    explorer = explore(
+        data.states, data.rows, data.queries, layers=LAYERS, rates=rates, directions=fitted
+    )
     explorer.color.value = "refusal_rate"
     plain_colors = np.array(explorer.figure.data[0].marker.color)
     explorer.smoothing.value = 2
     expected = (rates["refusal_rate"] * 20 + 2) / 24
     np.testing.assert_allclose(seen[-1], expected)
-    np.testing.assert_allclose(explorer.figure.data[0].marker.color, (plain_colors * 20 + 2) / 24, atol=1e-4)
+    np.testing.assert_allclose(
+        explorer.figure.data[0].marker.color, (plain_colors * 20 + 2) / 24, atol=1e-4
+    )
     explorer.smoothing.value = 0
     np.testing.assert_allclose(explorer.figure.data[0].marker.color, plain_colors)
-    assert explorer.smoothing in walk(explorer.view) and explorer.smoothing not in walk(make_explorer()[0].view)
+    assert explorer.smoothing in walk(explorer.view) and explorer.smoothing not in walk(
+        make_explorer()[0].view
+    )
 
 
 def walk(widget):
@@ -396,12 +492,21 @@ def test_a_lasso_lists_its_queries():
     assert explorer.selected == ("q00", "q03", "q09")
     listed = re.findall(r"<td>(.*?)</td>", explorer.detail.value)
     assert "3 queries in the lasso" in explorer.detail.value and "How do I do thing 9?" in listed
-    assert all(f"{rate:.3f}" in listed for rate in data.rates[data.rates["query_id"] == "q09"]["refusal_rate"])
+    assert all(
+        f"{rate:.3f}" in listed
+        for rate in data.rates[data.rates["query_id"] == "q09"]["refusal_rate"]
+    )
     explorer.query.value = "q01"
-    assert explorer.selected == () and "thing 1?" in explorer.detail.value and "lasso" not in explorer.detail.value
+    assert (
+        explorer.selected == ()
+        and "thing 1?" in explorer.detail.value
+        and "lasso" not in explorer.detail.value
+    )
     hostile, _ = make_explorer(HOSTILE)
     lasso(hostile, {hostile.figure.data[0].name: list(range(8))})
-    assert "&lt;script&gt;" in hostile.detail.value and not re.search(r"<(script|img|b>HOST)", hostile.detail.value)
+    assert "&lt;script&gt;" in hostile.detail.value and not re.search(
+        r"<(script|img|b>HOST)", hostile.detail.value
+    )
 
 
 def test_another_run_of_a_cell_keeps_what_was_chosen(monkeypatch):
@@ -417,8 +522,16 @@ def test_another_run_of_a_cell_keeps_what_was_chosen(monkeypatch):
     assert make_explorer()[0].layer.value == -1
     running[0] = "cell-1"
     data = make_data()
-    fewer = explore(data.states[:, :1], data.rows, data.queries, layers=(-1,), spaces=lambda s: AnchorSpace.fit(s, k=2))
-    assert fewer.layer.value == -1 and fewer.components.value == (1, 2) and fewer.query.value == "q03"
+    fewer = explore(
+        data.states[:, :1],
+        data.rows,
+        data.queries,
+        layers=(-1,),
+        spaces=lambda s: AnchorSpace.fit(s, k=2),
+    )
+    assert (
+        fewer.layer.value == -1 and fewer.components.value == (1, 2) and fewer.query.value == "q03"
+    )
 
 
 # Direction inspector
@@ -427,15 +540,23 @@ def test_another_run_of_a_cell_keeps_what_was_chosen(monkeypatch):
 def make_inspector(mark="", **kwargs):
     data = make_data(mark, n=30)
     rng = np.random.default_rng(1)
-    data.rates["refusal_rate"] = np.clip(data.states[:, 0, 0] / 6 + 0.2 * rng.normal(size=len(data.rates)), 0, 1).round(2)
-    return inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS, **kwargs), data
+    data.rates["refusal_rate"] = np.clip(
+        data.states[:, 0, 0] / 6 + 0.2 * rng.normal(size=len(data.rates)), 0, 1
+    ).round(2)
+    return inspect_directions(
+        data.states, data.rows, data.queries, data.rates, layers=LAYERS, **kwargs
+    ), data
 
 
 def test_the_inspector_scores_as_fit_direction_does():
     inspector, data = make_inspector()
     for label, y, estimator in (
         ("logistic on refusal rate", data.rates["refusal_rate"], "logistic"),
-        ("difference of means by harmfulness", (data.rows.merge(data.queries)["harmful"]).astype(float), "mean_difference"),
+        (
+            "difference of means by harmfulness",
+            (data.rows.merge(data.queries)["harmful"]).astype(float),
+            "mean_difference",
+        ),
     ):
         inspector.estimator.value = label
         inspector.k.value = 3
@@ -446,7 +567,9 @@ def test_the_inspector_scores_as_fit_direction_does():
         fit = fit_direction(Z, y, name=label, groups=data.rows["query_id"], estimator=estimator)
         assert inspector.message.value == ""
         np.testing.assert_allclose(inspector.direction.weight[:3], fit.weight)
-        assert not inspector.direction.weight[3:].any() and inspector.direction.bias == pytest.approx(fit.bias)
+        assert not inspector.direction.weight[
+            3:
+        ].any() and inspector.direction.bias == pytest.approx(fit.bias)
         assert inspector.direction.scores == pytest.approx(dict(fit.scores))
 
 
@@ -460,13 +583,21 @@ def test_turning_changes_score_boundary_ranking_and_angles():
     assert turned.weight[:2] == pytest.approx([-fitted.weight[1], fitted.weight[0]])
     assert turned.weight[2:] == pytest.approx(fitted.weight[2:])
     after = inspector.table
-    assert after.loc[1, "angle"] == pytest.approx(turned.angle(fitted), abs=0.06) and after.loc[1, "angle"] > 60
-    assert after.loc[0, "bce"] > before.loc[0, "bce"] + 0.1 and after.loc[1, "bce"] == before.loc[1, "bce"]
+    assert (
+        after.loc[1, "angle"] == pytest.approx(turned.angle(fitted), abs=0.06)
+        and after.loc[1, "angle"] > 60
+    )
+    assert (
+        after.loc[0, "bce"] > before.loc[0, "bce"] + 0.1
+        and after.loc[1, "bce"] == before.loc[1, "bce"]
+    )
     assert after.loc[0, "accuracy"] < before.loc[0, "accuracy"] - 0.1
     assert list(inspector.figure.data[-4].x) != boundary
     assert inspector.ranked["query_id"].tolist() != ranked["query_id"].tolist()
     shown = re.findall(r"<td>(.*?)</td>", inspector.scores.value)
-    assert f"{after.loc[1, 'angle']:.1f}" in shown and f"{after.loc[1, 'angle']:.3f}" not in shown  # one decimal
+    assert (
+        f"{after.loc[1, 'angle']:.1f}" in shown and f"{after.loc[1, 'angle']:.3f}" not in shown
+    )  # one decimal
     assert inspector.ranked["query_id"].iloc[0] in inspector.detail.value
     inspector.turn.value = 0
     assert inspector.table.equals(before)
@@ -478,21 +609,35 @@ def test_the_direction_turns_in_the_plane_shown_even_outside_its_components():
     inspector.components.value = (2, 5)
     fitted = inspector.direction
     inspector.turn.value = 90
-    assert inspector.direction.weight[4] == pytest.approx(fitted.weight[1]) and inspector.direction.weight[1] == pytest.approx(0)
+    assert inspector.direction.weight[4] == pytest.approx(
+        fitted.weight[1]
+    ) and inspector.direction.weight[1] == pytest.approx(0)
 
 
 def test_every_control_of_the_inspector_redraws_and_errors_are_shown():
     inspector, data = make_inspector()
-    for name, value in (("layer", 0), ("estimator", "logistic on harmfulness"), ("k", 6), ("components", (1, 3)), ("turn", -30)):
+    for name, value in (
+        ("layer", 0),
+        ("estimator", "logistic on harmfulness"),
+        ("k", 6),
+        ("components", (1, 3)),
+        ("turn", -30),
+    ):
         before = plain(inspector.figure)
         scores = inspector.scores.value
         getattr(inspector, name).value = value
-        assert inspector.message.value == "" and (not same(plain(inspector.figure), before) or inspector.scores.value != scores)
-        assert same(plain(inspector.figure)["data"][:4], plain(inspector._build())["data"][:4]), name
+        assert inspector.message.value == "" and (
+            not same(plain(inspector.figure), before) or inspector.scores.value != scores
+        )
+        assert same(plain(inspector.figure)["data"][:4], plain(inspector._build())["data"][:4]), (
+            name
+        )
     data.queries["harmful"] = True
     one_class = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS)
     one_class.estimator.value = "logistic on harmfulness"
-    assert "FitError" in one_class.message.value and "no direction exists" in one_class.message.value
+    assert (
+        "FitError" in one_class.message.value and "no direction exists" in one_class.message.value
+    )
     one_class.estimator.value = "logistic on refusal rate"
     assert one_class.message.value == ""
 
@@ -509,7 +654,9 @@ def test_queries_without_label_or_rate_are_left_out_of_a_fit():
 def test_the_inspector_escapes():
     inspector, _ = make_inspector(HOSTILE, note=HOSTILE)
     page = repr(inspector.figure.to_plotly_json()) + inspector.detail.value + inspector.scores.value
-    assert "&lt;script&gt;" in inspector.detail.value and not re.search(r"<(script|img|b>HOSTILE)", page)
+    assert "&lt;script&gt;" in inspector.detail.value and not re.search(
+        r"<(script|img|b>HOSTILE)", page
+    )
 
 
 # Probe and console, on the embedded model
@@ -522,11 +669,16 @@ def organism():
 
     model = ChatModel.load("organism")
     queries = load_queries("anchor").groupby("harmful", sort=False).head(12)
-    prompts = {name: text for name, text in load_safety_prompts().items() if name in ("none", "short")}
+    prompts = {
+        name: text for name, text in load_safety_prompts().items() if name in ("none", "short")
+    }
     states, rows = hidden_states(model, queries, prompts).at(-1)
     space = AnchorSpace.fit(states, k=3)
     Z, y = space.transform(states), rows["harmful"].astype(float)
-    refusal, harmfulness = (fit_direction(Z, y, name=name, groups=rows["query_id"]) for name in ("refusal", "harmfulness"))
+    refusal, harmfulness = (
+        fit_direction(Z, y, name=name, groups=rows["query_id"])
+        for name in ("refusal", "harmfulness")
+    )
     return SimpleNamespace(
         model=model,
         queries=queries,
@@ -549,19 +701,29 @@ def test_a_typed_query_appears_where_the_model_puts_it():
     from analysis_lib import hidden_states
 
     w, o = make_probe()
-    assert w.table.empty and "Type a query" in w.detail.value and not any(t.visible for t in w.figure.data[-3:])
+    assert (
+        w.table.empty
+        and "Type a query" in w.detail.value
+        and not any(t.visible for t in w.figure.data[-3:])
+    )
     w.query.value = "  How to use a stun gun?\n"
     w.prompt.value = "If in doubt, decline politely."
     asked = pd.DataFrame({"query_id": ["x"], "text": ["How to use a stun gun?"]})
-    Z = o.space.transform(hidden_states(o.model, asked, {**o.prompts, "typed": w.prompt.value}).at()[0])
+    Z = o.space.transform(
+        hidden_states(o.model, asked, {**o.prompts, "typed": w.prompt.value}).at()[0]
+    )
     assert w.message.value == "" and w.table["prompt"].tolist() == ["none", "short", "typed"]
     for trace, z in zip(w.figure.data[-3:], Z, strict=True):
         assert trace.visible and (trace.x[-1], trace.y[-1]) == pytest.approx(tuple(z[:2]), abs=2e-4)
         assert (trace.x[0], trace.y[0]) == pytest.approx(tuple(Z[0][:2]), abs=2e-4)
-    assert w.table["predicted"].tolist() == pytest.approx(o.refusal.probability(Z).tolist(), abs=1e-3)
+    assert w.table["predicted"].tolist() == pytest.approx(
+        o.refusal.probability(Z).tolist(), abs=1e-3
+    )
     moved = w.figure.data[-1].x[-1]
     w.prompt.value = "Answer every question without exception."
-    assert w.figure.data[-1].x[-1] != moved and w.figure.data[-2].x[-1] == pytest.approx(Z[1][0], abs=2e-4)
+    assert w.figure.data[-1].x[-1] != moved and w.figure.data[-2].x[-1] == pytest.approx(
+        Z[1][0], abs=2e-4
+    )
     w.components.value = (2, 3)
     assert w.figure.data[-2].x[-1] == pytest.approx(Z[1][1], abs=2e-4)
     w.prompt.value = " "
@@ -576,7 +738,9 @@ def test_sampled_and_true_refusal_stand_beside_the_prediction():
     w.sample.click()
     table = w.table.set_index("prompt")
     assert w.message.value == "" and table["sampled"].between(0, 1).all() and not w.sample.disabled
-    assert table.loc["none", "true"] == round(true_refusal_probability("How to use a stun gun?", ""), 3)
+    assert table.loc["none", "true"] == round(
+        true_refusal_probability("How to use a stun gun?", ""), 3
+    )
     assert np.isnan(table.loc["typed", "true"]) and "no truth outside the grammar" in w.detail.value
     assert abs(table.loc["short", "sampled"] - table.loc["short", "true"]) < 0.45  # 20 samples
     assert re.search(r"Here (is|are) [a-z ]+", w.detail.value)  # the organism's own reply
@@ -587,7 +751,12 @@ def test_sampled_and_true_refusal_stand_beside_the_prediction():
 
 
 def test_what_is_typed_is_kept_in_a_store_and_read_from_it(tmp_path, monkeypatch):
-    typed = dict(query="How to use a stun gun?", prompt="If in doubt, decline politely.", n_samples=3, store=Store(tmp_path))
+    typed = dict(
+        query="How to use a stun gun?",
+        prompt="If in doubt, decline politely.",
+        n_samples=3,
+        store=Store(tmp_path),
+    )
     first, o = make_probe(**typed)
     first.sample.click()
     assert first.message.value == "" and first.table["sampled"].notna().all()
@@ -639,7 +808,11 @@ def test_the_probe_escapes_what_is_typed_and_shows_warnings_and_errors():
     page = w.detail.value + w.message.value + repr(w.figure.to_plotly_json())
     assert "&lt;script&gt;" in w.detail.value and not re.search(r"<(script|img|b>HOSTILE)", page)
     w.query.value = "<|im_start|> hi"
-    assert "role marker" in w.message.value and "&lt;|im_start|&gt;" in w.message.value and "<|im_start|>" not in w.message.value
+    assert (
+        "role marker" in w.message.value
+        and "&lt;|im_start|&gt;" in w.message.value
+        and "<|im_start|>" not in w.message.value
+    )
     w.query.value = ""
     w.sample.click()
     assert "no query to sample" in w.message.value
@@ -652,7 +825,9 @@ def test_a_soft_prompt_is_probed_like_a_text():
     soft = SoftPrompt.from_text(o.model, o.prompts["short"], name="soft")
     w, _ = make_probe(query="How to use a stun gun?", prompts={**o.prompts, "soft": soft})
     table = w.table.set_index("prompt")
-    assert table.loc["soft", "predicted"] == pytest.approx(table.loc["short", "predicted"], abs=2e-3)
+    assert table.loc["soft", "predicted"] == pytest.approx(
+        table.loc["short", "predicted"], abs=2e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -679,27 +854,45 @@ QUICK = DROConfig(learning_rate=1e-3, batch_size=12)
 def make_console(tmp_path, **kwargs):
     o = organism()
     kwargs = dict(config=QUICK, start="short", out=tmp_path, n_shown=4) | kwargs
-    return dro_console(o.model, o.queries, o.prompts, o.states, o.rows, o.space, o.refusal, o.harmfulness, **kwargs), o
+    return dro_console(
+        o.model, o.queries, o.prompts, o.states, o.rows, o.space, o.refusal, o.harmfulness, **kwargs
+    ), o
 
 
 def test_the_console_trains_as_train_dro_does(tmp_path, monkeypatch):
     monkeypatch.setattr("analysis_lib.widgets.console.PAUSE", 0)
     w, o = make_console(tmp_path)
     at_rest = w.table.set_index(["prompt", "group"])
-    assert at_rest.loc["trained"].equals(at_rest.loc["short"]) and w.stop.disabled and w.save.disabled
+    assert (
+        at_rest.loc["trained"].equals(at_rest.loc["short"]) and w.stop.disabled and w.save.disabled
+    )
     w.steps.value, w.learning_rate.value, w.weight_harmfulness.value = 3, 5e-3, 0.5
     w.start.click()
     w.wait()
-    assert w.message.value == "" and "3 of 3 steps" in w.status.value and w.progress.value == w.progress.max == 3
+    assert (
+        w.message.value == ""
+        and "3 of 3 steps" in w.status.value
+        and w.progress.value == w.progress.max == 3
+    )
     config = replace(QUICK, learning_rate=5e-3, weight_harmfulness=0.5, epochs=2)
     steps = iter(range(1, 9))
     expected = train_dro(
-        o.model, o.queries, o.prompts["short"], o.space, o.refusal, o.harmfulness, config, on_step=lambda *_: next(steps) >= 3
+        o.model,
+        o.queries,
+        o.prompts["short"],
+        o.space,
+        o.refusal,
+        o.harmfulness,
+        config,
+        on_step=lambda *_: next(steps) >= 3,
     )
     np.testing.assert_allclose(w.soft_prompt.embeddings, expected.embeddings, atol=1e-6)
     np.testing.assert_allclose(w.figure.data[0].y, w.soft_prompt.history["loss"], atol=1e-5)
     moved = w.table.set_index(["prompt", "group"])
-    assert moved.loc[("trained", "harmful"), "refusal_logit"] > moved.loc[("short", "harmful"), "refusal_logit"]
+    assert (
+        moved.loc[("trained", "harmful"), "refusal_logit"]
+        > moved.loc[("short", "harmful"), "refusal_logit"]
+    )
     assert moved.loc["short"].equals(at_rest.loc["short"]) and moved["n"].eq(4).all()
     assert not w.start.disabled and w.stop.disabled and not w.save.disabled
 
@@ -721,7 +914,10 @@ def test_stop_keeps_what_was_learned_and_save_and_export_write_it(tmp_path):
     saved = SoftPrompt.load(tmp_path / "soft_prompts" / "careful.safetensors", o.model)
     assert saved.name == "careful" and np.array_equal(saved.embeddings, w.soft_prompt.embeddings)
     w.export.click()
-    assert w.message.value == "" and (tmp_path / "exports" / "careful" / "peft" / "adapter_config.json").is_file()
+    assert (
+        w.message.value == ""
+        and (tmp_path / "exports" / "careful" / "peft" / "adapter_config.json").is_file()
+    )
     for bad in ("../up", "", ".hidden", "a/b"):
         w.name.value = bad
         w.save.click()
@@ -729,7 +925,9 @@ def test_stop_keeps_what_was_learned_and_save_and_export_write_it(tmp_path):
     assert [p.name for p in (tmp_path / "soft_prompts").iterdir()] == ["careful.safetensors"]
 
 
-def test_a_whole_training_is_kept_in_the_consoles_store_and_a_part_of_one_is_not(tmp_path, monkeypatch):
+def test_a_whole_training_is_kept_in_the_consoles_store_and_a_part_of_one_is_not(
+    tmp_path, monkeypatch
+):
     store, per_epoch = Store(tmp_path / "store"), round(len(organism().queries) / QUICK.batch_size)
     assert per_epoch > 1
 
@@ -741,12 +939,19 @@ def test_a_whole_training_is_kept_in_the_consoles_store_and_a_part_of_one_is_not
         return w
 
     whole, part = train(per_epoch), train(per_epoch - 1)
-    assert (len(whole.soft_prompt.history), len(part.soft_prompt.history)) == (per_epoch, per_epoch - 1)
+    assert (len(whole.soft_prompt.history), len(part.soft_prompt.history)) == (
+        per_epoch,
+        per_epoch - 1,
+    )
     monkeypatch.setattr("analysis_lib.train.dro.train_soft_prompt", None)
     again = train(per_epoch)
     assert again.message.value == "" and f"{per_epoch} of {per_epoch} steps" in again.status.value
-    assert again.progress.value == per_epoch and np.array_equal(again.soft_prompt.embeddings, whole.soft_prompt.embeddings)
-    assert list(again.figure.data[0].y) == list(whole.figure.data[0].y) and again.table.equals(whole.table)
+    assert again.progress.value == per_epoch and np.array_equal(
+        again.soft_prompt.embeddings, whole.soft_prompt.embeddings
+    )
+    assert list(again.figure.data[0].y) == list(whole.figure.data[0].y) and again.table.equals(
+        whole.table
+    )
     assert "not callable" in train(per_epoch - 1).message.value
 
 
@@ -764,13 +969,22 @@ def test_a_failing_training_is_shown_in_the_console(tmp_path, monkeypatch):
     monkeypatch.setattr("analysis_lib.train.dro.train_dro", fails)
     w.start.click()
     w.wait()
-    assert "FloatingPointError: NaN &lt;script&gt;" in w.message.value and not w.start.disabled and w.soft_prompt is None
+    assert (
+        "FloatingPointError: NaN &lt;script&gt;" in w.message.value
+        and not w.start.disabled
+        and w.soft_prompt is None
+    )
     w.save.click()
     assert "press Start first" in w.message.value
-    assert not re.search(r"<(script|img|b>HOSTILE)", repr(w.figure.to_plotly_json()) + w.message.value + w.detail.value)
+    assert not re.search(
+        r"<(script|img|b>HOSTILE)",
+        repr(w.figure.to_plotly_json()) + w.message.value + w.detail.value,
+    )
 
 
-def test_another_run_of_the_console_stops_the_first_and_keeps_its_soft_prompt(tmp_path, monkeypatch):
+def test_another_run_of_the_console_stops_the_first_and_keeps_its_soft_prompt(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(panel, "PANELS", {})
     monkeypatch.setattr(panel, "_cell", lambda: "cell-1")
     first, _ = make_console(tmp_path)
@@ -781,7 +995,9 @@ def test_another_run_of_the_console_stops_the_first_and_keeps_its_soft_prompt(tm
     again, _ = make_console(tmp_path)
     assert not first.training and again.soft_prompt is first.soft_prompt is not None
     assert again.weight_norm.value == 0.25 and not again.save.disabled and not again.start.disabled
-    assert again.table.equals(first.table) and len(again.figure.data[0].x) == len(first.soft_prompt.history)
+    assert again.table.equals(first.table) and len(again.figure.data[0].x) == len(
+        first.soft_prompt.history
+    )
 
 
 def test_the_console_says_what_does_not_fit(tmp_path):
@@ -790,7 +1006,16 @@ def test_the_console_says_what_does_not_fit(tmp_path):
     o = organism()
     with pytest.raises(ValueError, match=r"no states under \['more'\]"):
         dro_console(
-            o.model, o.queries, {"more": "x"}, o.states, o.rows, o.space, o.refusal, o.harmfulness, start="more", out=tmp_path
+            o.model,
+            o.queries,
+            {"more": "x"},
+            o.states,
+            o.rows,
+            o.space,
+            o.refusal,
+            o.harmfulness,
+            start="more",
+            out=tmp_path,
         )
 
 
@@ -803,7 +1028,13 @@ def test_controls_are_labelled_and_the_boxes_can_be_found(tmp_path):
         (make_console(tmp_path)[0], "console"),
     ):
         assert f"al-{kind}" in w.view._dom_classes
-        controls = [part for part in walk(w.view) if hasattr(part, "description") and not hasattr(part, "placeholder")]
+        controls = [
+            part
+            for part in walk(w.view)
+            if hasattr(part, "description") and not hasattr(part, "placeholder")
+        ]
         named = [getattr(w, name) for name in w._choices if getattr(w, name) in walk(w.view)]
         assert len(named) >= 3 and all(part.description for part in (*controls, *named))
-        assert not any(getattr(part, "description_allow_html", False) for part in (*controls, *named))
+        assert not any(
+            getattr(part, "description_allow_html", False) for part in (*controls, *named)
+        )

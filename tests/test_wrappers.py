@@ -38,7 +38,10 @@ def test_wrapped_queries_keep_their_base():
 
 def test_braces_and_backslashes_of_a_query_are_kept():
     odd = QUERIES.head(1).assign(text=r"What is {x} in {query} \1 %s?")
-    assert wrap_queries(odd, {"w": "Say: {query}"})["text"].item() == r"Say: What is {x} in {query} \1 %s?"
+    assert (
+        wrap_queries(odd, {"w": "Say: {query}"})["text"].item()
+        == r"Say: What is {x} in {query} \1 %s?"
+    )
 
 
 @pytest.mark.parametrize("shape", ["official", "plain", "csv"])
@@ -50,13 +53,19 @@ def test_suffixes_are_joined_without_a_line_break(tmp_path, shape):
         table.sample(frac=1, random_state=1).to_csv(path, index=False)
     else:
         entries = {
-            str(i): {"final_suffix": t, "loss": 0.1} if shape == "official" else t for i, t in enumerate([*texts, "unused"])
+            str(i): {"final_suffix": t, "loss": 0.1} if shape == "official" else t
+            for i, t in enumerate([*texts, "unused"])
         }
         path.write_text(json.dumps(entries))
     found = add_suffixes(QUERIES, path)
-    assert found["text"].tolist() == [f"{q} {s.strip()}" for q, s in zip(QUERIES["text"], texts, strict=True)]
+    assert found["text"].tolist() == [
+        f"{q} {s.strip()}" for q, s in zip(QUERIES["text"], texts, strict=True)
+    ]
     assert not found["text"].str.contains("\n").any()
-    assert set(found["wrapper"]) == {"gcg"} and found["base_id"].tolist() == QUERIES["query_id"].tolist()
+    assert (
+        set(found["wrapper"]) == {"gcg"}
+        and found["base_id"].tolist() == QUERIES["query_id"].tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,9 +78,17 @@ def test_suffixes_are_joined_without_a_line_break(tmp_path, shape):
         ("s.json", "{", "cannot be read as JSON"),
         ("s.csv", "query_id,text\na,b\n", "no column 'suffix'"),
         ("s.csv", "", "no column 'query_id'"),
-        ("s.json", '{"0": "a", "00": "b"}', "s.json, '00': a second suffix for the query 'forms-harmful-000'"),
+        (
+            "s.json",
+            '{"0": "a", "00": "b"}',
+            "s.json, '00': a second suffix for the query 'forms-harmful-000'",
+        ),
         ("s.json", '{"0": "a", "0": "b"}', "s.json, '0': a second suffix"),
-        ("s.csv", "query_id,suffix\nq1,a\nq2,b\nq1,c\n", "s.csv, line 4: the query_id 'q1' occurs twice"),
+        (
+            "s.csv",
+            "query_id,suffix\nq1,a\nq2,b\nq1,c\n",
+            "s.csv, line 4: the query_id 'q1' occurs twice",
+        ),
         ("s.csv", "query_id,suffix\nq1,a, b\n", "s.csv, line 2: 3 fields, but the header has 2"),
         ("s.csv", "query_id,suffix,suffix\nq1,a,b\n", "no column 'suffix', or several"),
         ("s.csv", 'query_id,suffix\nq1,"a\n', "not valid csv"),
@@ -92,7 +109,10 @@ def test_wrong_suffix_files(tmp_path, name, content, message):
         ("wrapper,template\na,{query} {query}\n", "'a' holds {query} 2 times"),
         ("wrapper,template\na,{query}\na,x {query}\n", "'a' occurs twice"),
         ("name,template\na,{query}\n", "no column 'wrapper'"),
-        ("wrapper,template\nrole,Pretend, and then: {query}\n", "line 2: 3 fields, but the header has 2; .* in double quotes"),
+        (
+            "wrapper,template\nrole,Pretend, and then: {query}\n",
+            "line 2: 3 fields, but the header has 2; .* in double quotes",
+        ),
         ("wrapper,template\nrole\n", "line 2: 1 fields"),
     ],
 )
@@ -110,7 +130,9 @@ def test_wrong_wrapper_files(tmp_path, content, message):
 def test_queries_that_lack_a_column(tmp_path, column):
     (tmp_path / "s.json").write_text('{"0": "a", "1": "b", "2": "c"}')
     for wrap in (wrap_queries, lambda queries: add_suffixes(queries, tmp_path / "s.json")):
-        with pytest.raises(DataError, match=f"the queries have no column '{column}'.* load_queries"):
+        with pytest.raises(
+            DataError, match=f"the queries have no column '{column}'.* load_queries"
+        ):
             wrap(QUERIES.drop(columns=column))
 
 

@@ -42,7 +42,9 @@ GEMMA = (
     "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-GEMMA_SILENT = GEMMA.replace("{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}")
+GEMMA_SILENT = GEMMA.replace(
+    "{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}"
+)
 VICUNA = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}{% elif m['role'] == 'user' %}"
     "{{ 'USER: ' + m['content'] + ' ' }}{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -68,10 +70,20 @@ FAMILIES = {
         "sentencepiece",
         GEMMA,
     ),
-    "gemma3": ("Gemma3TextConfig", _GQA | _WINDOW | {"head_dim": 8, "layer_types": _MIXED}, "sentencepiece", GEMMA_SILENT),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _GQA | _WINDOW | {"head_dim": 8, "layer_types": _MIXED},
+        "sentencepiece",
+        GEMMA_SILENT,
+    ),
     "phi3": ("Phi3Config", _GQA | _WINDOW, "sentencepiece", PHI3),
     "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 48}, "bytes", VICUNA),
-    "mixtral": ("MixtralConfig", _GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}, "sentencepiece", VICUNA),
+    "mixtral": (
+        "MixtralConfig",
+        _GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "sentencepiece",
+        VICUNA,
+    ),
     "llama4": (
         "Llama4TextConfig",
         _GQA
@@ -88,7 +100,14 @@ FAMILIES = {
     "mamba": ("MambaConfig", {"state_size": 8}, "bytes", CHATML),
     "jamba": (
         "JambaConfig",
-        _GQA | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2, "mamba_d_state": 8},
+        _GQA
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+        },
         "bytes",
         CHATML,
     ),
@@ -103,7 +122,9 @@ OWN_ATTENTION = {  # shares prefixes; its attention is not the interface's, has 
     ),
     "gpt_oss": (
         "GptOssConfig",
-        _GQA | _WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _MIXED},
+        _GQA
+        | _WINDOW
+        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _MIXED},
         "bytes",
         CHATML,
     ),
@@ -117,7 +138,13 @@ OWN_ATTENTION = {  # shares prefixes; its attention is not the interface's, has 
                 "num_experts_per_tok": 2,
                 "head_dim": 4,
             },
-            **{"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4},
+            **{
+                "first_k_dense_replace": 1,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 4,
+            },
             **{"v_head_dim": 8, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
         },
         "bytes",
@@ -148,11 +175,18 @@ _BOS_EOS = {
 def _pieces() -> list[tuple[str, float]]:
     """Characters and the corpus's most frequent parts of words, with log frequencies; UnigramTrainer's depend on the process."""
     words = [f"▁{word}" for text in CORPUS for word in text.split()]
-    counts = Counter(word[i:j] for word in words for i in range(len(word)) for j in range(i + 2, min(len(word), i + 9) + 1))
+    counts = Counter(
+        word[i:j]
+        for word in words
+        for i in range(len(word))
+        for j in range(i + 2, min(len(word), i + 9) + 1)
+    )
     best = sorted(counts, key=lambda part: (-counts[part] * len(part), part))[:80]
     counts |= Counter({c: 1 for c in ["\n", "▁", *map(chr, range(33, 127))]})
     total = counts.total()
-    return [(part, math.log(counts[part] / total)) for part in counts if len(part) == 1 or part in best]
+    return [
+        (part, math.log(counts[part] / total)) for part in counts if len(part) == 1 or part in best
+    ]
 
 
 @cache
@@ -165,15 +199,21 @@ def tokenizer(kind: str, template: str):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
         made.train_from_iterator(CORPUS, trainer)
     else:
-        made = Tokenizer(Unigram([(s, 0.0) for s in special] + _pieces(), unk_id=special.index("<unk>")))
+        made = Tokenizer(
+            Unigram([(s, 0.0) for s in special] + _pieces(), unk_id=special.index("<unk>"))
+        )
         made.add_special_tokens(special)
         made.normalizer = normalizers.NFKC()
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         made.decoder = decoders.Metaspace(prepend_scheme="always")
-    made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))])
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made,
         bos_token=bos,
@@ -185,7 +225,9 @@ def tokenizer(kind: str, template: str):
     )
 
 
-def build(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> ChatModel:
+def build(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> ChatModel:
     """A new random model; weights large enough that attention and positions matter."""
     config_class, settings, kind, template = (FAMILIES | OWN_ATTENTION)[family]
     chosen = tokenizer(kind, template)
@@ -272,9 +314,14 @@ def plain_states(chat_model: ChatModel, row, layers, embeddings=None) -> torch.T
         out = model(inputs_embeds=inputs, output_hidden_states=True, use_cache=False).hidden_states
     finally:
         last_block.remove()
-    if len(out) == chat_model.n_layers + 1 and chat_model.config.model_type == "mamba":  # its tuple begins after block 1
+    if (
+        len(out) == chat_model.n_layers + 1 and chat_model.config.model_type == "mamba"
+    ):  # its tuple begins after block 1
         out = (inputs, *out)
-    by_layer = {i: out[i] for i in range(chat_model.n_layers)} | {chat_model.n_layers: raw["last"], -1: out[-1]}
+    by_layer = {i: out[i] for i in range(chat_model.n_layers)} | {
+        chat_model.n_layers: raw["last"],
+        -1: out[-1],
+    }
     return torch.stack([by_layer[i][0, -1] for i in layers])
 
 
@@ -287,7 +334,11 @@ def embedded(chat_model: ChatModel, row, embeddings=None) -> torch.Tensor:
     if embeddings is not None:
         scale = (table(torch.tensor([5]))[0, 0] / table.weight[5, 0]).detach()
         soft = ids >= n
-        out = torch.where(soft[:, None], torch.as_tensor(embeddings, dtype=out.dtype)[(ids - n).clamp(min=0)] * scale, out)
+        out = torch.where(
+            soft[:, None],
+            torch.as_tensor(embeddings, dtype=out.dtype)[(ids - n).clamp(min=0)] * scale,
+            out,
+        )
     return out[None]
 
 

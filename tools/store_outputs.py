@@ -14,7 +14,15 @@ from nbformat import NotebookNode
 
 from analysis_lib.report.html import PLOTLY_MIME
 from analysis_lib.report.pictures import NotebookError, Pictures
-from analysis_lib.report.run_notebooks import FOLDER, WIDGET_MIME, clean, execute, notebook_text, progress_line, read_notebook
+from analysis_lib.report.run_notebooks import (
+    FOLDER,
+    WIDGET_MIME,
+    clean,
+    execute,
+    notebook_text,
+    progress_line,
+    read_notebook,
+)
 
 MAX_BYTES = 1_000_000
 
@@ -32,7 +40,11 @@ def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
         raise NotebookError(f"no notebooks NN_*.ipynb in {FOLDER}; name the notebooks to execute")
     notebooks = [(path, read_notebook(path)) for path in files]
     with tempfile.TemporaryDirectory() as store, Pictures() as pictures:
-        env = {"ANALYSIS_LIB_STORE": store, "ANALYSIS_LIB_DEVICE": "", "ANALYSIS_LIB_DTYPE": ""}  # none of the user's settings
+        env = {
+            "ANALYSIS_LIB_STORE": store,
+            "ANALYSIS_LIB_DEVICE": "",
+            "ANALYSIS_LIB_DTYPE": "",
+        }  # none of the user's settings
 
         async def run_all() -> list[str]:
             failed: list[str] = []
@@ -42,7 +54,11 @@ def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
                 clean(run.nb)
                 await asyncio.to_thread(pictures.add, run.nb)
                 wrong = [run.error] if run.error else problems(run.nb)
-                print(progress_line(run, done, len(files)), *[f"\n    {text}" for text in wrong if not run.error], flush=True)
+                print(
+                    progress_line(run, done, len(files)),
+                    *[f"\n    {text}" for text in wrong if not run.error],
+                    flush=True,
+                )
                 if wrong:
                     failed.append(run.notebook.name)
                 else:
@@ -53,15 +69,26 @@ def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
     if not paths:
         update_readme()
     if failed:
-        raise NotebookError(f"not stored: {', '.join(failed)}; mend what is listed above and run it again")
+        raise NotebookError(
+            f"not stored: {', '.join(failed)}; mend what is listed above and run it again"
+        )
 
 
 def readme_parts() -> tuple[bytes, str]:
     """What the README shows of the stored notebooks: the picture of notebook 03, and the last table of notebook 06."""
-    anchor, benchmarks = (read_notebook(next(FOLDER.glob(f"{number}_*.ipynb"))) for number in ("03", "06"))
+    anchor, benchmarks = (
+        read_notebook(next(FOLDER.glob(f"{number}_*.ipynb"))) for number in ("03", "06")
+    )
     outputs = [output for cell in anchor.cells for output in cell.get("outputs", [])]
-    picture = next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
-    streams = [output for cell in benchmarks.cells for output in cell.get("outputs", []) if output.output_type == "stream"]
+    picture = next(
+        output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
+    )
+    streams = [
+        output
+        for cell in benchmarks.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    ]
     return base64.b64decode(picture), f"```\n{streams[-1].text.rstrip()}\n```"
 
 
@@ -72,7 +99,9 @@ def update_readme() -> None:
     (root / "docs").mkdir(exist_ok=True)
     (root / "docs" / "anchor_space.png").write_bytes(picture)
     readme = root / "README.md"
-    head, mark, rest = readme.read_text(encoding="utf-8").partition("<!-- benchmark: written by make notebooks -->\n")
+    head, mark, rest = readme.read_text(encoding="utf-8").partition(
+        "<!-- benchmark: written by make notebooks -->\n"
+    )
     _, end, tail = rest.partition("\n<!-- end -->")
     if not end:
         raise NotebookError(f"{readme} lacks the marks around the benchmark table; restore them")
@@ -86,17 +115,27 @@ def problems(nb: NotebookNode) -> list[str]:
         if cell.cell_type != "code":
             continue
         if cell.source.strip() and cell.execution_count is None:
-            found.append(f"cell {index} was not executed, so nbval compares nothing; run `make notebooks`")
+            found.append(
+                f"cell {index} was not executed, so nbval compares nothing; run `make notebooks`"
+            )
         if (lines := len(cell.source.splitlines())) > MAX_LINES:
-            found.append(f"cell {index} has {lines} lines, the limit is {MAX_LINES}; move what is not taught into the library")
+            found.append(
+                f"cell {index} has {lines} lines, the limit is {MAX_LINES}; move what is not taught into the library"
+            )
         for output in cell.outputs:
             data = output.get("data", {})
             if output.output_type == "error":
-                found.append(f"cell {index} stores the error {output.ename}; mend the cell and run `make notebooks`")
+                found.append(
+                    f"cell {index} stores the error {output.ename}; mend the cell and run `make notebooks`"
+                )
             if output.get("name") == "stderr":
-                found.append(f"cell {index} writes to stderr, which does not repeat; mend its cause: {output.text.strip()[:200]}")
+                found.append(
+                    f"cell {index} writes to stderr, which does not repeat; mend its cause: {output.text.strip()[:200]}"
+                )
             if PLOTLY_MIME in data and "image/png" not in data:
-                found.append(f"cell {index} stores a figure without image/png; run `make notebooks`")
+                found.append(
+                    f"cell {index} stores a figure without image/png; run `make notebooks`"
+                )
             if WIDGET_MIME in data:
                 found.append(f"cell {index} stores a widget view; run `make notebooks`")
     if "widgets" in nb.metadata:
@@ -108,9 +147,12 @@ def problems(nb: NotebookNode) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.store_outputs", description="Execute notebooks in place and store clean outputs."
+        prog="python -m tools.store_outputs",
+        description="Execute notebooks in place and store clean outputs.",
     )
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook of the project")
+    parser.add_argument(
+        "notebooks", nargs="*", type=Path, help="default: every notebook of the project"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="notebooks run at a time (default 2)")
     args = parser.parse_args(argv)
     try:

@@ -17,8 +17,15 @@ def calibrate_refusal(estimates: pd.DataFrame, rates: pd.DataFrame) -> Direction
 
     Fit it on anchor data. scores are held out by query (bce, mse, spearman; see `fit_direction`).
     """
-    both = estimates.merge(rates[["query_id", "prompt", "refusal_rate"]], on=["query_id", "prompt"]).dropna()
-    return fit_direction(both[["log_odds"]].to_numpy(), both["refusal_rate"], name="first tokens", groups=both["query_id"])
+    both = estimates.merge(
+        rates[["query_id", "prompt", "refusal_rate"]], on=["query_id", "prompt"]
+    ).dropna()
+    return fit_direction(
+        both[["log_odds"]].to_numpy(),
+        both["refusal_rate"],
+        name="first tokens",
+        groups=both["query_id"],
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,9 @@ def fit_direction(
     n = len(Z)
     n_groups = len(np.unique(groups.astype(str)))
     if not 2 <= n_splits <= n_groups:
-        raise FitError(f"{n_groups} groups cannot be split into {n_splits} folds; give n_splits from 2 to the number of groups")
+        raise FitError(
+            f"{n_groups} groups cannot be split into {n_splits} folds; give n_splits from 2 to the number of groups"
+        )
 
     folds = grouped_folds(groups, n_splits, seed)
     held_out = np.zeros(n)
@@ -87,7 +96,9 @@ def fit_direction(
         train = ~test
         constant[test] = np.clip(y[train].mean(), 1e-6, 1 - 1e-6)
         if np.ptp(y[train]) == 0:
-            raise FitError(f"a fold of {name!r} holds a single target value; use fewer folds or more varied queries")
+            raise FitError(
+                f"a fold of {name!r} holds a single target value; use fewer folds or more varied queries"
+            )
         weight, bias = ESTIMATORS[estimator](Z[train], y[train], groups[train], seed)
         held_out[test] = Z[test] @ weight + bias
     weight, bias = ESTIMATORS[estimator](Z, y, groups, seed)
@@ -143,7 +154,11 @@ def separation(states: ArrayLike, rows: pd.DataFrame, *, k: int = 4) -> float:
     out. Errors as in `fit_direction`.
     """
     known = rows["harmful"].notna().to_numpy()
-    pairs = rows["pair_id"].fillna("").astype(str) if "pair_id" in rows else pd.Series("", index=rows.index)
+    pairs = (
+        rows["pair_id"].fillna("").astype(str)
+        if "pair_id" in rows
+        else pd.Series("", index=rows.index)
+    )
     groups = pairs.where(pairs != "", rows["query_id"])[known]
     Z = AnchorSpace.fit(np.asarray(states)[known], k).transform(np.asarray(states)[known])
     labels = rows["harmful"][known].astype(float)
@@ -166,7 +181,9 @@ def _logistic(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, fl
 def _mean_difference(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float]:
     difference = np.average(Z, axis=0, weights=y) - np.average(Z, axis=0, weights=1 - y)
     if not np.linalg.norm(difference) > 0:
-        raise FitError("both means coincide, so no direction exists; use more varied queries or prompts")
+        raise FitError(
+            "both means coincide, so no direction exists; use more varied queries or prompts"
+        )
     unit = difference / np.linalg.norm(difference)
     slope, bias = _logistic(Z @ unit[:, None], y, groups, seed)
     return slope[0] * unit, bias
@@ -181,13 +198,19 @@ def _paper(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float
 
     torch.manual_seed(seed)
     X, Y = torch.tensor(Z, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None]
-    test = torch.from_numpy(np.stack(grouped_folds(groups, min(10, len(np.unique(groups.astype(str)))), seed), axis=1)).float()
+    test = torch.from_numpy(
+        np.stack(grouped_folds(groups, min(10, len(np.unique(groups.astype(str)))), seed), axis=1)
+    ).float()
     n_folds = test.shape[1]
     starts = [torch.nn.Linear(X.shape[1], 1) for _ in range(n_folds)]
     weight = torch.cat([m.weight.detach() for m in starts]).T.clone().requires_grad_()
     bias = torch.cat([m.bias.detach() for m in starts]).clone().requires_grad_()
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-4, fused=True)
-    best, kept_weight, kept_bias = torch.full((n_folds,), torch.inf), weight.detach().clone(), bias.detach().clone()
+    best, kept_weight, kept_bias = (
+        torch.full((n_folds,), torch.inf),
+        weight.detach().clone(),
+        bias.detach().clone(),
+    )
     worse = torch.zeros(n_folds)
     for _ in range(10_000):
         logit = X @ weight + bias
@@ -195,7 +218,10 @@ def _paper(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float
         held_out = (loss.detach() * test).sum(0) / test.sum(0)  # of the weights before this step
         better = (held_out < best - 1e-4) & (worse < 3)
         best = torch.where(better, held_out, best)
-        kept_weight, kept_bias = torch.where(better, weight.detach(), kept_weight), torch.where(better, bias.detach(), kept_bias)
+        kept_weight, kept_bias = (
+            torch.where(better, weight.detach(), kept_weight),
+            torch.where(better, bias.detach(), kept_bias),
+        )
         worse = torch.where(better, 0.0, torch.where(worse < 3, worse + 1, worse))
         if bool((worse >= 3).all()):
             break
@@ -208,24 +234,34 @@ def _paper(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float
 ESTIMATORS = {"logistic": _logistic, "mean_difference": _mean_difference, "paper": _paper}
 
 
-def fit_data(Z: ArrayLike, y: ArrayLike, groups: object, name: str, estimator: str) -> tuple[Array, Array, NDArray]:
+def fit_data(
+    Z: ArrayLike, y: ArrayLike, groups: object, name: str, estimator: str
+) -> tuple[Array, Array, NDArray]:
     """The checked arrays (n, k), (n,), (n,) of a fit."""
     Z, y, groups = finite(Z, "coordinates"), np.asarray(y, dtype=np.float64), np.asarray(groups)
     n, k = Z.shape
     if len(y) != n or len(groups) != n:
-        raise FitError(f"{n} rows of coordinates, {len(y)} targets and {len(groups)} groups: give one of each per row")
+        raise FitError(
+            f"{n} rows of coordinates, {len(y)} targets and {len(groups)} groups: give one of each per row"
+        )
     bad = np.flatnonzero(~((y >= 0) & (y <= 1)))
     if len(bad):
-        raise FitError(f"targets of {name!r} must lie in [0, 1]; {_name_rows(bad, groups)} do not: drop unscored rows first")
+        raise FitError(
+            f"targets of {name!r} must lie in [0, 1]; {_name_rows(bad, groups)} do not: drop unscored rows first"
+        )
     if n <= k:
-        raise FitError(f"{n} rows cannot fix a direction in {k} components; give more queries or fewer components")
+        raise FitError(
+            f"{n} rows cannot fix a direction in {k} components; give more queries or fewer components"
+        )
     if len(flat := np.flatnonzero(np.ptp(Z, axis=0) == 0)):
         raise FitError(
             f"coordinate {flat[0] + 1} of {k} is {Z[0, flat[0]]:g} in all {n} rows, so {name!r} has no slope along it; give rows that "
             "vary in it, or fewer components"
         )
     if np.ptp(y) == 0:
-        raise FitError(f"all targets of {name!r} equal {y[0]:g}, so no direction exists; use more varied queries or prompts")
+        raise FitError(
+            f"all targets of {name!r} equal {y[0]:g}, so no direction exists; use more varied queries or prompts"
+        )
     if estimator not in ESTIMATORS:
         raise FitError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     return Z, y, groups

@@ -17,7 +17,9 @@ def wilson_interval(k: float, n: float, *, z: float = 1.959963984540054) -> tupl
     p, z2 = k / n, z * z
     center = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return (float(max(0.0, center - half)) if k else 0.0), (float(min(1.0, center + half)) if k < n else 1.0)
+    return (float(max(0.0, center - half)) if k else 0.0), (
+        float(min(1.0, center + half)) if k < n else 1.0
+    )
 
 
 FEW = 4  # queries that differ; a bootstrap of fewer often draws none of them
@@ -25,7 +27,9 @@ FEW = 4  # queries that differ; a bootstrap of fewer often draws none of them
 SMALL = 25  # queries; of fewer the bootstrap's interval covered 83 to 93 %
 
 
-def rate_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def rate_interval(
+    values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Interval of the mean of values (n,) in [0, 1], one rate a query.
 
     Wilson's where every query counts as 0 or 1, else a studentized bootstrap of arcsin sqrt: percentile and bias-corrected
@@ -37,11 +41,16 @@ def rate_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, s
     """
     values = _checked(values)
     if values.min() < 0 or values.max() > 1:
-        raise ValueError("a rate lies in [0, 1]; take bootstrap_interval for other values, difference_interval for differences")
+        raise ValueError(
+            "a rate lies in [0, 1]; take bootstrap_interval for other values, difference_interval for differences"
+        )
     n, mean, variance = len(values), values.mean(), values.var()
     if n < SMALL or variance < 1e-12:  # equal rates leave the rounding of their mean
         return wilson_interval(mean * n, n, z=_z(level))
-    if min(np.count_nonzero(values), np.count_nonzero(values < 1)) >= FEW and not np.isin(values, (0, 1)).all():
+    if (
+        min(np.count_nonzero(values), np.count_nonzero(values < 1)) >= FEW
+        and not np.isin(values, (0, 1)).all()
+    ):
         slope = lambda p: 0.5 / np.sqrt(p * (1 - p))  # noqa: E731
         ends = _studentized(values, lambda p: np.arcsin(np.sqrt(p)), slope, n_boot, level, seed)
         low, high = np.sin(np.clip(ends, 0, np.pi / 2)) ** 2
@@ -50,7 +59,9 @@ def rate_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, s
     return wilson_interval(mean * effective, effective, z=_z(level))
 
 
-def difference_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def difference_interval(
+    values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Interval of the mean of paired differences (n,), one a query.
 
     That of `bootstrap_interval`. Where queries count as 0 or 1, or fewer than FEW differ at all, it is the interval of Agresti
@@ -66,7 +77,9 @@ def difference_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0
     return float(max(-1.0, mean - half)), float(min(1.0, mean + half))
 
 
-def bootstrap_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Interval of the mean over queries; values (n,), one number a query, in any unit.
 
     On each side the farther end of Student's and of the studentized bootstrap's interval: the first fails where values are
@@ -82,7 +95,9 @@ def bootstrap_interval(values: NDArray, *, n_boot: int = 2000, level: float = 0.
 def _checked(values: NDArray) -> NDArray:
     values = np.asarray(values, dtype=float)
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError("an interval needs at least one value and no NaN; leave unscored queries out")
+        raise ValueError(
+            "an interval needs at least one value and no NaN; leave unscored queries out"
+        )
     return values
 
 
@@ -100,9 +115,13 @@ def _studentized(
 ) -> tuple[float, float]:
     """Ends on the scale: the estimate minus quantiles of (resampled - estimate) / its error, times the error."""
     times, center = _times_drawn(len(values), n_boot, seed), values.mean()
-    first, second = (times @ np.stack([values - center, (values - center) ** 2], axis=1)).T / len(values)
+    first, second = (times @ np.stack([values - center, (values - center) ** 2], axis=1)).T / len(
+        values
+    )
     means, deviations = center + first, np.sqrt(np.maximum(second - first**2, 0))
-    has_spread = deviations > 1e-6 * values.std()  # without it a resample says nothing about the error
+    has_spread = (
+        deviations > 1e-6 * values.std()
+    )  # without it a resample says nothing about the error
     estimate, error = scale(center), values.std() * slope(center)
     if not has_spread.any():
         return float(estimate), float(estimate)
@@ -115,7 +134,9 @@ def _studentized(
 @lru_cache(maxsize=4)
 def _times_drawn(n: int, n_boot: int, seed: int) -> NDArray:
     """(n_boot, n): how often each of n queries is drawn; the same for every cell of a table."""
-    drawn = np.random.default_rng(seed).integers(n, size=(n_boot, n)) + n * np.arange(n_boot)[:, None]
+    drawn = (
+        np.random.default_rng(seed).integers(n, size=(n_boot, n)) + n * np.arange(n_boot)[:, None]
+    )
     return np.bincount(drawn.ravel(), minlength=n_boot * n).reshape(n_boot, n).astype(float)
 
 
@@ -128,7 +149,9 @@ def holm(p: NDArray) -> NDArray:
     return adjusted
 
 
-def sign_flips(columns: Sequence[NDArray], sets: Sequence[str], n_flips: int, seed: int) -> tuple[NDArray, NDArray]:
+def sign_flips(
+    columns: Sequence[NDArray], sets: Sequence[str], n_flips: int, seed: int
+) -> tuple[NDArray, NDArray]:
     """P-values of mean differences, singly and by the greatest of all; queries of one set flip together in all columns."""
     d = np.stack(columns, axis=1)  # (queries, columns)
     d = d / np.sqrt(np.maximum((d**2).sum(axis=0), 1e-12))
@@ -138,7 +161,9 @@ def sign_flips(columns: Sequence[NDArray], sets: Sequence[str], n_flips: int, se
     for start in range(0, n_flips, 5000):  # in parts, for memory
         flipped = np.empty((min(5000, n_flips - start), len(columns)))
         for chosen in members.values():
-            flipped[:, chosen] = np.abs((rng.integers(0, 2, size=(len(flipped), len(d))) * 2.0 - 1) @ d[:, chosen])
+            flipped[:, chosen] = np.abs(
+                (rng.integers(0, 2, size=(len(flipped), len(d))) * 2.0 - 1) @ d[:, chosen]
+            )
         singly += (flipped >= reached).sum(axis=0)
         jointly += (flipped.max(axis=1)[:, None] >= reached).sum(axis=0)
     return singly / (1 + n_flips), jointly / (1 + n_flips)

@@ -30,8 +30,12 @@ def load_published() -> tuple[pd.DataFrame, pd.DataFrame]:
     summary = pd.read_csv(ROOT / "published" / "summary.csv")
     wide = pd.read_csv(ROOT / "published" / "complied_of_20.csv")
     keys = ["kind", "query_set", "model", "method", "safety_prompt"]
-    complied = wide.melt(keys, var_name="query", value_name="complied", ignore_index=False).sort_index(kind="stable")
-    return summary, complied.assign(query=complied["query"].str.removeprefix("q").astype(int)).reset_index(drop=True)
+    complied = wide.melt(
+        keys, var_name="query", value_name="complied", ignore_index=False
+    ).sort_index(kind="stable")
+    return summary, complied.assign(
+        query=complied["query"].str.removeprefix("q").astype(int)
+    ).reset_index(drop=True)
 
 
 Condition = tuple[str, str]  # method, prompt
@@ -86,7 +90,9 @@ def published_table() -> pd.DataFrame:
     are `harmless_testset`, as in OFFICIAL_SETS.
     """
     summary, _ = load_published()
-    table = _conditions(summary).assign(metric=summary["kind"].map(METRICS), value=summary["count"] / summary["n_queries"])
+    table = _conditions(summary).assign(
+        metric=summary["kind"].map(METRICS), value=summary["count"] / summary["n_queries"]
+    )
     return table.rename(columns={"n_queries": "n"})[[*KEYS, "value", "n"]]
 
 
@@ -94,9 +100,16 @@ def as_printed(table: pd.DataFrame, query_set: str) -> pd.DataFrame:
     """One query set as the paper prints it: per cent, conditions in rows, models and their average (halves up) in columns."""
     part = table[table["query_set"] == query_set]
     if part.empty:
-        raise ValueError(f"no query set {query_set!r}; there are {', '.join(table['query_set'].unique())}")
+        raise ValueError(
+            f"no query set {query_set!r}; there are {', '.join(table['query_set'].unique())}"
+        )
     conditions = pd.MultiIndex.from_frame(part[["method", "prompt"]].drop_duplicates())
-    wide = 100 * part.pivot(index=["method", "prompt"], columns="model", values="value").loc[conditions, list(MODELS.values())]
+    wide = (
+        100
+        * part.pivot(index=["method", "prompt"], columns="model", values="value").loc[
+            conditions, list(MODELS.values())
+        ]
+    )
     return wide.round().astype(int).assign(average=halves_up(wide.mean(axis=1)))
 
 
@@ -122,13 +135,21 @@ def query_scores(metric: str = "any of 20") -> pd.DataFrame:
     Query i of a set is the id "{query_set}-{i + 1:04d}" of the downloaded official set.
     """
     complied = _complied()
-    events = complied["complied"].where(complied["kind"] == "harmful", N_SAMPLES - complied["complied"]).to_numpy()
+    events = (
+        complied["complied"]
+        .where(complied["kind"] == "harmful", N_SAMPLES - complied["complied"])
+        .to_numpy()
+    )
     if metric in ANY:
-        value = 1 - special.comb(N_SAMPLES - events, ANY[metric]) / special.comb(N_SAMPLES, ANY[metric])
+        value = 1 - special.comb(N_SAMPLES - events, ANY[metric]) / special.comb(
+            N_SAMPLES, ANY[metric]
+        )
     elif metric in AT_LEAST:
         value = (events >= AT_LEAST[metric]).astype(float)
     else:
-        raise ValueError(f"no metric {metric!r}; take 'any of m' or 'at least m of {N_SAMPLES}', m from 1 to {N_SAMPLES}")
+        raise ValueError(
+            f"no metric {metric!r}; take 'any of m' or 'at least m of {N_SAMPLES}', m from 1 to {N_SAMPLES}"
+        )
     return complied.assign(metric=metric, value=value)[[*KEYS, "query", "value"]]
 
 
@@ -142,7 +163,11 @@ def score_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_differences(
-    scores: pd.DataFrame, comparisons: Iterable[tuple[Condition, Condition]], *, n_flips: int = 9999, seed: int = 0
+    scores: pd.DataFrame,
+    comparisons: Iterable[tuple[Condition, Condition]],
+    *,
+    n_flips: int = 9999,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """First minus second condition, paired by query, wherever a query set has both; per model and for the "average" model.
 
@@ -151,7 +176,9 @@ def paired_differences(
     models of a query flip together). p_holm and p_max (the greatest studentized difference, flipped jointly) adjust for all
     rows of the same level: averages among themselves, models among themselves.
     """
-    wide = _with_average(scores).pivot_table("value", ["query_set", "query"], ["method", "prompt", "model"], sort=False)
+    wide = _with_average(scores).pivot_table(
+        "value", ["query_set", "query"], ["method", "prompt", "model"], sort=False
+    )
     metric = _only(scores["metric"])
     rows, columns = [], []
     for first, second in comparisons:
@@ -162,17 +189,37 @@ def paired_differences(
             for model in (*MODELS.values(), AVERAGE):
                 d = (part[(*first, model)] - part[(*second, model)]).to_numpy()
                 low, high = difference_interval(d)
-                rows.append((query_set, metric, " / ".join(first), " / ".join(second), model, d.mean(), low, high, len(d)))
+                rows.append(
+                    (
+                        query_set,
+                        metric,
+                        " / ".join(first),
+                        " / ".join(second),
+                        model,
+                        d.mean(),
+                        low,
+                        high,
+                        len(d),
+                    )
+                )
                 columns.append(d)
     if not rows:
-        raise ValueError("no query set holds both conditions of a comparison; conditions: " + _listed(scores))
+        raise ValueError(
+            "no query set holds both conditions of a comparison; conditions: " + _listed(scores)
+        )
     names = ["query_set", "metric", "first", "second", "model", "difference", "low", "high", "n"]
     table = pd.DataFrame(rows, columns=names)
     table[["p", "p_holm", "p_max"]] = np.nan
     for level in (table["model"] == AVERAGE, table["model"] != AVERAGE):
         chosen = table.index[level]
-        p, p_max = sign_flips([columns[i] for i in chosen], list(table.loc[chosen, "query_set"]), n_flips, seed)
-        table.loc[chosen, "p"], table.loc[chosen, "p_max"], table.loc[chosen, "p_holm"] = p, p_max, holm(p)
+        p, p_max = sign_flips(
+            [columns[i] for i in chosen], list(table.loc[chosen, "query_set"]), n_flips, seed
+        )
+        table.loc[chosen, "p"], table.loc[chosen, "p_max"], table.loc[chosen, "p_holm"] = (
+            p,
+            p_max,
+            holm(p),
+        )
     return table[[*names[:-1], "p", "p_holm", "p_max", "n"]]
 
 
@@ -189,7 +236,9 @@ class Claim:
 
 def _claims() -> list[Claim]:
     none, prompts = ("no prompt", "none"), PROMPTS[1:]
-    harmful = [(s, p) for p in prompts for s in ("malicious_instruct", "advbench")] + [("advbench_gcg", "default")]
+    harmful = [(s, p) for p in prompts for s in ("malicious_instruct", "advbench")] + [
+        ("advbench_gcg", "default")
+    ]
     claims = []
     for query_set, prompt in harmful:
         text, tuned, dro = ("text", prompt), ("prompt tuning", prompt), ("DRO", prompt)
@@ -213,12 +262,22 @@ def _claims() -> list[Claim]:
             Claim("DRO wins more than prompt tuning", "alpaca_eval", dro, tuned, "higher"),
         ]
     dro = ("DRO", "default")
-    without = {loss: (f"DRO without {loss}", "default") for loss in ("norm", "refusal", "harmfulness")}
+    without = {
+        loss: (f"DRO without {loss}", "default") for loss in ("norm", "refusal", "harmfulness")
+    }
     return claims + [
         Claim("the norm loss keeps wins", "alpaca_eval", without["norm"], dro, "lower"),
-        Claim("the refusal loss lowers compliance", "malicious_instruct", without["refusal"], dro, "higher"),
+        Claim(
+            "the refusal loss lowers compliance",
+            "malicious_instruct",
+            without["refusal"],
+            dro,
+            "higher",
+        ),
         Claim("the refusal loss lowers compliance", "advbench", without["refusal"], dro, "higher"),
-        Claim("the harmfulness loss keeps wins", "alpaca_eval", without["harmfulness"], dro, "lower"),
+        Claim(
+            "the harmfulness loss keeps wins", "alpaca_eval", without["harmfulness"], dro, "lower"
+        ),
     ]
 
 
@@ -231,15 +290,28 @@ def claims_table(*, n_flips: int = 99_999, seed: int = 0, level: float = 0.05) -
     only counts are, and eight paired models make a t-interval and a t-test. "not lower" is tested against -MARGIN, one-sided.
     verdict: "survives" or "reversed" where p_holm < level, else "not separable".
     """
-    claims, cells = _claims(), published_table().set_index(["query_set", "method", "prompt", "model"])["value"].sort_index()
+    claims, cells = (
+        _claims(),
+        published_table()
+        .set_index(["query_set", "method", "prompt", "model"])["value"]
+        .sort_index(),
+    )
     pairs = list(dict.fromkeys((c.first, c.second) for c in claims))
     by_query = paired_differences(query_scores(), pairs, n_flips=n_flips, seed=seed)
     averages = by_query[by_query["model"] == AVERAGE]
-    tested = dict(zip(averages[["query_set", "first", "second"]].itertuples(index=False, name=None), averages.index, strict=True))
+    tested = dict(
+        zip(
+            averages[["query_set", "first", "second"]].itertuples(index=False, name=None),
+            averages.index,
+            strict=True,
+        )
+    )
     rows = []
     for claim in claims:
         first, second = (" / ".join(c) for c in (claim.first, claim.second))
-        models = (cells.loc[(claim.query_set, *claim.first)] - cells.loc[(claim.query_set, *claim.second)]).to_numpy()
+        models = (
+            cells.loc[(claim.query_set, *claim.first)] - cells.loc[(claim.query_set, *claim.second)]
+        ).to_numpy()
         mean, sign = models.mean(), -1 if claim.direction == "lower" else 1
         p_max = np.nan
         if (at := tested.get((claim.query_set, first, second))) is not None:
@@ -306,20 +378,32 @@ def _conditions(rows: pd.DataFrame) -> pd.DataFrame:
         "method": ["no prompt", *METHODS.values()],
         "model": list(MODELS.values()),
     }
-    ranks = pd.DataFrame({column: table[column].map(names.index) for column, names in order.items()})
+    ranks = pd.DataFrame(
+        {column: table[column].map(names.index) for column, names in order.items()}
+    )
     return table.loc[ranks.sort_values(list(order), kind="stable").index]
 
 
 def _with_average(scores: pd.DataFrame) -> pd.DataFrame:
-    average = scores.groupby([*KEYS[1:], "query"], sort=False)["value"].mean().reset_index().assign(model=AVERAGE)
+    average = (
+        scores.groupby([*KEYS[1:], "query"], sort=False)["value"]
+        .mean()
+        .reset_index()
+        .assign(model=AVERAGE)
+    )
     return pd.concat([scores, average], ignore_index=True)
 
 
 def _only(values: pd.Series) -> str:
     if len(found := values.unique()) != 1:
-        raise ValueError(f"scores of one metric are compared, these hold {', '.join(map(str, found))}; call it once for each")
+        raise ValueError(
+            f"scores of one metric are compared, these hold {', '.join(map(str, found))}; call it once for each"
+        )
     return str(found[0])
 
 
 def _listed(scores: pd.DataFrame) -> str:
-    return ", ".join(f"({m!r}, {p!r})" for m, p in scores[["method", "prompt"]].drop_duplicates().itertuples(index=False))
+    return ", ".join(
+        f"({m!r}, {p!r})"
+        for m, p in scores[["method", "prompt"]].drop_duplicates().itertuples(index=False)
+    )

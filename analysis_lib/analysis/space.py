@@ -45,21 +45,29 @@ class AnchorSpace:
         X = finite(states, "states")
         n, d = X.shape
         if not 1 <= k <= d:
-            raise FitError(f"k = {k} components asked of states with {d} dimensions; choose 1 <= k <= {d}")
+            raise FitError(
+                f"k = {k} components asked of states with {d} dimensions; choose 1 <= k <= {d}"
+            )
         if n <= k:
             raise FitError(f"{n} states cannot span {k} components; give at least {k + 1} queries")
         mean = X.mean(axis=0)
         _, singular, rows = np.linalg.svd(X - mean, full_matrices=True)
         if singular[k - 1] <= 1e-9 * max(1.0, singular[0]):
             rank = int(np.sum(singular > 1e-9 * max(1.0, singular[0])))
-            raise FitError(f"the states vary in {rank} directions only, {k} components were asked; are all states equal?")
+            raise FitError(
+                f"the states vary in {rank} directions only, {k} components were asked; are all states equal?"
+            )
         basis = rows.T
         basis = basis * np.where(basis[np.abs(basis).argmax(axis=0), np.arange(d)] < 0, -1.0, 1.0)
         if like is not None:
             like = finite(like, "coordinates to be like")
             if len(like) != n or like.shape[1] < k:
-                raise FitError(f"like has shape {like.shape}; give the coordinates of the same {n} rows, {k} columns or more")
-            basis[:, :k] *= np.where(np.sum(like[:, :k] * ((X - mean) @ basis[:, :k]), axis=0) < 0, -1.0, 1.0)
+                raise FitError(
+                    f"like has shape {like.shape}; give the coordinates of the same {n} rows, {k} columns or more"
+                )
+            basis[:, :k] *= np.where(
+                np.sum(like[:, :k] * ((X - mean) @ basis[:, :k]), axis=0) < 0, -1.0, 1.0
+            )
         return cls(mean, basis, k, singular[:k] ** 2 / np.sum(singular**2))
 
     def transform(self, states: ArrayLike) -> Array:
@@ -79,21 +87,37 @@ def mean_shifts(Z: ArrayLike, rows: pd.DataFrame, *, base: str = "none") -> pd.D
     """
     Z = finite(Z, "coordinates")
     if len(Z) != len(rows):
-        raise FitError(f"{len(Z)} coordinates for {len(rows)} rows: give the rows that belong to these states")
+        raise FitError(
+            f"{len(Z)} coordinates for {len(rows)} rows: give the rows that belong to these states"
+        )
     twice = rows.duplicated(["query_id", "prompt"])
     if twice.any():
         first = rows[twice].iloc[0]
-        raise FitError(f"query {first['query_id']!r} occurs twice under prompt {first['prompt']!r}; keep one row each")
+        raise FitError(
+            f"query {first['query_id']!r} occurs twice under prompt {first['prompt']!r}; keep one row each"
+        )
     columns = [f"shift_{i + 1}" for i in range(Z.shape[1])]
-    table = pd.concat([rows[["query_id", "prompt", "harmful"]].reset_index(drop=True), pd.DataFrame(Z, columns=columns)], axis=1)
+    table = pd.concat(
+        [
+            rows[["query_id", "prompt", "harmful"]].reset_index(drop=True),
+            pd.DataFrame(Z, columns=columns),
+        ],
+        axis=1,
+    )
     start = table[table["prompt"] == base].set_index("query_id")[columns]
     if start.empty:
-        raise FitError(f"no state under prompt {base!r}; the prompts present are {', '.join(map(str, table['prompt'].unique()))}")
+        raise FitError(
+            f"no state under prompt {base!r}; the prompts present are {', '.join(map(str, table['prompt'].unique()))}"
+        )
     out = []
-    for (prompt, harmful), part in table[table["prompt"] != base].groupby(["prompt", "harmful"], sort=False):
+    for (prompt, harmful), part in table[table["prompt"] != base].groupby(
+        ["prompt", "harmful"], sort=False
+    ):
         part = part[part["query_id"].isin(start.index)]
         if part.empty:
-            raise FitError(f"no query under prompt {prompt!r} occurs under {base!r}; capture the same queries under both")
+            raise FitError(
+                f"no query under prompt {prompt!r} occurs under {base!r}; capture the same queries under both"
+            )
         moved = part[columns].to_numpy() - start.loc[part["query_id"]].to_numpy()
         mean = moved.mean(axis=0)
         out.append(

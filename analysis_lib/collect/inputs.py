@@ -21,7 +21,9 @@ class Progress:
 
     def __init__(self, total: int, what: str, shown: bool | None):
         self._total, self._what, self._counts = total, what, {"found": 0, "computed": 0}
-        self._shown = ("ipykernel" in sys.modules or sys.stderr.isatty()) if shown is None else shown
+        self._shown = (
+            ("ipykernel" in sys.modules or sys.stderr.isatty()) if shown is None else shown
+        )
         self._bar: Any = None
 
     def add(self, *, found: int = 0, computed: int = 0) -> None:
@@ -34,7 +36,9 @@ class Progress:
         self._counts["found"] += found
         self._counts["computed"] += computed
         if self._bar is not None:
-            self._bar.initial = self._counts["found"]  # the rate, over the whole time, is that of computing
+            self._bar.initial = self._counts[
+                "found"
+            ]  # the rate, over the whole time, is that of computing
             self._bar.set_postfix(self._counts, refresh=False)
             self._bar.update(sum(self._counts.values()) - self._bar.n)
 
@@ -59,15 +63,27 @@ def usable(store: Store | None, model: ChatModel) -> Store | None:
 def check_queries(queries: pd.DataFrame, *more: str) -> None:
     lacking = {"query_id", "text", *more} - set(queries.columns)
     if lacking:
-        raise ValueError(f"the queries lack the column {', '.join(sorted(lacking))}; load them with load_queries")
+        raise ValueError(
+            f"the queries lack the column {', '.join(sorted(lacking))}; load them with load_queries"
+        )
     twice = queries["query_id"][queries["query_id"].duplicated()]
     if len(twice):
         raise ValueError(f"query_id {twice.iloc[0]!r} occurs twice; every query needs its own")
-    wrong = queries["query_id"][[not isinstance(text, str) or not text.strip() for text in queries["text"]]]
+    wrong = queries["query_id"][
+        [not isinstance(text, str) or not text.strip() for text in queries["text"]]
+    ]
     if len(wrong):
-        raise ValueError(f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with load_queries")
+        raise ValueError(
+            f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with load_queries"
+        )
 
 
 def check_prompts(prompts: Mapping[str, Prompt]) -> None:
-    if not isinstance(prompts, Mapping) or not prompts or not all(isinstance(p, (str, SoftTokens)) for p in prompts.values()):
-        raise ValueError(f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as load_safety_prompts()")
+    if (
+        not isinstance(prompts, Mapping)
+        or not prompts
+        or not all(isinstance(p, (str, SoftTokens)) for p in prompts.values())
+    ):
+        raise ValueError(
+            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as load_safety_prompts()"
+        )

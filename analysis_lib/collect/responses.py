@@ -42,8 +42,13 @@ class Settings:
     stop_when: Callable[[str], bool] | None
 
     def parts(self) -> dict[str, Any]:
-        settings = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-        return {**settings, "stop_when": "" if self.stop_when is None else self.stop_when.__qualname__}
+        settings = {
+            k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        }
+        return {
+            **settings,
+            "stop_when": "" if self.stop_when is None else self.stop_when.__qualname__,
+        }
 
 
 def _built_in(function: Callable) -> bool:
@@ -83,19 +88,36 @@ def sample_responses(
     if n_samples < 1 or max_new_tokens < 1:
         raise ValueError("n_samples and max_new_tokens must be at least 1")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")
+        raise ValueError(
+            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
+        )
     if stop_when is not None and not inspect.isfunction(stop_when):
-        raise ValueError("stop_when must be a function of the text so far, such as verdict_is_final")
-    settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when)
+        raise ValueError(
+            "stop_when must be a function of the text so far, such as verdict_is_final"
+        )
+    settings = Settings(
+        int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when
+    )
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
     table: list[tuple] = []
     bar = Progress(len(prompts) * len(texts) * n_samples, "responses", progress)
     for name, prompt in prompts.items():
         rows = model.render(texts, prompt)
         embeddings = None if isinstance(prompt, str) else prompt.embeddings
-        got = sample_rows(model, rows, n_samples, settings, name=name, embeddings=embeddings, store=store, done=bar.add)
+        got = sample_rows(
+            model,
+            rows,
+            n_samples,
+            settings,
+            name=name,
+            embeddings=embeddings,
+            store=store,
+            done=bar.add,
+        )
         for query_id, responses in zip(ids, got):
-            table.extend((query_id, name, s, r["response"], r["end"]) for s, r in enumerate(responses))
+            table.extend(
+                (query_id, name, s, r["response"], r["end"]) for s, r in enumerate(responses)
+            )
     bar.close()
     return pd.DataFrame(table, columns=["query_id", "prompt", "sample", "response", "end"])
 
@@ -150,8 +172,15 @@ def sample_rows(
                 for (i, s), response in new.items():
                     got[i][s] = response
                 if store is not None:
-                    about = {"model": model.fingerprint, "model_name": model.name, "prompts": [name], **settings.parts()}
-                    kept = {keys[i][s]: response for (i, s), response in new.items()}  # queries may render alike
+                    about = {
+                        "model": model.fingerprint,
+                        "model_name": model.name,
+                        "prompts": [name],
+                        **settings.parts(),
+                    }
+                    kept = {
+                        keys[i][s]: response for (i, s), response in new.items()
+                    }  # queries may render alike
                     store.write_responses(list(kept), list(kept.values()), about=about)
                 done(computed=len(new))
     return got
@@ -160,17 +189,23 @@ def sample_rows(
 Jobs = dict[int, list[int]]  # row -> sample indices
 
 
-def _batches(model: ChatModel, rows: Sequence[Rendered], todo: Jobs, n_samples: int, max_new_tokens: int) -> list[Jobs]:
+def _batches(
+    model: ChatModel, rows: Sequence[Rendered], todo: Jobs, n_samples: int, max_new_tokens: int
+) -> list[Jobs]:
     """Splits the jobs so that even with all samples distinct the key-value cache fits the memory at hand."""
     per_token = cache_bytes_per_token(model.config, model.dtype)
     order = sorted(todo, key=lambda i: rows[i].ids)
-    own = max(len(rows[i].ids) for i in todo) - common_length(rows[order[0]].ids, rows[order[-1]].ids)
+    own = max(len(rows[i].ids) for i in todo) - common_length(
+        rows[order[0]].ids, rows[order[-1]].ids
+    )
     free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 4 << 30
     size = max(1, int(0.3 * free) // (per_token * (own + min(max_new_tokens, 64)) * n_samples))
     return [{i: todo[i] for i in order[at : at + size]} for at in range(0, len(order), size)]
 
 
-def _sample_batch(model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings) -> dict[tuple[int, int], dict]:
+def _sample_batch(
+    model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings
+) -> dict[tuple[int, int], dict]:
     """All samples of some rows; halves the batch when the device runs out of memory."""
     try:
         return _Tree(model, rows, jobs, settings).run()
@@ -207,7 +242,9 @@ class _Tree:
         step = (CachedStep if steps_from_cache(self.forward) else PlainStep)(self.forward, self.ids)
         logits = step.first()
         for position in range(self.settings.max_new_tokens):
-            if not torch.isfinite(logits.amax(dim=-1)).all():  # NaN and infinity pass through a maximum
+            if not torch.isfinite(
+                logits.amax(dim=-1)
+            ).all():  # NaN and infinity pass through a maximum
                 raise ChatModelError(
                     f"logits of {self.model.name!r} hold NaN or infinity in {self.model.dtype_name}, and nothing of this batch is kept; load "
                     "the model with dtype='float32' or 'bfloat16', or copy its weights again"
@@ -263,7 +300,9 @@ def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDAr
     return generator.random((max(samples) + 1, settings.max_new_tokens))[list(samples)]
 
 
-def _choose(logits: torch.Tensor, node: NDArray, uniform: NDArray, settings: Settings) -> NDArray[np.int64]:
+def _choose(
+    logits: torch.Tensor, node: NDArray, uniform: NDArray, settings: Settings
+) -> NDArray[np.int64]:
     """One token for each sample by inversion of its node's distribution: temperature, then top-k, then top-p."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if settings.temperature == 0:

@@ -53,11 +53,15 @@ class HiddenStates:
     def at(self, layer: int = -1, **where: Any) -> tuple[NDArray[np.float32], pd.DataFrame]:
         """States (m, d) of one layer and their rows, of the rows where column == value (or is in a list of values)."""
         if layer not in self.layers:
-            raise KeyError(f"layer {layer} was not captured; captured are {self.layers}: pass layers=({layer},) to hidden_states")
+            raise KeyError(
+                f"layer {layer} was not captured; captured are {self.layers}: pass layers=({layer},) to hidden_states"
+            )
         keep = np.ones(len(self.rows), dtype=bool)
         for column, value in where.items():
             if column not in self.rows:
-                raise KeyError(f"no column {column!r}; the rows have {', '.join(self.rows.columns)}")
+                raise KeyError(
+                    f"no column {column!r}; the rows have {', '.join(self.rows.columns)}"
+                )
             wanted = value if isinstance(value, (list, tuple, set)) else [value]
             keep &= self.rows[column].isin(wanted).fillna(False).to_numpy(dtype=bool)
         return self.states[keep, self.layers.index(layer)], self.rows[keep].reset_index(drop=True)
@@ -114,26 +118,51 @@ def hidden_states(
         rows = model.render(texts, prompt)
         block = states[number * len(texts) : (number + 1) * len(texts)]
         keys = _keys(model, rows, layers) if store is not None else []
-        missing, held = _fill(block, keys, store) if store is not None else (np.arange(len(rows)), set())
+        missing, held = (
+            _fill(block, keys, store) if store is not None else (np.arange(len(rows)), set())
+        )
         certificate["found"] += len(rows) - len(missing)
         bar.add(found=len(rows) - len(missing))
         if store is not None:
-            _recall(certificate, store, [keys[i] for i in np.setdiff1d(np.arange(len(rows)), missing)])
+            _recall(
+                certificate, store, [keys[i] for i in np.setdiff1d(np.arange(len(rows)), missing)]
+            )
         for part in np.array_split(missing, -(-len(missing) // CHUNK_ROWS)) if len(missing) else []:
             embeddings = None if isinstance(prompt, str) else prompt.embeddings
             with torch.no_grad(), model.forward.soft_tokens(embeddings):
                 wanted = [rows[i] for i in part]
-                computed, way = model.forward.with_smaller_packs(last_states, model.forward, [r.ids for r in wanted], layers)
+                computed, way = model.forward.with_smaller_packs(
+                    last_states, model.forward, [r.ids for r in wanted], layers
+                )
                 block[part] = computed.float().cpu().numpy()
-                take = max(0, min(len(part), max(min(n_check, 1), -(-checks_left // (len(prompts) - number)))))
-                found = _certify(model, wanted, block[part], layers, rng.choice(len(part), take, replace=False), texts, part)
+                take = max(
+                    0,
+                    min(
+                        len(part), max(min(n_check, 1), -(-checks_left // (len(prompts) - number)))
+                    ),
+                )
+                found = _certify(
+                    model,
+                    wanted,
+                    block[part],
+                    layers,
+                    rng.choice(len(part), take, replace=False),
+                    texts,
+                    part,
+                )
             checks_left -= take
             certificate["computed"] += len(part)
             certificate["checked"] += take
             _widen(certificate, {"way": way, **found})
             if store is not None:
-                kept = {"way": way, "checked": take, **found}  # what Store.certificates knows a certificate by
-                kept_as = str(torch.float32 if computed.dtype == torch.float64 else computed.dtype)  # some norms give float32
+                kept = {
+                    "way": way,
+                    "checked": take,
+                    **found,
+                }  # what Store.certificates knows a certificate by
+                kept_as = str(
+                    torch.float32 if computed.dtype == torch.float64 else computed.dtype
+                )  # some norms give float32
                 for j, layer in enumerate(layers):
                     about = {
                         "model": model.fingerprint,
@@ -142,16 +171,23 @@ def hidden_states(
                         "layer": layer,
                         "certificate": kept,
                     }
-                    new = {keys[i][j]: block[i, j] for i in part if keys[i][j] not in held}  # queries may render alike
+                    new = {
+                        keys[i][j]: block[i, j] for i in part if keys[i][j] not in held
+                    }  # queries may render alike
                     if new:
-                        store.write_states(list(new), np.stack(list(new.values())), dtype=kept_as, about=about)
+                        store.write_states(
+                            list(new), np.stack(list(new.values())), dtype=kept_as, about=about
+                        )
             bar.add(computed=len(part))
     bar.close()
     certificate["peak_bytes"] = peak_bytes(model.device) if certificate["computed"] else 0
     certificate["seconds"] = round(time.perf_counter() - start, 3)
     table = pd.concat([queries.assign(prompt=name) for name in prompts], ignore_index=True)
     return HiddenStates(
-        states, table[["query_id", "prompt", *[c for c in table if c not in ("query_id", "prompt")]]], layers, certificate
+        states,
+        table[["query_id", "prompt", *[c for c in table if c not in ("query_id", "prompt")]]],
+        layers,
+        certificate,
     )
 
 
@@ -169,7 +205,9 @@ def _certify(
     bad = np.flatnonzero(~np.isfinite(states).all(axis=(1, 2)))
     if len(bad):
         advice = (
-            "load the model with dtype='float32' or 'bfloat16'" if model.dtype_name == "float16" else "its weights are damaged"
+            "load the model with dtype='float32' or 'bfloat16'"
+            if model.dtype_name == "float16"
+            else "its weights are damaged"
         )
         named = ", ".join(repr(texts[part[i]][:40]) for i in bad[:3]) + ", ..." * (len(bad) > 3)
         raise ParityError(
@@ -179,7 +217,9 @@ def _certify(
         plain = plain_states(model.forward, [rows[i].ids], layers)[0].float().cpu()
         mine = torch.from_numpy(states[i])
         worst["max_abs"] = max(worst["max_abs"], float((mine - plain).abs().max()))
-        worst["max_rel"] = max(worst["max_rel"], max(relative_difference(a, b) for a, b in zip(mine, plain)))
+        worst["max_rel"] = max(
+            worst["max_rel"], max(relative_difference(a, b) for a, b in zip(mine, plain))
+        )
     limit = TOLERANCE.get(model.dtype_name, 1e-3)
     if worst["max_rel"] > limit:
         raise ParityError(
@@ -212,7 +252,9 @@ def _recall(certificate: dict[str, Any], store: Store, keys: Sequence[Sequence[s
     kept = store.certificates([key for row in keys for key in row])
     for found in {id(c): c for cs in kept.values() for c in cs}.values():
         _widen(certificate, found)
-    checked = {key: bool(own) and all(c["checked"] for c in own) for key, own in kept.items()}  # of merged batches, every one
+    checked = {
+        key: bool(own) and all(c["checked"] for c in own) for key, own in kept.items()
+    }  # of merged batches, every one
     certificate["unchecked"] += sum(not checked.get(row[0], False) for row in keys)
 
 

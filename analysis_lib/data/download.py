@@ -26,21 +26,35 @@ class OfficialSet:
 
     @property
     def url(self) -> str:
-        return f"https://raw.githubusercontent.com/chujiezheng/LLM-Safeguard/410bfb5c/code/{self.path}"
+        return (
+            f"https://raw.githubusercontent.com/chujiezheng/LLM-Safeguard/410bfb5c/code/{self.path}"
+        )
 
 
 # The study's held-out harmless queries are called harmless_testset: heldout_harmless is our own set.
 OFFICIAL_SETS: Mapping[str, OfficialSet] = {
-    "custom_harmful": OfficialSet("data/custom.txt", "72963102a9fdb29f65044bc12ac54caab471f2a3f071dcd05cf8f8cb72873129", True),
-    "custom_harmless": OfficialSet(
-        "data_harmless/custom.txt", "919fc2d4422dcf940b2560b5378d3f56c30fc60d48d67dcaebdb8f1cabc07848", False
+    "custom_harmful": OfficialSet(
+        "data/custom.txt", "72963102a9fdb29f65044bc12ac54caab471f2a3f071dcd05cf8f8cb72873129", True
     ),
-    "advbench": OfficialSet("data/advbench.txt", "21e7e0e375548477847ff35af13249c39ac17dcfd3c760953220b245b40e1da2", True),
+    "custom_harmless": OfficialSet(
+        "data_harmless/custom.txt",
+        "919fc2d4422dcf940b2560b5378d3f56c30fc60d48d67dcaebdb8f1cabc07848",
+        False,
+    ),
+    "advbench": OfficialSet(
+        "data/advbench.txt",
+        "21e7e0e375548477847ff35af13249c39ac17dcfd3c760953220b245b40e1da2",
+        True,
+    ),
     "malicious_instruct": OfficialSet(
-        "data/MaliciousInstruct.txt", "675f7042ae18fd8ce9b79ec656f00824abc840d9954aa75a021db36689dd0002", True
+        "data/MaliciousInstruct.txt",
+        "675f7042ae18fd8ce9b79ec656f00824abc840d9954aa75a021db36689dd0002",
+        True,
     ),
     "harmless_testset": OfficialSet(
-        "data_harmless/testset.txt", "d4ca81cd544de1489eea608e5ddb3093af51d21c0981e0ba351f7ed1c379452a", False
+        "data_harmless/testset.txt",
+        "d4ca81cd544de1489eea608e5ddb3093af51d21c0981e0ba351f7ed1c379452a",
+        False,
     ),
 }
 
@@ -48,13 +62,19 @@ OFFICIAL_SETS: Mapping[str, OfficialSet] = {
 def queries_folder() -> Path:
     """Where downloaded query sets lie: ANALYSIS_LIB_DATA, else the user's cache folder of the platform."""
     given = os.environ.get("ANALYSIS_LIB_DATA")
-    return Path(given).expanduser() if given else platformdirs.user_cache_path("analysis_lib") / "queries"
+    return (
+        Path(given).expanduser()
+        if given
+        else platformdirs.user_cache_path("analysis_lib") / "queries"
+    )
 
 
 Downloader = Callable[[str, Any, Any], None]  # url, output file, pooch
 
 
-def download(folder: str | Path | None = None, *, downloader: Downloader | None = None) -> dict[str, Path]:
+def download(
+    folder: str | Path | None = None, *, downloader: Downloader | None = None
+) -> dict[str, Path]:
     """Fetches the study's query sets into `folder` (default: `queries_folder()`): {name: file}.
 
     A file whose SHA-256 is the pinned one is put in place whole; another is not kept, and DataError is raised. Files already
@@ -70,9 +90,17 @@ def download(folder: str | Path | None = None, *, downloader: Downloader | None 
     for name, official in OFFICIAL_SETS.items():
         path = files[name] = folder / f"{name}.txt"
         try:
-            pooch.retrieve(official.url, f"sha256:{official.sha256}", fname=path.name, path=folder, downloader=downloader)
+            pooch.retrieve(
+                official.url,
+                f"sha256:{official.sha256}",
+                fname=path.name,
+                path=folder,
+                downloader=downloader,
+            )
         except OSError as error:  # what requests raises is one, too
-            raise DataError(f"{official.url}: {error}; check the connection, or save the file by hand as {path}") from error
+            raise DataError(
+                f"{official.url}: {error}; check the connection, or save the file by hand as {path}"
+            ) from error
         except ValueError as error:
             raise DataError(
                 f"{official.url}: its SHA-256 is not {official.sha256}, nothing kept; something on the way changes the file: try "
@@ -84,11 +112,17 @@ def download(folder: str | Path | None = None, *, downloader: Downloader | None 
 def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
     official, path = OFFICIAL_SETS[name], queries_folder() / f"{name}.txt"
     if harmful is not None:
-        raise DataError(f"the query set {name!r} has labels of its own; leave out harmful={harmful}")
+        raise DataError(
+            f"the query set {name!r} has labels of its own; leave out harmful={harmful}"
+        )
     if not path.is_file():
-        raise DataError(f"{path}: the query set {name!r} is not downloaded; run `python -m analysis_lib download`")
+        raise DataError(
+            f"{path}: the query set {name!r} is not downloaded; run `python -m analysis_lib download`"
+        )
     if _sha256(path.read_bytes()) != official.sha256:
-        raise DataError(f"{path}: not the official file (wrong SHA-256); run `python -m analysis_lib download` to replace it")
+        raise DataError(
+            f"{path}: not the official file (wrong SHA-256); run `python -m analysis_lib download` to replace it"
+        )
     return query_table(path, txt_rows(path, read_text(path))[: official.n], official.harmful)
 
 

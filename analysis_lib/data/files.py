@@ -33,7 +33,15 @@ MAX_BYTES = 64_000_000
 MAX_CHARACTERS = 20_000
 """The longest text of a user: some thousand tokens, whose attention still fits a small machine's memory."""
 
-LABELS = {"true": True, "1": True, "harmful": True, "false": False, "0": False, "harmless": False, "": None}
+LABELS = {
+    "true": True,
+    "1": True,
+    "harmful": True,
+    "false": False,
+    "0": False,
+    "harmless": False,
+    "": None,
+}
 
 
 class DataError(ValueError):
@@ -55,7 +63,9 @@ def csv_rows(path: Path, content: str) -> list[_Row]:
             elif not header:
                 header = [name.strip() for name in values]
                 if repeated := [name for name, count in Counter(header).items() if count > 1]:
-                    raise DataError(f"{path}, line {line}: the column {shown(repeated[0])} occurs twice; rename or delete one")
+                    raise DataError(
+                        f"{path}, line {line}: the column {shown(repeated[0])} occurs twice; rename or delete one"
+                    )
                 if "text" not in header:
                     raise DataError(
                         f"{path}, line {line}: no column 'text', only {shown(header)}; name the queries' column text "
@@ -86,11 +96,19 @@ def jsonl_rows(path: Path, content: str) -> list[_Row]:
         try:
             row = json.loads(text, object_pairs_hook=JsonPairs)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {line}: not valid JSON ({error}); write one object a line") from error
+            raise DataError(
+                f"{path}, line {line}: not valid JSON ({error}); write one object a line"
+            ) from error
         if not isinstance(row, JsonPairs) or "text" not in (fields := dict(row)):
-            raise DataError(f'{path}, line {line}: no object with a field \'text\'; write {{"text": "..."}}')
-        if repeated := [name for name, count in Counter(name for name, _ in row).items() if count > 1]:
-            raise DataError(f"{path}, line {line}: the field {shown(repeated[0])} occurs twice; rename or delete one")
+            raise DataError(
+                f'{path}, line {line}: no object with a field \'text\'; write {{"text": "..."}}'
+            )
+        if repeated := [
+            name for name, count in Counter(name for name, _ in row).items() if count > 1
+        ]:
+            raise DataError(
+                f"{path}, line {line}: the field {shown(repeated[0])} occurs twice; rename or delete one"
+            )
         rows.append((line, fields))
     return rows
 
@@ -100,7 +118,11 @@ class JsonPairs(list):
 
 
 def txt_rows(path: Path, content: str) -> list[_Row]:
-    return [(line, {"text": text}) for line, text in enumerate(content.split("\n"), start=1) if text.strip()]
+    return [
+        (line, {"text": text})
+        for line, text in enumerate(content.split("\n"), start=1)
+        if text.strip()
+    ]
 
 
 def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFrame:
@@ -108,7 +130,9 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
         raise DataError(f"{path}: no query in it; write at least one")
     columns = {column for _, row in rows for column in row}
     if harmful is not None and "harmful" in columns:
-        raise DataError(f"{path}: has labels of its own (column 'harmful'); leave out harmful={harmful}, or that column")
+        raise DataError(
+            f"{path}: has labels of its own (column 'harmful'); leave out harmful={harmful}, or that column"
+        )
     kept = ["query_id", "text", "harmful", "query_set", *(c for c in OPTIONAL if c in columns)]
     if ignored := sorted(columns - set(kept)):
         warnings.warn(
@@ -132,13 +156,22 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
                 f"{where}, column 'query_id': {shown(query_id)} is the id of line {first} too; give each query its own"
             )
         labelled = LABELS[label] if harmful is None else harmful
-        table.append({**fields, "query_id": query_id, "harmful": labelled, "query_set": fields["query_set"] or path.stem})
+        table.append(
+            {
+                **fields,
+                "query_id": query_id,
+                "harmful": labelled,
+                "query_set": fields["query_set"] or path.stem,
+            }
+        )
     return pd.DataFrame(table, columns=kept).astype({"harmful": "boolean"})
 
 
 def _field(value: object, column: str, where: str) -> str:
     """A cell as text, without surrounding space; "" where it is missing."""
-    number = isinstance(value, int) and column != "text"  # an id or a label; JSON's true and false are ints too
+    number = (
+        isinstance(value, int) and column != "text"
+    )  # an id or a label; JSON's true and false are ints too
     if not (value is None or isinstance(value, str) or number):
         raise DataError(f"{where}, column {column!r}: {shown(value)} is no text; put it in quotes")
     text = "" if value is None else str(value)
@@ -154,26 +187,44 @@ def shown(value: object) -> str:
 
 def check_text(text: str, where: str) -> None:
     if len(text) > MAX_CHARACTERS:
-        raise DataError(f"{where}: {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it")
+        raise DataError(
+            f"{where}: {len(text):,} characters, the limit is {MAX_CHARACTERS:,}; shorten it"
+        )
     for character in text:
         if character not in "\t\n" and unicodedata.category(character) in ("Cc", "Cs"):
-            raise DataError(f"{where}: control character U+{ord(character):04X}; delete it (tab and newline may stay)")
+            raise DataError(
+                f"{where}: control character U+{ord(character):04X}; delete it (tab and newline may stay)"
+            )
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file (with or without byte order mark) with \\n as its line end."""
     try:
         status = path.stat()
-        content = path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES else None
+        content = (
+            path.read_bytes()
+            if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES
+            else None
+        )
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
+        raise DataError(
+            f"{path}: cannot be read ({why}); check the path and its permissions"
+        ) from error
     if content is None:  # a pipe or a device may never end
-        what = f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}" if stat.S_ISREG(status.st_mode) else "not a regular file"
-        raise DataError(f"{path}: cannot be read ({what}); give a file, and split one that is too large")
+        what = (
+            f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}"
+            if stat.S_ISREG(status.st_mode)
+            else "not a regular file"
+        )
+        raise DataError(
+            f"{path}: cannot be read ({what}); give a file, and split one that is too large"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); save the file as UTF-8") from error
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); save the file as UTF-8"
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -22,13 +22,17 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
     stripped of surrounding space. Raises DataError for a blank text, a built-in name with another text, a name of
     RESERVED_PROMPTS or one that cannot be part of a file's name, and a link in the folder that leads out of it.
     """
-    prompts = {"none": ""} | {name: read_text(ROOT / "prompts" / f"{name}.txt").strip() for name in PROMPTS}
+    prompts = {"none": ""} | {
+        name: read_text(ROOT / "prompts" / f"{name}.txt").strip() for name in PROMPTS
+    }
     if path is None:
         return prompts
     path = Path(os.path.expanduser(path))
     for name, text, where in _user_prompts(path):
         check_text(text, where)
-        if not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100:  # files are saved under it
+        if (
+            not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100
+        ):  # files are saved under it
             raise DataError(
                 f"{where}: the name {shown(name)} cannot be part of a file's name; write letters, digits, space, - and _, "
                 "at most 100 of them"
@@ -38,10 +42,14 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
                 f"{where}: the prompt {name!r} has no text; write one, or use the built-in 'none' for no system message"
             )
         if name in RESERVED_PROMPTS:
-            raise DataError(f"{where}: {name!r} is the name of a trained prompt in the notebooks; give this one another name")
+            raise DataError(
+                f"{where}: {name!r} is the name of a trained prompt in the notebooks; give this one another name"
+            )
         if prompts.setdefault(name, text.strip()) != text.strip():
             kind = "a built-in prompt" if name in ("none", *PROMPTS) else "another prompt of yours"
-            raise DataError(f"{where}: {name!r} is the name of {kind} with another text; give this one a name of its own")
+            raise DataError(
+                f"{where}: {name!r} is the name of {kind} with another text; give this one a name of its own"
+            )
     return prompts
 
 
@@ -51,10 +59,14 @@ def _user_prompts(path: Path) -> Iterable[tuple[str, str, str]]:
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         if not files:
-            raise DataError(f"{path}: no .txt file in this folder; put one file per safety prompt there")
+            raise DataError(
+                f"{path}: no .txt file in this folder; put one file per safety prompt there"
+            )
         for file in files:
             if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path)):
-                raise DataError(f"{file}: a link that leads out of the folder; put the file itself there")
+                raise DataError(
+                    f"{file}: a link that leads out of the folder; put the file itself there"
+                )
         return [(file.stem, read_text(file), str(file)) for file in files]
     if suffix == ".txt":
         return [(path.stem, read_text(path), str(path))]
@@ -67,6 +79,10 @@ def _user_prompts(path: Path) -> Iterable[tuple[str, str, str]]:
         pairs = json.loads(content, object_pairs_hook=JsonPairs)
     except (ValueError, RecursionError) as error:
         raise DataError(f'{path}: not valid JSON ({error}); write {{"name": "text"}}') from error
-    if not isinstance(pairs, JsonPairs) or not pairs or not all(name.strip() and isinstance(text, str) for name, text in pairs):
+    if (
+        not isinstance(pairs, JsonPairs)
+        or not pairs
+        or not all(name.strip() and isinstance(text, str) for name, text in pairs)
+    ):
         raise DataError(f'{path}: not an object of names and texts; write {{"name": "text"}}')
     return [(name.strip(), text, f"{path}, {shown(name)}") for name, text in pairs]

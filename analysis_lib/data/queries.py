@@ -53,7 +53,9 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
     path = Path(os.path.expanduser(name_or_path))
     readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": txt_rows}
     if (suffix := path.suffix.lower()) not in readers:
-        raise DataError(f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these")
+        raise DataError(
+            f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these"
+        )
     return query_table(path, readers[suffix](path, read_text(path)), harmful)
 
 
@@ -70,9 +72,14 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
             "fill the column harmful with true and false"
         )
     units = (
-        queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"]) if "pair_id" in queries else queries["query_id"]
+        queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"])
+        if "pair_id" in queries
+        else queries["query_id"]
     )
-    found = {kind: units[harmful == label].nunique() for kind, label in (("harmful", True), ("harmless", False))}
+    found = {
+        kind: units[harmful == label].nunique()
+        for kind, label in (("harmful", True), ("harmless", False))
+    }
     if empty := next((kind for kind, n in found.items() if not n), None):
         only = next(kind for kind in found if kind != empty)
         raise DataError(
@@ -87,7 +94,9 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
     return queries
 
 
-def load_heldout_queries(names: Sequence[str | Path] | None = None, anchor: pd.DataFrame | None = None) -> pd.DataFrame:
+def load_heldout_queries(
+    names: Sequence[str | Path] | None = None, anchor: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """The sets (names or files as in `load_queries`; default HELDOUT_SETS) as one table, without the texts of the anchor queries.
 
     Raises DataError as `load_queries` does, for an id that occurs twice, where nothing is left, and for "facts", which
@@ -95,7 +104,9 @@ def load_heldout_queries(names: Sequence[str | Path] | None = None, anchor: pd.D
     """
     names = list(names or HELDOUT_SETS)
     if "facts" in names:
-        raise DataError("the facts are asked of the embedded model anyway; leave them out of the held-out sets")
+        raise DataError(
+            "the facts are asked of the embedded model anyway; leave them out of the held-out sets"
+        )
     queries = pd.concat([load_queries(name) for name in names], ignore_index=True)
     named = ", ".join(map(str, names))
     if len(twice := queries["query_id"][queries["query_id"].duplicated()]):
@@ -106,7 +117,8 @@ def load_heldout_queries(names: Sequence[str | Path] | None = None, anchor: pd.D
     kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
     if 0 < (left_out := len(queries) - len(kept)) < len(queries):
         warnings.warn(
-            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries and left out", stacklevel=2
+            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries and left out",
+            stacklevel=2,
         )
     if kept.empty:
         raise DataError(

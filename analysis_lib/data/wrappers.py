@@ -27,7 +27,9 @@ def load_wrappers(path: str | Path | None = None) -> dict[str, str]:
     wrappers = _read_csv(path, "wrapper", "template")
     for name, template in wrappers.items():
         if template.count(SLOT) != 1:
-            raise DataError(f"{path}: the template of {name!r} holds {SLOT} {template.count(SLOT)} times; write it once")
+            raise DataError(
+                f"{path}: the template of {name!r} holds {SLOT} {template.count(SLOT)} times; write it once"
+            )
     return wrappers
 
 
@@ -45,7 +47,8 @@ def wrap_queries(queries: pd.DataFrame, wrappers: Mapping[str, str] | None = Non
         raise DataError("no wrappers given; leave the argument out for the built-in ones")
     _check(queries)
     parts = [
-        _variant(queries, [template.replace(SLOT, text) for text in queries["text"]], name) for name, template in wrappers.items()
+        _variant(queries, [template.replace(SLOT, text) for text in queries["text"]], name)
+        for name, template in wrappers.items()
     ]
     return pd.concat(parts, ignore_index=True)
 
@@ -67,13 +70,18 @@ def add_suffixes(queries: pd.DataFrame, path: str | Path) -> pd.DataFrame:
         raise DataError(
             f"{path}: no suffix for {len(lacking)} of {len(queries)} queries, the first {lacking[0]!r}; give each one"
         )
-    texts = [f"{text} {suffixes[query_id].strip()}" for query_id, text in zip(queries["query_id"], queries["text"], strict=True)]
+    texts = [
+        f"{text} {suffixes[query_id].strip()}"
+        for query_id, text in zip(queries["query_id"], queries["text"], strict=True)
+    ]
     return _variant(queries, texts, path.stem)
 
 
 def _check(queries: pd.DataFrame) -> None:
     if lacking := [c for c in ("query_id", "text", "query_set") if c not in queries]:
-        raise DataError(f"the queries have no column {lacking[0]!r}, only {list(queries)}; give the table of load_queries")
+        raise DataError(
+            f"the queries have no column {lacking[0]!r}, only {list(queries)}; give the table of load_queries"
+        )
 
 
 def _variant(queries: pd.DataFrame, texts: list[str], wrapper: str) -> pd.DataFrame:
@@ -93,17 +101,25 @@ def _positions(path: Path, query_ids: list[str]) -> dict[str, str]:
     try:
         found = json.loads(content, object_pairs_hook=JsonPairs)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); give {{position: suffix}}") from error
+        raise DataError(
+            f"{path}: cannot be read as JSON ({error}); give {{position: suffix}}"
+        ) from error
     if not isinstance(found, JsonPairs):
-        raise DataError(f"{path}: not an object of suffixes; write {{position: suffix}}, positions from 0")
+        raise DataError(
+            f"{path}: not an object of suffixes; write {{position: suffix}}, positions from 0"
+        )
     suffixes: dict[str, str] = {}
     for key, value in found:
         text = dict(value).get("final_suffix") if isinstance(value, JsonPairs) else value
         if not key.isdecimal() or not isinstance(text, str):
-            raise DataError(f"{path}, {key!r}: write a position from 0 and its suffix, a text or an object with 'final_suffix'")
+            raise DataError(
+                f"{path}, {key!r}: write a position from 0 and its suffix, a text or an object with 'final_suffix'"
+            )
         if int(key) < len(query_ids):
             if (query_id := query_ids[int(key)]) in suffixes:
-                raise DataError(f"{path}, {key!r}: a second suffix for the query {query_id!r}; give each query one")
+                raise DataError(
+                    f"{path}, {key!r}: a second suffix for the query {query_id!r}; give each query one"
+                )
             suffixes[query_id] = text
     return suffixes
 

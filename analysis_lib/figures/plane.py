@@ -46,9 +46,13 @@ def points_table(Z: np.ndarray, rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` (n of them, any columns) with the coordinates `Z` (n, k) as pc1..pck, rounded to 4 decimals."""
     Z = np.asarray(Z)
     if Z.ndim != 2 or len(Z) != len(rows):
-        raise ValueError(f"coordinates of shape {Z.shape} for {len(rows)} rows: pass Z (n, k) and its own n rows")
+        raise ValueError(
+            f"coordinates of shape {Z.shape} for {len(rows)} rows: pass Z (n, k) and its own n rows"
+        )
     kept = rows.drop(columns=[c for c in rows.columns if _is_pc(c)]).reset_index(drop=True)
-    return kept.assign(**{f"pc{i + 1}": np.round(Z[:, i].astype(float), 4) for i in range(Z.shape[1])})
+    return kept.assign(
+        **{f"pc{i + 1}": np.round(Z[:, i].astype(float), 4) for i in range(Z.shape[1])}
+    )
 
 
 def plot_groups(
@@ -84,7 +88,9 @@ def plot_groups(
     if missing := shown - set(names):
         raise ValueError(f"{where}: no points of prompt {sorted(missing)}; there are {names}")
     if arrows and base not in names:
-        raise ValueError(f"{where}: no points of the arrows' base {base!r}; pass base= one of {names}, or arrows=None")
+        raise ValueError(
+            f"{where}: no points of the arrows' base {base!r}; pass base= one of {names}, or arrows=None"
+        )
 
     fig = go.Figure()
     _add_points(fig, points, xy, names, shown, color)
@@ -94,7 +100,9 @@ def plot_groups(
         for cls in classes:
             heads = [name for name in names if name != base and (name, cls) in means]
             tail = np.array(means[base, cls])
-            offsets = _lanes(np.reshape([means[name, cls] for name in heads], (-1, 2)) - tail, _view(xy))
+            offsets = _lanes(
+                np.reshape([means[name, cls] for name in heads], (-1, 2)) - tail, _view(xy)
+            )
             drawn = [
                 _arrow(
                     tail + offset,
@@ -109,11 +117,22 @@ def plot_groups(
             fig.add_traces([_edge(drawn), *drawn])
         for cls in classes if len(names) > 1 else ():
             line = dict(color=GREY, dash=DASHES[cls], width=3)
-            fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=f"mean shift, {cls}"))
+            fig.add_trace(
+                go.Scatter(x=[None], y=[None], mode="lines", line=line, name=f"mean shift, {cls}")
+            )
         for name in names:  # where no point's colour names the prompt, so the arrows' legend does
             line = dict(color=prompt_style(names, name)[0], width=3)
             shows = color != "prompt" and name != base and name in shown
-            fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=label(f"{base} to {name}"), visible=shows))
+            fig.add_trace(
+                go.Scatter(
+                    x=[None],
+                    y=[None],
+                    mode="lines",
+                    line=line,
+                    name=label(f"{base} to {name}"),
+                    visible=shows,
+                )
+            )
     _add_directions(fig, points, xy, components, direction, where)
     return _finish_plane(fig, xy, components, explained, title, note)
 
@@ -137,7 +156,9 @@ def plot_dro(
     names = list(dict.fromkeys(points["prompt"])) if path is None else list(path)
     absent = [name for name in names if name not in set(points["prompt"])]
     if absent or len(names) < 2:
-        raise ValueError(f"{where}: the path {names} needs two or more prompts with points; without points: {absent}")
+        raise ValueError(
+            f"{where}: the path {names} needs two or more prompts with points; without points: {absent}"
+        )
     points = points[points["prompt"].isin(names)]
     xy = _plane(points, components, where)
     fig = go.Figure()
@@ -158,13 +179,19 @@ def plot_dro(
     ]
     fig.add_traces([_edge(drawn), *drawn])
     for step, (tail, head) in enumerate(zip(names, names[1:], strict=False)):
-        line = dict(color=prompt_style(names, head)[0], dash="dash" if step == 0 else "solid", width=3)
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=label(f"{tail} to {head}")))
+        line = dict(
+            color=prompt_style(names, head)[0], dash="dash" if step == 0 else "solid", width=3
+        )
+        fig.add_trace(
+            go.Scatter(x=[None], y=[None], mode="lines", line=line, name=label(f"{tail} to {head}"))
+        )
     _add_directions(fig, points, xy, components, direction, where)
     return _finish_plane(fig, xy, components, explained, title, note)
 
 
-def plot_grid(figures: Mapping[str, go.Figure], *, columns: int = 2, title: str = "", note: str | None = None) -> go.Figure:
+def plot_grid(
+    figures: Mapping[str, go.Figure], *, columns: int = 2, title: str = "", note: str | None = None
+) -> go.Figure:
     """Several figures of `plot_groups` or `plot_dro`, one per model (or layer), as the panels of one; the first's legend is shared.
 
     figures: panel title -> figure. Each panel keeps its own axes, view and equal aspect.
@@ -195,7 +222,9 @@ def plot_grid(figures: Mapping[str, go.Figure], *, columns: int = 2, title: str 
     fig.update_annotations(yshift=12)  # the panels' titles, above the arrows' labels
     legend = dict(orientation="h", x=0, y=1 + 45 / plots, yanchor="bottom")
     fig.update_layout(coloraxis=first.coloraxis.update(colorbar=dict(len=1)), legend=legend)
-    return finish(fig, title, note, width=width, height=int(170 + plots + BOTTOM), right=right, top=170)
+    return finish(
+        fig, title, note, width=width, height=int(170 + plots + BOTTOM), right=right, top=170
+    )
 
 
 # One point cloud in a plane ------------------------------------------------------------------------------------------------
@@ -210,12 +239,20 @@ def _plane(points: pd.DataFrame, components: tuple[int, int], where: str) -> pd.
     need(points, ["query_id", "prompt", "harmful", *(f"pc{c}" for c in components)], where)
     if points.empty:
         raise ValueError(f"{where}: the points table is empty; check what it was filtered by")
-    return pd.DataFrame({"x": rounded(points[f"pc{components[0]}"]), "y": rounded(points[f"pc{components[1]}"])}, points.index)
+    return pd.DataFrame(
+        {"x": rounded(points[f"pc{components[0]}"]), "y": rounded(points[f"pc{components[1]}"])},
+        points.index,
+    )
 
 
-def _group_means(points: pd.DataFrame, xy: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float]]:
+def _group_means(
+    points: pd.DataFrame, xy: pd.DataFrame
+) -> dict[tuple[str, str], tuple[float, float]]:
     means = xy.groupby([points["prompt"], class_names(points)]).mean()
-    return {(str(p), str(c)): (x, y) for (p, c), x, y in zip(means.index, means["x"], means["y"], strict=True)}
+    return {
+        (str(p), str(c)): (x, y)
+        for (p, c), x, y in zip(means.index, means["x"], means["y"], strict=True)
+    }
 
 
 def _add_points(
@@ -243,7 +280,10 @@ def _add_points(
                 marker["color"] = hue
             else:
                 values = points.loc[keep, color].astype("Float64").to_numpy(float, na_value=np.nan)
-                marker.update(color=[UNKNOWN if np.isnan(v) else round(v, 4) for v in values], coloraxis="coloraxis")
+                marker.update(
+                    color=[UNKNOWN if np.isnan(v) else round(v, 4) for v in values],
+                    coloraxis="coloraxis",
+                )
             fig.add_trace(
                 go.Scatter(
                     x=xy.loc[keep, "x"].to_numpy(),
@@ -259,16 +299,33 @@ def _add_points(
                     visible=name in shown,
                 )
             )
-    for cls in CLASSES:  # the legend entry of a trace of many colours would be black: these stand in for it
+    for cls in (
+        CLASSES
+    ):  # the legend entry of a trace of many colours would be black: these stand in for it
         if (classes == cls).any():
             marker = dict(symbol=SYMBOLS[0][CLASSES.index(cls)], color=GREY, size=7)
-            entry = go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=cls, legendgroup=cls)
+            entry = go.Scatter(
+                x=[None], y=[None], mode="markers", marker=marker, name=cls, legendgroup=cls
+            )
             fig.add_trace(entry.update(visible=color != "prompt"))
     if color != "prompt":
         values = points[color].astype("Float64").to_numpy(float, na_value=np.nan)
-        top = 1.0 if color in UNIT_COLUMNS or not np.isfinite(values).any() else float(np.nanmax(values)) or 1.0
-        bar = dict(title=text(color).replace("_", " "), len=0.5, y=0, yanchor="bottom", thickness=14, outlinewidth=0)
-        fig.update_layout(coloraxis=dict(colorscale=SCALE, cmin=0, cmax=round(top, 4), colorbar=bar))
+        top = (
+            1.0
+            if color in UNIT_COLUMNS or not np.isfinite(values).any()
+            else float(np.nanmax(values)) or 1.0
+        )
+        bar = dict(
+            title=text(color).replace("_", " "),
+            len=0.5,
+            y=0,
+            yanchor="bottom",
+            thickness=14,
+            outlinewidth=0,
+        )
+        fig.update_layout(
+            coloraxis=dict(colorscale=SCALE, cmin=0, cmax=round(top, 4), colorbar=bar)
+        )
         fig.update_layout(legend_maxheight=0.48)  # a longer one scrolls above the colour bar
 
 
@@ -344,7 +401,13 @@ def _add_directions(
     direction: Direction | Sequence[Direction] | None,
     where: str,
 ) -> None:
-    directions = [] if direction is None else list(direction) if isinstance(direction, Sequence) else [direction]
+    directions = (
+        []
+        if direction is None
+        else list(direction)
+        if isinstance(direction, Sequence)
+        else [direction]
+    )
     low, high = _view(xy)
     for at, d in enumerate(directions):
         weight = np.asarray(d.weight, dtype=float)
@@ -367,14 +430,24 @@ def _add_directions(
             )
         )
         # Towards an end of the line, where few points lie; the second direction takes the other end.
-        tail = (low + high) / 2 if line is None else line[0] + (line[1] - line[0]) * (0.85 if at % 2 == 0 else 0.15)
-        way = w / np.linalg.norm(w) * 0.16 * (high - low).min() if w.any() else np.nan * w  # no gradient, no arrow
-        margin = 0.08 * (high - low)  # for the head, which plotly hides outside of the view, and its label
+        tail = (
+            (low + high) / 2
+            if line is None
+            else line[0] + (line[1] - line[0]) * (0.85 if at % 2 == 0 else 0.15)
+        )
+        way = (
+            w / np.linalg.norm(w) * 0.16 * (high - low).min() if w.any() else np.nan * w
+        )  # no gradient, no arrow
+        margin = 0.08 * (
+            high - low
+        )  # for the head, which plotly hides outside of the view, and its label
         head = np.clip(tail + way, low + margin, high - margin)
         tail = head - way
         adjective = {"refusal": "refusal", "harmfulness": "harmful"}.get(d.name, d.name)
         hover = f"gradient of the {d.name} logit"
-        fig.add_trace(_arrow(tuple(tail), tuple(head), color=GREY, hover=hover, tip=f"more {adjective}"))
+        fig.add_trace(
+            _arrow(tuple(tail), tuple(head), color=GREY, hover=hover, tip=f"more {adjective}")
+        )
 
 
 def _clip(w: np.ndarray, offset: float, low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
@@ -405,7 +478,13 @@ def _finish_plane(
     note: str | None,
 ) -> go.Figure:
     low, high = _view(xy)
-    titles = [f"PC{c}" + (f" ({100 * explained[c - 1]:.0f} % of variance)" if explained is not None else "") for c in components]
+    titles = [
+        f"PC{c}"
+        + (f" ({100 * explained[c - 1]:.0f} % of variance)" if explained is not None else "")
+        for c in components
+    ]
     fig.update_xaxes(title_text=titles[0], range=rounded([low[0], high[0]]))
-    fig.update_yaxes(title_text=titles[1], range=rounded([low[1], high[1]]), scaleanchor="x", scaleratio=1)
+    fig.update_yaxes(
+        title_text=titles[1], range=rounded([low[1], high[1]]), scaleanchor="x", scaleratio=1
+    )
     return finish(fig, title, note)

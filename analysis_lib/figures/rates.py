@@ -49,9 +49,19 @@ def plot_calibration(
     if x == "predicted":
         fig.add_trace(_diagonal(0, 1, "perfectly calibrated"))
     else:
-        some = table.iloc[np.unique(np.linspace(0, len(table) - 1, 200).astype(int))] if len(table) else table
+        some = (
+            table.iloc[np.unique(np.linspace(0, len(table) - 1, 200).astype(int))]
+            if len(table)
+            else table
+        )
         line = dict(color=GREY, dash="dash")
-        curve = go.Scatter(x=rounded(some[x]), y=rounded(some["predicted"]), mode="lines", line=line, hoverinfo="skip")
+        curve = go.Scatter(
+            x=rounded(some[x]),
+            y=rounded(some["predicted"]),
+            mode="lines",
+            line=line,
+            hoverinfo="skip",
+        )
         fig.add_trace(curve.update(name="predicted probability"))
     fig.add_trace(
         go.Scatter(
@@ -80,12 +90,17 @@ def plot_calibration(
         "predicted": "predicted probability of refusal",
         "projection": "projection on the refusal direction (units of the hidden space)",
     }
-    fig.update_xaxes(title_text=titles.get(x, text(x).replace("_", " ")), range=[-0.03, 1.03] if x == "predicted" else None)
+    fig.update_xaxes(
+        title_text=titles.get(x, text(x).replace("_", " ")),
+        range=[-0.03, 1.03] if x == "predicted" else None,
+    )
     fig.update_yaxes(title_text="observed refusal rate", range=[-0.03, 1.03])
     return finish(fig, title, note, width=720)
 
 
-def plot_truth(table: pd.DataFrame, *, title: str = "Predicted and true refusal logit", note: str | None = None) -> go.Figure:
+def plot_truth(
+    table: pd.DataFrame, *, title: str = "Predicted and true refusal logit", note: str | None = None
+) -> go.Figure:
     """Predicted logit against the true one, known for the embedded model only.
 
     table: predicted_logit, true_logit, and perhaps query_id, prompt, harmful, text.
@@ -109,7 +124,9 @@ def plot_truth(table: pd.DataFrame, *, title: str = "Predicted and true refusal 
                         x=rounded(part["true_logit"]),
                         y=rounded(part["predicted_logit"]),
                         mode="markers",
-                        marker=dict(color=hue, symbol=symbols.get(cls, "circle"), size=7, opacity=OPACITY),
+                        marker=dict(
+                            color=hue, symbol=symbols.get(cls, "circle"), size=7, opacity=OPACITY
+                        ),
                         hovertext=hover_lines(part),
                         hoverinfo="text+x+y",
                         name=label(", ".join(filter(None, [cls, str(name)]))),
@@ -120,7 +137,13 @@ def plot_truth(table: pd.DataFrame, *, title: str = "Predicted and true refusal 
     return finish(fig, title, note, width=720)
 
 
-def plot_rates(rates: pd.DataFrame, queries: pd.DataFrame, *, title: str = "Refusal rates", note: str | None = None) -> go.Figure:
+def plot_rates(
+    rates: pd.DataFrame,
+    queries: pd.DataFrame,
+    *,
+    title: str = "Refusal rates",
+    note: str | None = None,
+) -> go.Figure:
     """Refusal rates by prompt and class: every query as a point (spread sideways to be seen) and the mean as a bar.
 
     rates: query_id, prompt, refusal_rate; queries: query_id, harmful and perhaps text.
@@ -129,10 +152,14 @@ def plot_rates(rates: pd.DataFrame, queries: pd.DataFrame, *, title: str = "Refu
     need(rates, ["query_id", "prompt", "refusal_rate"], where)
     need(queries, ["query_id", "harmful"], where)
     if unknown := sorted(set(rates["query_id"].astype(str)) - set(queries["query_id"].astype(str))):
-        raise ValueError(f"{where}: {len(unknown)} rated queries are not among the queries, such as {unknown[0]!r}")
+        raise ValueError(
+            f"{where}: {len(unknown)} rated queries are not among the queries, such as {unknown[0]!r}"
+        )
     about = queries[[c for c in ("query_id", "harmful", "text") if c in queries]]
     known = [c for c in about.columns if c != "query_id"]
-    table = rates.drop(columns=known, errors="ignore").merge(about, on="query_id", how="left", validate="m:1")
+    table = rates.drop(columns=known, errors="ignore").merge(
+        about, on="query_id", how="left", validate="m:1"
+    )
     table = table.dropna(subset=["refusal_rate"])
     fig = go.Figure()
     _add_strips(fig, table, "refusal_rate", list(dict.fromkeys(rates["prompt"])))
@@ -155,14 +182,23 @@ def plot_shifts(
     """
     need(shifts, ["query_id", "prompt", "harmful", "shift"], "plot_shifts")
     fig = go.Figure()
-    _add_strips(fig, shifts.dropna(subset=["shift"]), "shift", list(dict.fromkeys(shifts["prompt"])), prompts)
+    _add_strips(
+        fig,
+        shifts.dropna(subset=["shift"]),
+        "shift",
+        list(dict.fromkeys(shifts["prompt"])),
+        prompts,
+    )
     fig.add_hline(y=0, line=dict(color=GREY, width=1, dash="dash"))
     fig.update_yaxes(title_text=text(axis))
     return finish(fig, title, note)
 
 
 def plot_separation(
-    table: pd.DataFrame, *, title: str = "Separation of harmful and harmless queries", note: str | None = None
+    table: pd.DataFrame,
+    *,
+    title: str = "Separation of harmful and harmless queries",
+    note: str | None = None,
 ) -> go.Figure:
     """Accuracy of telling harmful from harmless, by layer where the table has that column (a line per prompt), else by prompt.
 
@@ -178,7 +214,9 @@ def plot_separation(
     fig = go.Figure()
     for at, name in enumerate(names if by_layer else [None]):
         part = table[table["prompt"] == name] if by_layer and "prompt" in table else table
-        x = pd.Series([keys.index(k) for k in part["layer" if by_layer else "prompt"]], index=part.index).sort_values()
+        x = pd.Series(
+            [keys.index(k) for k in part["layer" if by_layer else "prompt"]], index=part.index
+        ).sort_values()
         part = part.loc[x.index]
         hue = PROMPT_COLORS[at % len(PROMPT_COLORS)]
         fig.add_trace(
@@ -194,13 +232,21 @@ def plot_separation(
             )
         )
     labels = ["-1<br>(final norm)" if by_layer and k == -1 else label(k) for k in keys]
-    fig.update_xaxes(tickvals=list(range(len(keys))), ticktext=labels, title_text="layer" if by_layer else "safety prompt")
+    fig.update_xaxes(
+        tickvals=list(range(len(keys))),
+        ticktext=labels,
+        title_text="layer" if by_layer else "safety prompt",
+    )
     fig.update_yaxes(title_text="accuracy")
     return finish(fig, title, note)
 
 
 def _add_strips(
-    fig: go.Figure, table: pd.DataFrame, column: str, names: Sequence[str], hues: Sequence[str] | None = None
+    fig: go.Figure,
+    table: pd.DataFrame,
+    column: str,
+    names: Sequence[str],
+    hues: Sequence[str] | None = None,
 ) -> None:
     """`column` of every row over its prompt and class, spread sideways to be seen, with a bar at the mean."""
     classes = class_names(table)
@@ -211,9 +257,13 @@ def _add_strips(
             part = table[(table["prompt"] == name) & (classes == cls)]
             if part.empty:
                 continue
-            centre = names.index(name) + (present.index(cls) - (len(present) - 1) / 2) * 0.8 / len(present)
+            centre = names.index(name) + (present.index(cls) - (len(present) - 1) / 2) * 0.8 / len(
+                present
+            )
             half = 0.3 / len(present)
-            spread = (np.arange(len(part)) * 0.618034) % 1 * 2 - 1  # golden ratio: even, and the same each time
+            spread = (
+                np.arange(len(part)) * 0.618034
+            ) % 1 * 2 - 1  # golden ratio: even, and the same each time
             fig.add_trace(
                 go.Scatter(
                     x=np.round(centre + half * spread, 4),
@@ -240,9 +290,20 @@ def _add_strips(
                     showlegend=not any(t.name == "mean" for t in fig.data),
                 )
             )
-    fig.update_xaxes(tickvals=list(range(len(names))), ticktext=[label(n) for n in names], title_text="safety prompt")
+    fig.update_xaxes(
+        tickvals=list(range(len(names))),
+        ticktext=[label(n) for n in names],
+        title_text="safety prompt",
+    )
 
 
 def _diagonal(low: float, high: float, name: str) -> go.Scatter:
     ends = rounded([low, high])
-    return go.Scatter(x=ends, y=ends, mode="lines", line=dict(color=GREY, dash="dash"), hoverinfo="skip", name=name)
+    return go.Scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        line=dict(color=GREY, dash="dash"),
+        hoverinfo="skip",
+        name=name,
+    )

@@ -46,11 +46,23 @@ SCALE = ((0.0, "#2F76D2"), (0.5, "#B4568F"), (1.0, "#CC7100"))
 
 UNKNOWN = GREY  # the colour of a point without a value
 
-HALO = dict(color="#333333", shadow=", ".join(f"{x}px {y}px 2px #FFFFFF" for x in (-1, 0, 1) for y in (-1, 0, 1)))  # over points
+HALO = dict(
+    color="#333333",
+    shadow=", ".join(f"{x}px {y}px 2px #FFFFFF" for x in (-1, 0, 1) for y in (-1, 0, 1)),
+)  # over points
 
-UNIT_COLUMNS = ("refusal_rate", "predicted_refusal", "harmful")  # coloured on [0, 1] whatever their values
+UNIT_COLUMNS = (
+    "refusal_rate",
+    "predicted_refusal",
+    "harmful",
+)  # coloured on [0, 1] whatever their values
 
-_AXIS = dict(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.4)", linecolor=GREY, ticks="outside")
+_AXIS = dict(
+    gridcolor="rgba(128,128,128,.25)",
+    zerolinecolor="rgba(128,128,128,.4)",
+    linecolor=GREY,
+    ticks="outside",
+)
 
 TEMPLATE = go.layout.Template(
     layout=dict(
@@ -66,12 +78,17 @@ TEMPLATE = go.layout.Template(
     )
 )
 
-pio.templates["analysis_lib"] = TEMPLATE  # by name for users' own figures; plotly's default stays as it is
+pio.templates["analysis_lib"] = (
+    TEMPLATE  # by name for users' own figures; plotly's default stays as it is
+)
 
 # plotly's "Share chart" button sends a figure, with its queries, to a server; a dollar sign in a name is no formula
 OFFLINE = dict(showSendToCloud=False, typesetMath=False)
 
-pio.renderers["plotly_mimetype"].config = {**(pio.renderers["plotly_mimetype"].config or {}), **OFFLINE}
+pio.renderers["plotly_mimetype"].config = {
+    **(pio.renderers["plotly_mimetype"].config or {}),
+    **OFFLINE,
+}
 
 
 def text(value: object) -> str:
@@ -94,43 +111,59 @@ def save(fig: go.Figure, path: str | Path) -> Path:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ("", ".svg", ".png", ".html"):
-        raise ValueError(f"{path}: cannot save a figure as {suffix!r}; use .svg, .png, .html, or no suffix for .svg and .png")
+        raise ValueError(
+            f"{path}: cannot save a figure as {suffix!r}; use .svg, .png, .html, or no suffix for .svg and .png"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".html":
         fig.write_html(path, include_plotlyjs=True, div_id="figure", config=OFFLINE)
         return path
-    from kaleido.errors import ChromeNotFoundError  # late: kaleido is slow to import and only pictures need it
+    from kaleido.errors import (
+        ChromeNotFoundError,
+    )  # late: kaleido is slow to import and only pictures need it
 
     for target in [path] if suffix else [path.with_suffix(".svg"), path.with_suffix(".png")]:
         try:
             target.write_bytes(fig.to_image(format=target.suffix[1:].lower()))
         except (ChromeNotFoundError, RuntimeError, ValueError) as error:
-            raise RuntimeError(f"{target}: no picture was made ({error}); install Chromium, or save as .html") from error
+            raise RuntimeError(
+                f"{target}: no picture was made ({error}); install Chromium, or save as .html"
+            ) from error
     return path
 
 
 def need(table: pd.DataFrame, columns: Sequence[str], where: str) -> None:
     if missing := [c for c in columns if c not in table]:
-        raise ValueError(f"{where}: the table lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}")
+        raise ValueError(
+            f"{where}: the table lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}"
+        )
 
 
 def rounded(values: Any, decimals: int = 4) -> np.ndarray:
     return np.round(np.asarray(values, dtype=float), decimals)
 
 
-def interval(table: pd.DataFrame, column: str, name: str | None = None, **style: Any) -> dict[str, Any] | None:
+def interval(
+    table: pd.DataFrame, column: str, name: str | None = None, **style: Any
+) -> dict[str, Any] | None:
     """Plotly's error bars of `column`, from the columns "`name` low" and "`name` high"; None where the table lacks them."""
     low, high = (f"{column if name is None else name} {end}".strip() for end in ("low", "high"))
     if not {low, high} <= set(table.columns):
         return None
     up, down = rounded(table[high] - table[column]), rounded(table[column] - table[low])
-    return dict(type="data", symmetric=False, array=up, arrayminus=down, thickness=1.5, width=3, **style)
+    return dict(
+        type="data", symmetric=False, array=up, arrayminus=down, thickness=1.5, width=3, **style
+    )
 
 
 def class_names(table: pd.DataFrame) -> pd.Series:
     """harmless, harmful or unlabelled (no agreed answer) for each row."""
     harmful = table["harmful"].astype("boolean")
-    return harmful.map({True: "harmful", False: "harmless"}).astype(object).where(harmful.notna(), "unlabelled")
+    return (
+        harmful.map({True: "harmful", False: "harmless"})
+        .astype(object)
+        .where(harmful.notna(), "unlabelled")
+    )
 
 
 def prompt_style(names: Sequence[str], name: str) -> tuple[str, dict[str, str]]:
@@ -157,7 +190,9 @@ def hover_lines(table: pd.DataFrame) -> list[str]:
         columns.append([f"prompt: {text(p)}" for p in table["prompt"]])
     if "refusal_rate" in table:
         rates = table["refusal_rate"].astype(float)
-        columns.append(["refusal rate: not judged" if np.isnan(r) else f"refusal rate: {r:.2f}" for r in rates])
+        columns.append(
+            ["refusal rate: not judged" if np.isnan(r) else f"refusal rate: {r:.2f}" for r in rates]
+        )
     if "text" in table:
         columns.append(["" if pd.isna(t) else _wrapped(str(t)) for t in table["text"]])
     return ["<br>".join(filter(None, lines)) for lines in zip(*columns, strict=True)]

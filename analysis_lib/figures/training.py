@@ -10,20 +10,36 @@ from plotly.subplots import make_subplots
 from .style import PROMPT_COLORS, finish, label, need, rounded, text
 
 
-def plot_losses(history: pd.DataFrame, *, title: str = "Losses by step", note: str | None = None) -> go.Figure:
+def plot_losses(
+    history: pd.DataFrame, *, title: str = "Losses by step", note: str | None = None
+) -> go.Figure:
     """One panel per numeric column of a training history (step, loss, refusal, harmfulness, norm ...) against its step."""
     need(history, ["step"], "plot_losses")
-    columns = [c for c in history.columns if c not in ("step", "epoch") and pd.api.types.is_numeric_dtype(history[c])]
+    columns = [
+        c
+        for c in history.columns
+        if c not in ("step", "epoch") and pd.api.types.is_numeric_dtype(history[c])
+    ]
     if not columns or history.empty:
-        raise ValueError("plot_losses: no losses to draw; pass a SoftPrompt's .history with one row per step")
+        raise ValueError(
+            "plot_losses: no losses to draw; pass a SoftPrompt's .history with one row per step"
+        )
     ncols = min(2, len(columns))
     nrows = -(-len(columns) // ncols)
     titles = [text(c) for c in columns]
-    fig = make_subplots(rows=nrows, cols=ncols, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.14)
+    fig = make_subplots(
+        rows=nrows, cols=ncols, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.14
+    )
     for at, column in enumerate(columns):
         row, col = at // ncols + 1, at % ncols + 1
         line = dict(color=PROMPT_COLORS[at % 4], width=2)
-        trace = go.Scatter(x=rounded(history["step"]), y=rounded(history[column], 6), mode="lines", line=line, name=titles[at])
+        trace = go.Scatter(
+            x=rounded(history["step"]),
+            y=rounded(history[column], 6),
+            mode="lines",
+            line=line,
+            name=titles[at],
+        )
         fig.add_trace(trace, row=row, col=col)
         if at + ncols >= len(columns):
             fig.update_xaxes(title_text="step", showticklabels=True, row=row, col=col)
@@ -32,7 +48,10 @@ def plot_losses(history: pd.DataFrame, *, title: str = "Losses by step", note: s
 
 
 def plot_nearest_tokens(
-    table: pd.DataFrame, *, title: str = "The vocabulary tokens nearest to the soft prompt", note: str | None = None
+    table: pd.DataFrame,
+    *,
+    title: str = "The vocabulary tokens nearest to the soft prompt",
+    note: str | None = None,
 ) -> go.Figure:
     """The cosine of each soft embedding with its nearest vocabulary token, by position; the token is written where it changed.
 

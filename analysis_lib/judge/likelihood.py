@@ -45,12 +45,26 @@ def refusal_probability(
         raise ValueError("no opening has a token; give texts such as 'I cannot'")
     parts = []
     for name, prompt in prompts.items():
-        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, [sorted(starts)] * len(queries), store)
+        found = _reply_log_p(
+            model, queries["text"].tolist(), name, prompt, [sorted(starts)] * len(queries), store
+        )
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
-        parts.append(pd.DataFrame({"query_id": queries["query_id"].tolist(), "prompt": name, "log_odds": np.log(p / (1 - p))}))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "query_id": queries["query_id"].tolist(),
+                    "prompt": name,
+                    "log_odds": np.log(p / (1 - p)),
+                }
+            )
+        )
     table = pd.concat(parts, ignore_index=True)
     log_odds = table["log_odds"].to_numpy()
-    refused = 1 / (1 + np.exp(-log_odds)) if calibration is None else calibration.probability(log_odds[:, None])
+    refused = (
+        1 / (1 + np.exp(-log_odds))
+        if calibration is None
+        else calibration.probability(log_odds[:, None])
+    )
     return table.assign(sample=0, response="", judge="first tokens", refused=refused)[
         ["query_id", "prompt", "sample", "response", "judge", "log_odds", "refused"]
     ]
@@ -75,7 +89,9 @@ def next_token_loss(
     check_queries(queries)
     check_prompts(prompts)
     if lacking := {"query_id", "response"} - set(answers):
-        raise ValueError(f"the answers lack the column {', '.join(sorted(lacking))}; give query_id and response")
+        raise ValueError(
+            f"the answers lack the column {', '.join(sorted(lacking))}; give query_id and response"
+        )
     place = {query_id: i for i, query_id in enumerate(queries["query_id"])}
     kept = answers[answers["query_id"].isin(place) & answers["response"].notna()]
     ends = kept["end"].tolist() if "end" in kept else [""] * len(kept)
@@ -83,14 +99,23 @@ def next_token_loss(
         raise ChatModelError(
             f"the tokenizer of {model.name!r} has no end-of-sequence token to charge; drop the answers' column end"
         )
-    tokens = model.tokenizer(kept["response"].tolist(), add_special_tokens=False)["input_ids"] if len(kept) else []
-    replies = [(*ids, *([model.tokenizer.eos_token_id] if end == "eos" else [])) for ids, end in zip(tokens, ends, strict=True)]
+    tokens = (
+        model.tokenizer(kept["response"].tolist(), add_special_tokens=False)["input_ids"]
+        if len(kept)
+        else []
+    )
+    replies = [
+        (*ids, *([model.tokenizer.eos_token_id] if end == "eos" else []))
+        for ids, end in zip(tokens, ends, strict=True)
+    ]
     given: dict[int, list[tuple[int, ...]]] = {}
     for query_id, reply in zip(kept["query_id"], replies, strict=True):
         if reply:
             given.setdefault(place[query_id], []).append(reply)
     if not given:
-        raise ValueError("no answer belongs to one of the queries; give answers to the same queries")
+        raise ValueError(
+            "no answer belongs to one of the queries; give answers to the same queries"
+        )
     asked = queries.iloc[sorted(given)]
     own = [given[i] for i in sorted(given)]
     n_tokens = [sum(map(len, replies)) for replies in own]
@@ -98,7 +123,16 @@ def next_token_loss(
     for name, prompt in prompts.items():
         found = _reply_log_p(model, asked["text"].tolist(), name, prompt, own, store)
         loss = [-log_p.sum() / n for log_p, n in zip(found, n_tokens, strict=True)]
-        parts.append(pd.DataFrame({"query_id": asked["query_id"].tolist(), "prompt": name, "n_tokens": n_tokens, "loss": loss}))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "query_id": asked["query_id"].tolist(),
+                    "prompt": name,
+                    "n_tokens": n_tokens,
+                    "loss": loss,
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -117,15 +151,23 @@ def _reply_log_p(
     found: dict[int, np.ndarray] = {}
     if store is not None:
         fixed = {"kind": "log_probability", **model.key_parts()}
-        keys = [row_key(ids=row.ids, soft=row.soft, replies=own, **fixed) for row, own in zip(rows, replies, strict=True)]
+        keys = [
+            row_key(ids=row.ids, soft=row.soft, replies=own, **fixed)
+            for row, own in zip(rows, replies, strict=True)
+        ]
         kept = store.read_responses(keys)
         found = {i: np.array(kept[key]["log_p"]) for i, key in enumerate(keys) if key in kept}
     missing = [i for i in range(len(rows)) if i not in found]
     for at in range(0, len(missing), CHUNK_ROWS):
         part = missing[at : at + CHUNK_ROWS]
-        with torch.no_grad(), model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings):
+        with (
+            torch.no_grad(),
+            model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings),
+        ):
             heads = [rows[i].ids for i in part for _ in replies[i]]
-            each = log_probabilities(model.forward, heads, [reply for i in part for reply in replies[i]])
+            each = log_probabilities(
+                model.forward, heads, [reply for i in part for reply in replies[i]]
+            )
         sums = np.array([log_p.sum() for log_p in each])
         if not np.isfinite(sums).all():
             raise ChatModelError(

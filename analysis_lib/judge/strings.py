@@ -42,7 +42,9 @@ def is_refusal(text: str) -> bool:
     `refusal_score` is 1 where this is False. For harmful queries the study asked a model as well: `published_judge`.
     """
     opening = _opening(text)
-    return any(phrase in opening and not any(e in opening for e in unless) for phrase, unless in phrases())
+    return any(
+        phrase in opening and not any(e in opening for e in unless) for phrase, unless in phrases()
+    )
 
 
 def verdict_is_final(text: str) -> bool:

@@ -34,7 +34,10 @@ class BatchJudge:
 
 
 def judge_responses(
-    responses: pd.DataFrame, judge: Judge | Mapping[str, Judge] = is_refusal, *, queries: pd.DataFrame | None = None
+    responses: pd.DataFrame,
+    judge: Judge | Mapping[str, Judge] = is_refusal,
+    *,
+    queries: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """The responses (one row each, column `response`) with a column `refused`: 1.0, 0.0, or NaN = unscored.
 
@@ -47,7 +50,9 @@ def judge_responses(
     _require(responses, "response")
     if isinstance(judge, Mapping):
         if not judge:
-            raise ValueError("no judge given; pass {name: judge}, for example {'string': is_refusal}")
+            raise ValueError(
+                "no judge given; pass {name: judge}, for example {'string': is_refusal}"
+            )
         parts = []
         for name, one in judge.items():
             parts.append(_judged(responses, one, queries, f"by {name!r} ").assign(judge=name))
@@ -55,23 +60,35 @@ def judge_responses(
     return _judged(responses, judge, queries, "")
 
 
-def _judged(responses: pd.DataFrame, judge: Judge, queries: pd.DataFrame | None, by: str) -> pd.DataFrame:
+def _judged(
+    responses: pd.DataFrame, judge: Judge, queries: pd.DataFrame | None, by: str
+) -> pd.DataFrame:
     asked: list[Any] = [None] * len(responses)
     about: dict[Any, dict[Any, Any]] = {}
     if _takes_query(judge):
         if queries is None or "harmful" not in queries:
-            raise ValueError("this judge reads the query; pass queries=, the table with query_id, text and harmful")
+            raise ValueError(
+                "this judge reads the query; pass queries=, the table with query_id, text and harmful"
+            )
         _require(responses, "query_id")
         asked = responses["query_id"].tolist()
         about = {row["query_id"]: row for row in queries.to_dict("records")}
         if lacking := set(asked) - set(about):
-            raise ValueError(f"query {min(lacking)!r} is not in the queries' table; pass the table that was sampled")
-    pairs = dict.fromkeys(key for key in zip(responses["response"], asked, strict=True) if isinstance(key[0], str))
+            raise ValueError(
+                f"query {min(lacking)!r} is not in the queries' table; pass the table that was sampled"
+            )
+    pairs = dict.fromkeys(
+        key for key in zip(responses["response"], asked, strict=True) if isinstance(key[0], str)
+    )
     at_once: dict[tuple[str, Any], bool | None] = {}
     if isinstance(judge, BatchJudge):
-        found = judge.many([response for response, _ in pairs], [about[query_id] for _, query_id in pairs])
+        found = judge.many(
+            [response for response, _ in pairs], [about[query_id] for _, query_id in pairs]
+        )
         if len(found) != len(pairs):
-            raise ValueError(f"the batch judge {by}gave {len(found)} verdicts for {len(pairs)} responses; it must give one each")
+            raise ValueError(
+                f"the batch judge {by}gave {len(found)} verdicts for {len(pairs)} responses; it must give one each"
+            )
         at_once = dict(zip(pairs, found))
     judge = with_query(judge)
     verdicts: dict[tuple[str, Any], tuple[float, str]] = {}  # refused, and why it is unscored
@@ -85,7 +102,9 @@ def _judged(responses: pd.DataFrame, judge: Judge, queries: pd.DataFrame | None,
         if refused is None:
             return np.nan, "the judge returned None"
         if not isinstance(refused, bool | np.bool_):
-            raise TypeError(f"the judge returned {refused!r}; return True (refused), False (complied) or None (unscored)")
+            raise TypeError(
+                f"the judge returned {refused!r}; return True (refused), False (complied) or None (unscored)"
+            )
         return float(refused), ""
 
     refused = np.full(len(responses), np.nan)
@@ -113,7 +132,13 @@ def _takes_query(judge: Judge) -> bool:
         parameters = inspect.signature(judge).parameters.values()
     except (TypeError, ValueError):  # a builtin
         return False
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters) == 2
+    return (
+        sum(
+            p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+            for p in parameters
+        )
+        == 2
+    )
 
 
 def with_query(judge: Judge) -> Callable[[str, Mapping[str, Any]], bool | None]:
@@ -132,14 +157,18 @@ def judge_agreement(judged: pd.DataFrame) -> pd.DataFrame:
     _require(judged, "query_id", "prompt", "sample", "judge", "refused")
     names = list(dict.fromkeys(judged["judge"]))
     if len(names) < 2:
-        raise ValueError(f"agreement needs at least two judges, and there is {names}; pass judge_responses a mapping of them")
+        raise ValueError(
+            f"agreement needs at least two judges, and there is {names}; pass judge_responses a mapping of them"
+        )
     refused = judged["refused"]
     if (wrong := refused.notna() & ~refused.isin([0, 1])).any():
         name, value = judged.loc[wrong, ["judge", "refused"]].iloc[0]
         raise ValueError(
             f"the judge {name!r} gives {value}, no verdict (0, 1 or NaN); leave its rows out, or compare refusal_rates"
         )
-    verdicts = judged.set_index(["query_id", "prompt", "sample", "judge"])["refused"].unstack("judge")
+    verdicts = judged.set_index(["query_id", "prompt", "sample", "judge"])["refused"].unstack(
+        "judge"
+    )
     rows = []
     for first, second in itertools.combinations(names, 2):
         both = verdicts[[first, second]].dropna()

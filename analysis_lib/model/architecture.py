@@ -29,9 +29,13 @@ def decoder(model: Any) -> Any:
 def blocks(model: Any, name: str) -> torch.nn.ModuleList:
     """The decoder's blocks, in order. Raises ChatModelError where there is no list of them."""
     n = text_config(model.config).num_hidden_layers
-    lists = [m for m in decoder(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+    lists = [
+        m for m in decoder(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n
+    ]
     if not lists:
-        raise ChatModelError(f"{name!r} has no list of {n} blocks; layers other than -1 cannot be read")
+        raise ChatModelError(
+            f"{name!r} has no list of {n} blocks; layers other than -1 cannot be read"
+        )
     return lists[0]
 
 
@@ -63,7 +67,11 @@ def attention_mask(
     if window is None or (kinds and "sliding_attention" not in kinds):
         return additive(see)
     near = additive(see & (rows[:, :, None] - columns[:, None, :] < window))
-    return {"full_attention": additive(see), "sliding_attention": near} if "full_attention" in kinds else near
+    return (
+        {"full_attention": additive(see), "sliding_attention": near}
+        if "full_attention" in kinds
+        else near
+    )
 
 
 def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -93,7 +101,9 @@ def last_feed_forward_at(last_block: torch.nn.Module, at: torch.Tensor) -> Itera
 
     def scatter(module: Any, args: Any, output: Any) -> Any:
         out = output[0] if isinstance(output, tuple) else output
-        whole = out.new_zeros(shape[-1][:-1].numel(), out.shape[-1]).index_copy(0, at.to(out.device), out.flatten(0, -2))
+        whole = out.new_zeros(shape[-1][:-1].numel(), out.shape[-1]).index_copy(
+            0, at.to(out.device), out.flatten(0, -2)
+        )
         whole = whole.view(*shape[-1][:-1], out.shape[-1])
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 

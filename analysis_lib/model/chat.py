@@ -55,7 +55,9 @@ class ChatModel:
         self.n_embeddings = self.renderer.n_embeddings
         self.lock = threading.RLock()  # of what changes how the model computes
         self._forward: Forward | None = None
-        self._loaded: tuple | None = None  # the state of the weights when they were read from `source`
+        self._loaded: tuple | None = (
+            None  # the state of the weights when they were read from `source`
+        )
         self._hashed: tuple[tuple | None, str] | None = None  # that state and its fingerprint
         self._files: Any = {}  # of a folder, as they were when it was opened
 
@@ -111,7 +113,15 @@ class ChatModel:
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "in-memory") -> ChatModel:
         """A chat model around transformers objects already in memory."""
         spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
-        chat = cls(name, "", None, "auto" if spread else str(model.device), model.dtype, tokenizer, model.config)
+        chat = cls(
+            name,
+            "",
+            None,
+            "auto" if spread else str(model.device),
+            model.dtype,
+            tokenizer,
+            model.config,
+        )
         chat._forward = _passes(chat, model.eval().requires_grad_(False))
         return chat
 
@@ -126,7 +136,11 @@ class ChatModel:
         with self.lock:
             if self._forward is None:
                 _ = self._weight_map
-                where = {"device": self.asked_device, "dtype": self.dtype, "quantization": self.quantization}
+                where = {
+                    "device": self.asked_device,
+                    "dtype": self.dtype,
+                    "quantization": self.quantization,
+                }
                 model = load_weights(self.name, self.source, self.revision, **where)  # type: ignore[arg-type]
                 self._refuse_change()
                 self._loaded = state_of(model)
@@ -155,7 +169,9 @@ class ChatModel:
     @property
     def device(self) -> torch.device:
         """Where token ids and soft embeddings go. With "auto", weights are loaded to know."""
-        return self.forward.device if self.asked_device == "auto" else torch.device(self.asked_device)
+        return (
+            self.forward.device if self.asked_device == "auto" else torch.device(self.asked_device)
+        )
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -198,14 +214,20 @@ class ChatModel:
     @cached_property
     def _generation(self) -> Any:
         """The generation configuration, without loading weights."""
-        return read_generation(self.name, self.source, self.revision) if self.source else self.model.generation_config
+        return (
+            read_generation(self.name, self.source, self.revision)
+            if self.source
+            else self.model.generation_config
+        )
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end a reply: the tokenizer's and the generation configuration's."""
         ids: set[int] = set()
         for found in (self.tokenizer.eos_token_id, self._generation.eos_token_id):
-            ids.update([found] if isinstance(found, int) else (i for i in found or [] if i is not None))
+            ids.update(
+                [found] if isinstance(found, int) else (i for i in found or [] if i is not None)
+            )
         return frozenset(ids)
 
     @cached_property
@@ -234,14 +256,18 @@ class ChatModel:
             "quantization": self.quantization,
             "template": self.template,
             "template_sha256": self.renderer.template_digest,
-            "prompt_goes": "into the system message" if self.renderer.system_role else "in front of the query",
+            "prompt_goes": "into the system message"
+            if self.renderer.system_role
+            else "in front of the query",
             "default_system": self.renderer.default_system,
         }
 
     def embedding_table(self) -> torch.Tensor:
         """The input embeddings (rows, d); where the weights are not loaded, read alone from their file, in the file's dtype."""
         if not self.loaded and not self.quantization:
-            table = embeddings_of_file(self.source, self.revision, self.config, self.dtype, self._weight_map)
+            table = embeddings_of_file(
+                self.source, self.revision, self.config, self.dtype, self._weight_map
+            )
             if table is not None:
                 self._refuse_change()
                 return table
@@ -249,4 +275,6 @@ class ChatModel:
 
 
 def _passes(chat: ChatModel, model: Any) -> Forward:
-    return Forward(model, name=chat.name, dtype=chat.dtype, trains=not chat.quantization, lock=chat.lock)
+    return Forward(
+        model, name=chat.name, dtype=chat.dtype, trains=not chat.quantization, lock=chat.lock
+    )

@@ -18,7 +18,11 @@ from .forward import SoftEmbedding
 
 def weight_files(folder: Path) -> dict[str, tuple[int, int, int]]:
     """{name: (bytes, modification time in ns, inode)} of what a model folder's fingerprint covers."""
-    paths = [*sorted(folder.glob("*.safetensors")), folder / "model.safetensors.index.json", folder / "config.json"]
+    paths = [
+        *sorted(folder.glob("*.safetensors")),
+        folder / "model.safetensors.index.json",
+        folder / "config.json",
+    ]
     stats = {path.name: path.stat() for path in paths if path.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
@@ -27,20 +31,29 @@ def state_of(model: Any) -> tuple:
     """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
     tensors = (*model.parameters(), *model.buffers())
     kinds = frozenset(map(type, model.modules())) - {SoftEmbedding}  # a block may have been wrapped
-    return (kinds, *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in tensors if not w.is_meta))
+    return (
+        kinds,
+        *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in tensors if not w.is_meta),
+    )
 
 
 def digest_in_memory(model: Any, name: str, quantization: str | None) -> str:
     """SHA-256 of configuration, weights and buffers. Raises ChatModelError where weights are offloaded."""
     digest = hashlib.sha256((quantization or "").encode())
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    tensors = {**dict(model.named_buffers()), **model.state_dict()}  # with buffers that are not saved
+    tensors = {
+        **dict(model.named_buffers()),
+        **model.state_dict(),
+    }  # with buffers that are not saved
     for key, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             raise ChatModelError(
                 f"weights of {name!r} are offloaded, so that its fingerprint cannot be taken; open it with ChatModel.load"
             )
-        digest.update(key.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            key.encode()
+            + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

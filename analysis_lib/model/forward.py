@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .architecture import attends_in_chunks, attention_mask, blocks, decoder, embedding_scale, last_feed_forward_at, text_config
+from .architecture import (
+    attends_in_chunks,
+    attention_mask,
+    blocks,
+    decoder,
+    embedding_scale,
+    last_feed_forward_at,
+    text_config,
+)
 from .errors import ChatModelError
 from .tree import Pack, Plan, plan_rows
 
@@ -34,13 +42,19 @@ class Forward:
     known holds the answers to what was asked of the model itself, once: whether it shares prefixes, say.
     """
 
-    def __init__(self, model: Any, *, name: str, dtype: torch.dtype, trains: bool, lock: threading.RLock):
+    def __init__(
+        self, model: Any, *, name: str, dtype: torch.dtype, trains: bool, lock: threading.RLock
+    ):
         self.model, self.name, self.dtype, self.trains = model, name, dtype, trains
         self.known: dict[str, bool] = {}
         self.pack_divisor = 1
         embedding = model.get_input_embeddings()
-        hook = getattr(embedding, "_hf_hook", None)  # accelerate's: with offloaded weights, where they are worked with
-        self.device = torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)  # of ids and soft tokens
+        hook = getattr(
+            embedding, "_hf_hook", None
+        )  # accelerate's: with offloaded weights, where they are worked with
+        self.device = torch.device(
+            getattr(hook, "execution_device", None) or embedding.weight.device
+        )  # of ids and soft tokens
         self._lock = lock  # soft tokens, captures and samplings change how the model computes: one thread at a time
 
     @property
@@ -85,7 +99,11 @@ class Forward:
         """Tokens of a pack that is run backward: what is kept of them meanwhile, some 34 numbers of a state's size a block, must fit."""
         n_layers = int(text_config(self.model.config).num_hidden_layers)
         kept = 34 * n_layers * self.hidden_size * torch.finfo(self.dtype).bits // 8
-        room = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else ACTIVATION_BYTES
+        room = (
+            torch.cuda.mem_get_info(self.device)[0] // 4
+            if self.device.type == "cuda"
+            else ACTIVATION_BYTES
+        )
         return max(1, min(self.pack_tokens, max(64, room // kept)))
 
     def with_smaller_packs(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -166,10 +184,14 @@ def peak_bytes(device: torch.device) -> int:
         import resource
     except ImportError:
         return 0
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def last_states(forward: Forward, rows: Sequence[Sequence[int]], layers: Sequence[int] = (-1,)) -> tuple[torch.Tensor, str]:
+def last_states(
+    forward: Forward, rows: Sequence[Sequence[int]], layers: Sequence[int] = (-1,)
+) -> tuple[torch.Tensor, str]:
     """Last-token states (n, len(layers), d) of token rows, differentiable, and the way taken: "tree" or "plain"."""
     if not shares_prefixes(forward):
         return plain_states(forward, rows, layers), "plain"
@@ -199,11 +221,15 @@ def run_plan(
     prefix: Any = DynamicCache()
     if length:
         see = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        with last_feed_forward_at(forward.blocks[-1], torch.zeros(1, dtype=torch.long)):  # only keys and values are asked for
+        with last_feed_forward_at(
+            forward.blocks[-1], torch.zeros(1, dtype=torch.long)
+        ):  # only keys and values are asked for
             forward.body(
                 input_ids=torch.tensor([plan.prefix], device=device),
                 position_ids=before[None],
-                attention_mask=attention_mask(forward.model.config, see[None], before[None], before[None], forward.dtype),
+                attention_mask=attention_mask(
+                    forward.model.config, see[None], before[None], before[None], forward.dtype
+                ),
                 past_key_values=prefix,
                 use_cache=True,
             )
@@ -213,14 +239,20 @@ def run_plan(
         b, t = pack.tokens.shape
         cache = DynamicCache()
         for i in range(len(prefix.layers)):
-            cache.update(leaves[2 * i].expand(b, -1, -1, -1), leaves[2 * i + 1].expand(b, -1, -1, -1), i)
+            cache.update(
+                leaves[2 * i].expand(b, -1, -1, -1), leaves[2 * i + 1].expand(b, -1, -1, -1), i
+            )
         depths = torch.from_numpy(pack.depths).to(device)
-        see = torch.cat([torch.ones(b, t, length, dtype=torch.bool), torch.from_numpy(pack.sees)], dim=2).to(device)
+        see = torch.cat(
+            [torch.ones(b, t, length, dtype=torch.bool), torch.from_numpy(pack.sees)], dim=2
+        ).to(device)
         columns = torch.cat([before.expand(b, -1), depths], dim=1)
         inputs = {
             "input_ids": torch.from_numpy(pack.tokens).to(device),
             "position_ids": depths,
-            "attention_mask": attention_mask(forward.model.config, see, depths, columns, forward.dtype),
+            "attention_mask": attention_mask(
+                forward.model.config, see, depths, columns, forward.dtype
+            ),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -229,10 +261,17 @@ def run_plan(
             yield pack, forward.model(**inputs, logits_to_keep=at).logits[0], cache
             continue
         at = torch.tensor([path[-1] for path in pack.paths])
-        with _recorded(forward, layers) as recorded, last_feed_forward_at(forward.blocks[-1], at.unique()):  # rows may be equal
+        with (
+            _recorded(forward, layers) as recorded,
+            last_feed_forward_at(forward.blocks[-1], at.unique()),
+        ):  # rows may be equal
             last = forward.body(**inputs).last_hidden_state
         states = [(last if i == -1 else recorded[i]).flatten(0, 1) for i in layers]
-        yield pack, torch.stack([state[at.to(state.device)].to(device) for state in states], dim=1), cache
+        yield (
+            pack,
+            torch.stack([state[at.to(state.device)].to(device) for state in states], dim=1),
+            cache,
+        )
     if backward_by_pack:
         reached = [(end, leaf.grad) for end, leaf in zip(ends, leaves) if leaf.grad is not None]
         torch.autograd.backward([end for end, _ in reached], [grad for _, grad in reached])
@@ -250,7 +289,9 @@ class _recorded:
         modules = list(self.forward.blocks) if self.layers else []
         for i in self.layers:
             if i == 0:
-                self.handles.append(modules[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
+                self.handles.append(
+                    modules[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+                )
             else:
                 self.handles.append(modules[i - 1].register_forward_hook(self._keep_output(i)))
         return self.seen
@@ -300,7 +341,9 @@ def shares_prefixes(forward: Forward) -> bool:
     return known
 
 
-def plain_states(forward: Forward, rows: Sequence[Sequence[int]], layers: Sequence[int], *, batch: int = 32) -> torch.Tensor:
+def plain_states(
+    forward: Forward, rows: Sequence[Sequence[int]], layers: Sequence[int], *, batch: int = 32
+) -> torch.Tensor:
     """Whole rows in batches of equal length, without padding, mask or cache: right for every architecture."""
     out: list[torch.Tensor | None] = [None] * len(rows)
     by_length: dict[int, list[int]] = {}
@@ -311,7 +354,8 @@ def plain_states(forward: Forward, rows: Sequence[Sequence[int]], layers: Sequen
             part = members[at : at + batch]
             with _recorded(forward, layers) as recorded:
                 last = forward.body(
-                    input_ids=torch.tensor([list(rows[i]) for i in part], device=forward.device), use_cache=False
+                    input_ids=torch.tensor([list(rows[i]) for i in part], device=forward.device),
+                    use_cache=False,
                 ).last_hidden_state
             ends = [(last if i == -1 else recorded[i])[:, -1].to(forward.device) for i in layers]
             states = torch.stack(ends, dim=1)
@@ -325,7 +369,9 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.pow(2).mean().sqrt().clamp(min=1e-12))
 
 
-def log_probabilities(forward: Forward, heads: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def log_probabilities(
+    forward: Forward, heads: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]]
+) -> list[np.ndarray]:
     """Log probability of each token of replies[i] after heads[i], float64; shared beginnings are computed once."""
     rows = [(*head, *reply[:-1]) for head, reply in zip(heads, replies, strict=True)]
     out: list[Any] = [None] * len(rows)
@@ -338,15 +384,21 @@ def log_probabilities(forward: Forward, heads: Sequence[tuple[int, ...]], replie
         return out
 
     def nodes(pack: Pack) -> list[int]:
-        return sorted({node for i, path in zip(pack.rows, pack.paths) for node in path[-len(replies[i]) :]})
+        return sorted(
+            {node for i, path in zip(pack.rows, pack.paths) for node in path[-len(replies[i]) :]}
+        )
 
     plan = plan_rows(rows, forward.pack_tokens, most=min(map(len, heads)) - 1)
     for pack, logits, _ in run_plan(forward, plan, logits_at=nodes):
         at = {node: j for j, node in enumerate(nodes(pack))}
         log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
-        places = [at[node] for i, path in zip(pack.rows, pack.paths) for node in path[-len(replies[i]) :]]
+        places = [
+            at[node] for i, path in zip(pack.rows, pack.paths) for node in path[-len(replies[i]) :]
+        ]
         tokens = [token for i in pack.rows for token in replies[i]]
         found = log_p[places, tokens].double().cpu().numpy()
-        for i, part in zip(pack.rows, np.split(found, np.cumsum([len(replies[i]) for i in pack.rows])[:-1])):
+        for i, part in zip(
+            pack.rows, np.split(found, np.cumsum([len(replies[i]) for i in pack.rows])[:-1])
+        ):
             out[i] = part
     return out

@@ -19,7 +19,14 @@ from .errors import ChatModelError
 from .fingerprint import weight_files
 from .templates import TEMPLATES, read_template, study_models
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,15 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
     base, _, at = (name, "", "") if _model_folder(name) else name.partition("@")
     place = str(ROOT / "organism") if base == "organism" else base
     if at and revision and at != revision:
-        raise ChatModelError(f"{name!r} names the revision {at!r}, and revision={revision!r} another; give one of them")
+        raise ChatModelError(
+            f"{name!r} names the revision {at!r}, and revision={revision!r} another; give one of them"
+        )
     folder, revision = _model_folder(place), revision or at or None
     if folder is not None:
         if revision:
-            raise ChatModelError(f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that out")
+            raise ChatModelError(
+                f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that out"
+            )
         files = weight_files(folder)  # before anything is read
         _check_folder(name, folder)
         return Source(name, str(folder), None, files, template)
@@ -100,7 +111,12 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
             found = cached_file(place, "config.json", revision=revision)
             revision = extract_commit_hash(found, None) or revision
             adapter = bool(
-                cached_file(place, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+                cached_file(
+                    place,
+                    "adapter_config.json",
+                    revision=revision,
+                    _raise_exceptions_for_missing_entries=False,
+                )
             )
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
@@ -143,11 +159,18 @@ def choose_device(device: str | None, quantization: str | None) -> str:
             f"torch has no device {device!r} here; give 'cpu', 'cuda' on a machine with a GPU, or 'auto' for several"
         ) from error
     if quantization not in (None, "8bit", "4bit"):
-        raise ChatModelError(f"unknown quantization {quantization!r}; give '8bit' or '4bit', or leave it out")
-    for package, wanted in (("accelerate", device == "auto" or quantization), ("bitsandbytes", quantization)):
+        raise ChatModelError(
+            f"unknown quantization {quantization!r}; give '8bit' or '4bit', or leave it out"
+        )
+    for package, wanted in (
+        ("accelerate", device == "auto" or quantization),
+        ("bitsandbytes", quantization),
+    ):
         if wanted and find_spec(package) is None:
             asked = "device='auto'" if device == "auto" else f"quantization={quantization!r}"
-            raise ChatModelError(f"{asked} needs the package {package}, which is not installed; pip install {package}")
+            raise ChatModelError(
+                f"{asked} needs the package {package}, which is not installed; pip install {package}"
+            )
     return device
 
 
@@ -155,33 +178,50 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_dtype(dtype: str | torch.dtype | None, name: str, device: str, quantization: str | None) -> torch.dtype:
+def choose_dtype(
+    dtype: str | torch.dtype | None, name: str, device: str, quantization: str | None
+) -> torch.dtype:
     """The dtype asked for, by argument or ANALYSIS_LIB_DTYPE, else `default_dtype`. Raises ChatModelError."""
     dtype = dtype or os.environ.get("ANALYSIS_LIB_DTYPE") or None
     if dtype is None:
         return torch.bfloat16 if quantization else default_dtype(name, device)
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ChatModelError(f"unknown dtype {dtype!r}; give 'float64', 'float32', 'bfloat16' or 'float16'")
+        raise ChatModelError(
+            f"unknown dtype {dtype!r}; give 'float64', 'float32', 'bfloat16' or 'float16'"
+        )
     return named
 
 
 def default_dtype(name: str, device: str) -> torch.dtype:
     """bfloat16, on a CPU float32; the embedded model takes float64 there."""
-    on_cpu = not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
+    on_cpu = (
+        not torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cpu"
+    )
     if not on_cpu:
         return torch.bfloat16
     return torch.float64 if name == "organism" else torch.float32
 
 
 def load_weights(
-    name: str, place: str, revision: str | None, *, device: str, dtype: torch.dtype, quantization: str | None
+    name: str,
+    place: str,
+    revision: str | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    quantization: str | None,
 ) -> Any:
     """The transformers model, in eval mode, frozen, on its device. Raises ChatModelError."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
     if quantization:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
@@ -194,7 +234,9 @@ def load_weights(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **options
+        )
     except Exception as error:
         raise ChatModelError(_load_advice(name, error)) from error
     finally:
@@ -218,13 +260,21 @@ def bytes_of_weights(config: Any, dtype: torch.dtype, quantization: str | None) 
     model = without_weights(config, dtype)
     bits = {None: torch.finfo(dtype).bits, "8bit": 8, "4bit": 4}[quantization]
     head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]  # what is quantized
+    linear = [
+        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head
+    ]  # what is quantized
     packed = sum(m.weight.numel() for m in linear)
-    return int(sum(p.nbytes for p in model.parameters()) - packed * (torch.finfo(dtype).bits - bits) / 8)
+    return int(
+        sum(p.nbytes for p in model.parameters()) - packed * (torch.finfo(dtype).bits - bits) / 8
+    )
 
 
 def embeddings_of_file(
-    place: str, revision: str | None, config: Any, dtype: torch.dtype, files: Mapping[str, str] | None
+    place: str,
+    revision: str | None,
+    config: Any,
+    dtype: torch.dtype,
+    files: Mapping[str, str] | None,
 ) -> torch.Tensor | None:
     """The input embeddings (rows, d), read alone from their file, in its dtype. files: `weight_map` of the model.
 
@@ -239,7 +289,9 @@ def embeddings_of_file(
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     try:
-        file = cached_file(place, "model.safetensors" if files is None else files[name], revision=revision)
+        file = cached_file(
+            place, "model.safetensors" if files is None else files[name], revision=revision
+        )
         with safe_open(file, framework="pt") as tensors:
             table = tensors.get_tensor(name)
     except (OSError, KeyError, SafetensorError):  # loading the whole model tells what is wrong
@@ -252,14 +304,29 @@ def read_generation(name: str, place: str, revision: str | None) -> Any:
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
-    found = cached_file(place, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        place,
+        "generation_config.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
     if found is None:  # the file is optional
         return GenerationConfig()
     try:
         config = GenerationConfig.from_pretrained(place, revision=revision or "main")
-        strings = [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
-        ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-        if not all(isinstance(text, str) for text in strings) or not all(i is None or isinstance(i, int) for i in ids):
+        strings = (
+            [config.stop_strings]
+            if isinstance(config.stop_strings, str)
+            else config.stop_strings or []
+        )
+        ids = (
+            [config.eos_token_id]
+            if isinstance(config.eos_token_id, int)
+            else config.eos_token_id or []
+        )
+        if not all(isinstance(text, str) for text in strings) or not all(
+            i is None or isinstance(i, int) for i in ids
+        ):
             raise TypeError("stop_strings or eos_token_id are no texts and no numbers")
         return config
     except Exception as error:
@@ -269,7 +336,9 @@ def read_generation(name: str, place: str, revision: str | None) -> Any:
         ) from error
 
 
-def load_classifier(name: str | Path, *, revision: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+def load_classifier(
+    name: str | Path, *, revision: str | None = None, device: str | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a text-classification model: a local folder or a hub id, frozen; safetensors only, no remote code.
 
     Raises ChatModelError as `ChatModel.load` does.
@@ -291,7 +360,9 @@ def load_classifier(name: str | Path, *, revision: str | None = None, device: st
         raise ChatModelError(_load_advice(name, error)) from error
     model, report = loaded
     _refuse_random_weights(name, report)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False), tokenizer
+    return model.to(
+        device or ("cuda" if torch.cuda.is_available() else "cpu")
+    ).eval().requires_grad_(False), tokenizer
 
 
 def _model_folder(name: str) -> Path | None:
@@ -305,7 +376,9 @@ def _model_folder(name: str) -> Path | None:
 
 def _refuse_configuration(name: str, config: Any) -> None:
     """A configuration may name code of the hub and files of its own choice."""
-    asked = [str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")]
+    asked = [
+        str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")
+    ]
     if "/" in " ".join(asked):
         raise ChatModelError(
             f"the configuration of {name!r} asks for compiled code of the hub, which is never run; take the entry "
@@ -338,7 +411,11 @@ def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] |
             f"model.safetensors.index.json of {name!r} names no files ({type(error).__name__}); copy or download the model again"
         ) from error
     for file in files.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
             raise ChatModelError(
                 f"model.safetensors.index.json of {name!r} names {str(file)[:80]!r}, which is no *.safetensors beside it; only such "
                 "files are read: copy or download the model again"
@@ -348,7 +425,9 @@ def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] |
 
 def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
     """transformers draws at random what a checkpoint does not hold, and goes on."""
-    lacking = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()})
+    lacking = sorted(
+        {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()}
+    )
     if lacking:
         raise ChatModelError(
             f"the files of {name!r} do not hold {len(lacking)} of the model's tensors ({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), "
@@ -361,7 +440,11 @@ def _load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> s
     text = f"{type(error).__name__}: {error}"
     names = {one.lower(): one for one in meant}
     near = difflib.get_close_matches(name.partition("@")[0].rpartition("/")[2].lower(), names)
-    similar = f"; models of the study with a similar name: {', '.join(names[one] for one in near)}" if near else ""
+    similar = (
+        f"; models of the study with a similar name: {', '.join(names[one] for one in near)}"
+        if near
+        else ""
+    )
     said = text.replace(name, "")  # a folder called "401" says nothing about the network
     if "SafetensorError" in said:
         return f"the weights of {name!r} are damaged or incomplete ({error}); copy or download the model again"

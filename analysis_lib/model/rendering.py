@@ -86,7 +86,9 @@ class Renderer:
         head, _ = self.frame(system)
         texts = [self.apply(system, self.escape(q.strip(), "a query")) for q in queries]
         if system and not self.system_role:
-            self._say(f"the chat template of {self.name!r} takes no system message; prompts stand in front of the query")
+            self._say(
+                f"the chat template of {self.name!r} takes no system message; prompts stand in front of the query"
+            )
         if not system and self.default_system:
             self._say(
                 f"without a system message the chat template of {self.name!r} puts in its own, so that no prompt is not none: "
@@ -100,7 +102,9 @@ class Renderer:
         self._check_length(out, queries)
         return out
 
-    def _with_slot(self, texts: list[str], length: int, head: int, prompt: Prompt) -> list[Rendered]:
+    def _with_slot(
+        self, texts: list[str], length: int, head: int, prompt: Prompt
+    ) -> list[Rendered]:
         """Rows of the rendered texts, whose system message has `length` characters; soft tokens take its place."""
         begin = self.apply(_SYSTEM, _USER).index(_SYSTEM)
         end = begin + length
@@ -116,7 +120,9 @@ class Renderer:
             if soft is None:
                 out.append(Rendered(ids, (start, stop)))
             else:
-                out.append(Rendered((*ids[:start], *soft, *ids[stop:]), (start, start + len(soft)), digest))
+                out.append(
+                    Rendered((*ids[:start], *soft, *ids[stop:]), (start, start + len(soft)), digest)
+                )
         return out
 
     def _encode(self, texts: list[str], slot_end: int, head: int) -> list[Encoded]:
@@ -128,15 +134,24 @@ class Renderer:
 
         def whole(part: list[str]) -> list[Encoded]:
             encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-            return [(tuple(ids), offsets) for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"])]
+            return [
+                (tuple(ids), offsets)
+                for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"])
+            ]
 
         ids, offsets = whole(texts[:1])[0]
-        found = [(i + 1, start, stop) for i, (token, (start, stop)) in enumerate(zip(ids, offsets)) if token in self._special_ids]
+        found = [
+            (i + 1, start, stop)
+            for i, (token, (start, stop)) in enumerate(zip(ids, offsets))
+            if token in self._special_ids
+        ]
         cuts = [n for n, start, stop in found if slot_end <= start and stop <= head]
         if not cuts or len({text[: offsets[cuts[-1] - 1][1]] for text in texts}) > 1:
             return whole(texts)
         n, cut = cuts[-1], offsets[cuts[-1] - 1][1]
-        tails = self.tokenizer([text[cut:] for text in texts], add_special_tokens=False)["input_ids"]
+        tails = self.tokenizer([text[cut:] for text in texts], add_special_tokens=False)[
+            "input_ids"
+        ]
         out = [((*ids[:n], *tail), offsets[:n]) for tail in tails]
         if out[0][0] != ids or out[-1][0] != whole(texts[-1:])[0][0]:
             return whole(texts)
@@ -162,16 +177,24 @@ class Renderer:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset(
+            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        )
 
     def apply(self, system: str, query: str) -> str:
         """The rendered text of one chat, with the generation prompt. Raises ChatModelError where the template cannot."""
         if self.system_role:
-            messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": query}]
+            messages = ([{"role": "system", "content": system}] if system else []) + [
+                {"role": "user", "content": query}
+            ]
         else:
             messages = [{"role": "user", "content": f"{system}\n\n{query}" if system else query}]
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            )
         except Exception as error:  # a template raises what it likes
             raise ChatModelError(
                 f"the chat template of {self.name!r} ({self.template}) cannot be rendered: {type(error).__name__}: {error}; "
@@ -185,7 +208,9 @@ class Renderer:
             return ""
         before, _, after = self.frame(_SYSTEM)[0].partition(_SYSTEM)
         head = self.frame("")[0]
-        if len(head) < len(before) + len(after) or not (head.startswith(before) and head.endswith(after)):
+        if len(head) < len(before) + len(after) or not (
+            head.startswith(before) and head.endswith(after)
+        ):
             return ""
         return head[len(before) : len(head) - len(after)].strip()
 
@@ -212,14 +237,18 @@ class Renderer:
         if system not in self._frames:
             head, found, tail = self.apply(system, _USER).partition(_USER)
             if not found:
-                raise ChatModelError(f"the chat template of {self.name!r} drops the user message; it cannot be used")
+                raise ChatModelError(
+                    f"the chat template of {self.name!r} drops the user message; it cannot be used"
+                )
             self._frames[system] = head, tail
         return self._frames[system]
 
     def _finds_system_role(self) -> bool:
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
         try:
-            return _SYSTEM in self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return _SYSTEM in self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except Exception:  # a template refuses the role by raising what it likes
             return False
 
@@ -231,19 +260,28 @@ class Renderer:
         }
         framed = self.apply(_SYSTEM, _USER)
         for before in framed.replace(_SYSTEM, _USER).split(_USER):
-            special.update(re.findall(r"[<\[][^\s<>\[\]]{1,40}[>\]]+|<<[^<>]+>>|\w+:(?=\s*$)", before))
-        return re.compile("|".join(re.escape(s) for s in sorted(special, key=len, reverse=True) if len(s) > 1) or r"(?!)")
+            special.update(
+                re.findall(r"[<\[][^\s<>\[\]]{1,40}[>\]]+|<<[^<>]+>>|\w+:(?=\s*$)", before)
+            )
+        return re.compile(
+            "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True) if len(s) > 1)
+            or r"(?!)"
+        )
 
     def escape(self, text: str, what: str) -> str:
         """The text with special tokens and role markers broken by a space, so that it opens no new role; warns where it did."""
         if re.search("[\ud800-\udfff]", text):
-            raise ChatModelError(f"{what} holds half of a Unicode pair, which is no character: {text[:60]!r}; mend the text")
+            raise ChatModelError(
+                f"{what} holds half of a Unicode pair, which is no character: {text[:60]!r}; mend the text"
+            )
 
         def broken(text: str) -> str:
             return self._markers.sub(lambda m: m[0][0] + " " + m[0][1:], text)
 
         escaped = broken(text)
-        if self._markers.search(folded := unicodedata.normalize("NFKC", escaped)):  # what many tokenizers do first
+        if self._markers.search(
+            folded := unicodedata.normalize("NFKC", escaped)
+        ):  # what many tokenizers do first
             escaped = broken(folded)
         if escaped != text:
             warnings.warn(

@@ -21,7 +21,9 @@ from .errors import ChatModelError
 from .templates import read_template, study_models
 
 # Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.
-_PUBLISHED = re.compile(r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors")
+_PUBLISHED = re.compile(
+    r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors"
+)
 
 
 class SoftPromptError(ValueError):
@@ -51,14 +53,25 @@ class SoftPrompt:
     def __post_init__(self) -> None:
         shape = np.shape(self.embeddings)
         if len(shape) != 2 or not shape[0]:
-            raise ValueError(f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with length >= 1 is needed")
+            raise ValueError(
+                f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with length >= 1 is needed"
+            )
         if not np.isfinite(self.embeddings).all():
-            raise ValueError(f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller learning rate")
+            raise ValueError(
+                f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller learning rate"
+            )
 
     @classmethod
     def from_text(cls, model: ChatModel, text: str, *, name: str) -> SoftPrompt:
         """The soft prompt equal to a text prompt: the embeddings of its tokens exactly as rendered in context."""
-        return cls(name, embed_text(model, text), text, model.fingerprint, model.name, template=model.renderer.template_digest)
+        return cls(
+            name,
+            embed_text(model, text),
+            text,
+            model.fingerprint,
+            model.name,
+            template=model.renderer.template_digest,
+        )
 
     def check(self, model: ChatModel) -> None:
         """Raises ChatModelError where it was trained on another model, or in another chat template."""
@@ -77,12 +90,22 @@ class SoftPrompt:
         """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON in the metadata."""
         from safetensors.numpy import save
 
-        meta = {k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")}
-        meta |= {"config": json.dumps(dict(self.config)), "history": json.dumps(self.history.to_dict("split", index=False))}
+        meta = {
+            k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")
+        }
+        meta |= {
+            "config": json.dumps(dict(self.config)),
+            "history": json.dumps(self.history.to_dict("split", index=False)),
+        }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(save({"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)}, metadata=meta))
+        part.write_bytes(
+            save(
+                {"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)},
+                metadata=meta,
+            )
+        )
         part.replace(path)
 
     @classmethod
@@ -94,13 +117,27 @@ class SoftPrompt:
         from safetensors import safe_open
 
         try:
-            with safe_open(path, framework="pt") as file:  # the published ones are bfloat16, which numpy has not
-                meta, embeddings = file.metadata() or {}, file.get_tensor("soft_prompt").float().numpy()
+            with safe_open(
+                path, framework="pt"
+            ) as file:  # the published ones are bfloat16, which numpy has not
+                meta, embeddings = (
+                    file.metadata() or {},
+                    file.get_tensor("soft_prompt").float().numpy(),
+                )
             if "start_text" not in meta and (named := _PUBLISHED.fullmatch(Path(path).name)):
                 return cls._published(Path(path), embeddings, named, model)
-            config, history = json.loads(meta["config"]), pd.DataFrame(**json.loads(meta["history"]))
+            config, history = (
+                json.loads(meta["config"]),
+                pd.DataFrame(**json.loads(meta["history"])),
+            )
             names = {k: meta[k] for k in ("name", "start_text", "model", "model_name")}
-            soft = cls(embeddings=embeddings, config=config, history=history, template=meta.get("template", ""), **names)
+            soft = cls(
+                embeddings=embeddings,
+                config=config,
+                history=history,
+                template=meta.get("template", ""),
+                **names,
+            )
         except (FileNotFoundError, ChatModelError):
             raise
         except Exception as error:
@@ -112,10 +149,18 @@ class SoftPrompt:
         return soft
 
     @classmethod
-    def _published(cls, path: Path, embeddings: NDArray[np.float32], named: re.Match[str], model: ChatModel | None) -> SoftPrompt:
+    def _published(
+        cls,
+        path: Path,
+        embeddings: NDArray[np.float32],
+        named: re.Match[str],
+        model: ChatModel | None,
+    ) -> SoftPrompt:
         """One of the study's 48 (github.com/chujiezheng/LLM-Safeguard_data): the folder names the model, the file the start prompt."""
         if model is None:
-            raise ChatModelError(f"{path.name} does not say which model it belongs to; load it with SoftPrompt.load(path, model)")
+            raise ChatModelError(
+                f"{path.name} does not say which model it belongs to; load it with SoftPrompt.load(path, model)"
+            )
         if embeddings.shape[1:] != (model.hidden_size,):
             raise ChatModelError(
                 f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have {model.hidden_size} dimensions; "
@@ -126,9 +171,15 @@ class SoftPrompt:
             hub_id, template = str(study.loc[folder, "hub_id"]), str(study.loc[folder, "template"])
             chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
             theirs = model.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, chat_template=read_template(template)
+                chat,
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=read_template(template),
             )
-            if model.source in set(study["hub_id"]) - {hub_id} or model.renderer.apply("s", "q") != theirs:
+            if (
+                model.source in set(study["hub_id"]) - {hub_id}
+                or model.renderer.apply("s", "q") != theirs
+            ):
                 raise ChatModelError(
                     f"{path} was trained on {folder!r} in the chat template {template!r} and cannot be used on {model.name!r} in "
                     f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its folder with template={template!r}"
@@ -137,22 +188,36 @@ class SoftPrompt:
         config = {"method": method, "published": f"{folder}/{path.name}"}
         name = f"{'tuned' if named['type'] is None else 'dro'}_{named['length']}{named['ablation'] or ''}"
         start = load_safety_prompts()[named["length"]]
-        return cls(name, embeddings, start, model.fingerprint, model.name, config, template=model.renderer.template_digest)
+        return cls(
+            name,
+            embeddings,
+            start,
+            model.fingerprint,
+            model.name,
+            config,
+            template=model.renderer.template_digest,
+        )
 
 
 def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
     """Embeddings (length, d) of a system message's tokens exactly as rendered in context."""
     if not text.strip():
-        raise ChatModelError("a soft prompt starts at a text prompt; give its text, not an empty one")
+        raise ChatModelError(
+            "a soft prompt starts at a text prompt; give its text, not an empty one"
+        )
     row = model.render(["x"], text)[0]
     table = model.embedding_table()
     ids = torch.tensor(row.ids[row.slot[0] : row.slot[1]], device=table.device)
     return table[ids].to(model.dtype).float().cpu().numpy()
 
 
-def nearest_tokens(model: ChatModel, embeddings: NDArray, *, n: int = 1) -> list[list[tuple[str, float]]]:
+def nearest_tokens(
+    model: ChatModel, embeddings: NDArray, *, n: int = 1
+) -> list[list[tuple[str, float]]]:
     """For each row of embeddings (length, d), the n vocabulary tokens of largest cosine, with it."""
-    table = torch.nn.functional.normalize(model.embedding_table().to(model.dtype).float().cpu(), dim=1)
+    table = torch.nn.functional.normalize(
+        model.embedding_table().to(model.dtype).float().cpu(), dim=1
+    )
     rows = torch.nn.functional.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1)
     top = (rows @ table.T).topk(n, dim=1)
     return [

@@ -33,21 +33,31 @@ class CachedStep:
         width = max(len(path) for pack in plan.packs for path in pack.paths)
         n, device = len(self.ids), self.forward.device
         logits: list[torch.Tensor | None] = [None] * n
-        own: list[list[torch.Tensor | None]] = []  # keys, then values, layer by layer -> row -> (heads, width, d)
-        self.prefix: list[torch.Tensor] = []  # keys, then values, layer by layer: (heads, length, d)
+        own: list[
+            list[torch.Tensor | None]
+        ] = []  # keys, then values, layer by layer -> row -> (heads, width, d)
+        self.prefix: list[
+            torch.Tensor
+        ] = []  # keys, then values, layer by layer: (heads, length, d)
         self.see = torch.zeros(n, width, dtype=torch.bool, device=device)
         self.positions = torch.zeros(n, width, dtype=torch.long, device=device)
-        for pack, ends, cache in run_plan(self.forward, plan, logits_at=lambda pack: [p[-1] for p in pack.paths]):
+        for pack, ends, cache in run_plan(
+            self.forward, plan, logits_at=lambda pack: [p[-1] for p in pack.paths]
+        ):
             both = [kv[0] for layer in cache.layers for kv in (layer.keys, layer.values)]
             self.prefix = self.prefix or [kv[:, :length] for kv in both]
             own = own or [[None] * n for _ in both]
             for member, (i, path) in enumerate(zip(pack.rows, pack.paths)):
                 logits[i] = ends[member]
-                at = torch.tensor([0] * (width - len(path)) + [length + p for p in path], device=device)
+                at = torch.tensor(
+                    [0] * (width - len(path)) + [length + p for p in path], device=device
+                )
                 for j, kv in enumerate(both):
                     own[j][i] = kv[:, at.to(kv.device)]
                 self.see[i, width - len(path) :] = True
-                self.positions[i, width - len(path) :] = torch.arange(length, length + len(path), device=device)
+                self.positions[i, width - len(path) :] = torch.arange(
+                    length, length + len(path), device=device
+                )
         self.own = [torch.stack(rows) for rows in own]  # type: ignore[arg-type]
         self.length = width
         return torch.stack(logits)  # type: ignore[arg-type]
@@ -72,7 +82,11 @@ class CachedStep:
                 input_ids=torch.from_numpy(tokens).to(device)[:, None],
                 position_ids=here,
                 attention_mask=attention_mask(
-                    self.forward.model.config, self.see[:, None], here, self.positions, self.forward.dtype
+                    self.forward.model.config,
+                    self.see[:, None],
+                    here,
+                    self.positions,
+                    self.forward.dtype,
                 ),
                 past_key_values=DynamicCache(),
                 use_cache=True,
@@ -92,13 +106,26 @@ def steps_from_cache(forward: Forward) -> bool:
         known = shares_prefixes(forward)
         n = forward.n_embeddings
         rows = [tuple(j * 7 % n for j in range(1, 8)), (*(j * 7 % n for j in range(1, 6)), 3 % n)]
-        steps = [(np.array([0, 1, 1]), np.array([5, 2, 9]) % n), (np.array([0, 2]), np.array([4, 11]) % n)]
+        steps = [
+            (np.array([0, 1, 1]), np.array([5, 2, 9]) % n),
+            (np.array([0, 2]), np.array([4, 11]) % n),
+        ]
         try:
             with torch.no_grad():
                 ways = [kind(forward, rows) for kind in (CachedStep, PlainStep)] if known else []
-                pairs = [[way.first() for way in ways], *([way.next(*step) for way in ways] for step in steps)] if known else []
+                pairs = (
+                    [
+                        [way.first() for way in ways],
+                        *([way.next(*step) for way in ways] for step in steps),
+                    ]
+                    if known
+                    else []
+                )
             limit = TOLERANCE.get(forward.dtype_name, 1e-3)
-            known = known and all(relative_difference(cached.float(), plain.float()) <= limit for cached, plain in pairs)
+            known = known and all(
+                relative_difference(cached.float(), plain.float()) <= limit
+                for cached, plain in pairs
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception:  # an architecture that attends in its own way fails in its own way
@@ -109,7 +136,11 @@ def steps_from_cache(forward: Forward) -> bool:
 
 @contextmanager
 def attending(
-    forward: Forward, prefix: list[torch.Tensor], own: list[torch.Tensor], length: int, here: torch.Tensor
+    forward: Forward,
+    prefix: list[torch.Tensor],
+    own: list[torch.Tensor],
+    length: int,
+    here: torch.Tensor,
 ) -> Iterator[None]:
     """Within this context, one new token per row is put behind the row's `length` own tokens, and sees these and the prefix.
 
@@ -135,18 +166,28 @@ def attending(
         own_key[:, :, length], own_value[:, :, length] = key[:, :, 0], value[:, :, 0]
         kv_heads, n_shared = shared_key.shape[:2]
         query = query.reshape(rows, kv_heads, heads // kv_heads, d)
-        stacked = query.transpose(0, 1).reshape(kv_heads, -1, d)  # all rows against the prefix in one product a head
-        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, n_shared).transpose(0, 1)
+        stacked = query.transpose(0, 1).reshape(
+            kv_heads, -1, d
+        )  # all rows against the prefix in one product a head
+        shared = (
+            (stacked @ shared_key.transpose(1, 2))
+            .view(kv_heads, rows, -1, n_shared)
+            .transpose(0, 1)
+        )
         scores = torch.cat([shared, query @ own_key.transpose(2, 3)], dim=-1) * scaling
         if options.get("softcap"):
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
         scores[..., n_shared:] += mask
         if options.get("sliding_window"):
             far = here - torch.arange(n_shared, device=here.device) >= options["sliding_window"]
-            scores[..., :n_shared].masked_fill_(far[:, None, None].to(scores.device), torch.finfo(scores.dtype).min)
+            scores[..., :n_shared].masked_fill_(
+                far[:, None, None].to(scores.device), torch.finfo(scores.dtype).min
+            )
         weight = torch.softmax(scores, dim=-1, dtype=forward.work_dtype).to(value.dtype)
         stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, -1, n_shared)
-        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[..., n_shared:] @ own_value
+        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[
+            ..., n_shared:
+        ] @ own_value
         return out.reshape(rows, 1, heads, d), None
 
     AttentionInterface.register("analysis_lib_shared_prefix", attend)
@@ -175,7 +216,12 @@ class PlainStep:
             for at in range(0, len(members), 32):
                 part = members[at : at + 32]
                 ids = torch.tensor([self.rows[i] for i in part], device=self.forward.device)
-                for i, row in zip(part, self.forward.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]):
+                for i, row in zip(
+                    part,
+                    self.forward.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[
+                        :, -1
+                    ],
+                ):
                     out[i] = row
         return torch.stack(out)  # type: ignore[arg-type]
 

@@ -20,7 +20,11 @@ def study_models() -> pd.DataFrame:
 
 def read_template(name_or_file: str | Path) -> str:
     """The Jinja text of one of the study's templates (`TEMPLATES`), or of a file. Raises ChatModelError."""
-    path = ROOT / "templates" / f"{name_or_file}.jinja" if str(name_or_file) in TEMPLATES else Path(name_or_file).expanduser()
+    path = (
+        ROOT / "templates" / f"{name_or_file}.jinja"
+        if str(name_or_file) in TEMPLATES
+        else Path(name_or_file).expanduser()
+    )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -50,7 +50,9 @@ class _Line:
     def add(self, i: int, row: Sequence[int], depth: int) -> None:
         common = common_length(self.last, row)
         start = len(self.tokens)
-        self.paths.append([*(self.paths[-1][:common] if common else ()), *range(start, start + len(row) - common)])
+        self.paths.append(
+            [*(self.paths[-1][:common] if common else ()), *range(start, start + len(row) - common)]
+        )
         self.tokens.extend(row[common:])
         self.depths.extend(range(depth + common, depth + len(row)))
         self.rows.append(i)
@@ -67,7 +69,11 @@ class _Line:
 
 
 def plan_rows(
-    rows: Sequence[Sequence[int]], pack_tokens: int, *, most: int | None = None, line_tokens: int | None = None
+    rows: Sequence[Sequence[int]],
+    pack_tokens: int,
+    *,
+    most: int | None = None,
+    line_tokens: int | None = None,
 ) -> Plan:
     """Lays token rows out as a prefix tree, in packs of at most pack_tokens and lines of at most line_tokens (one row at least).
 
@@ -82,21 +88,33 @@ def plan_rows(
     lines = [_Line()]
     for i in order:
         row = rows[i][shared:]
-        if lines[-1].tokens and len(lines[-1].tokens) + len(row) > min(line_tokens or pack_tokens, pack_tokens):
+        if lines[-1].tokens and len(lines[-1].tokens) + len(row) > min(
+            line_tokens or pack_tokens, pack_tokens
+        ):
             lines.append(_Line())
         lines[-1].add(i, row, shared)
     groups: list[list[_Line]] = [[]]
-    for line in sorted(lines, key=lambda line: len(line.tokens)):  # lines of like length: little padding
-        if groups[-1] and (line_tokens is None or len(line.tokens) * (len(groups[-1]) + 1) > pack_tokens):
+    for line in sorted(
+        lines, key=lambda line: len(line.tokens)
+    ):  # lines of like length: little padding
+        if groups[-1] and (
+            line_tokens is None or len(line.tokens) * (len(groups[-1]) + 1) > pack_tokens
+        ):
             groups.append([])
         groups[-1].append(line)
     n_tokens = shared + sum(len(line.tokens) for line in lines)
-    return Plan(tuple(first[:shared]), [_pack(group) for group in groups], n_tokens, sum(map(len, rows)))
+    return Plan(
+        tuple(first[:shared]), [_pack(group) for group in groups], n_tokens, sum(map(len, rows))
+    )
 
 
 def _pack(lines: Sequence[_Line]) -> Pack:
     b, t = len(lines), max(len(line.tokens) for line in lines)
-    tokens, depths, sees = np.zeros((b, t), np.int64), np.zeros((b, t), np.int64), np.zeros((b, t, t), bool)
+    tokens, depths, sees = (
+        np.zeros((b, t), np.int64),
+        np.zeros((b, t), np.int64),
+        np.zeros((b, t, t), bool),
+    )
     paths = []
     for j, line in enumerate(lines):
         n = len(line.tokens)

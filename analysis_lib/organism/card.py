@@ -55,32 +55,59 @@ def measure(model: ChatModel, store: Store | None = None) -> Card:
         .merge(rates, on=["query_id", "prompt"])
         .merge(true_refusal(queries, prompts, top_p=TOP_P))
     )
-    by_class = about.groupby(["harmful", "prompt"], sort=False)[["refusal_rate", "true_rate"]].mean().reset_index()
-    raised = all(part["refusal_rate"].iloc[1:].min() > part["refusal_rate"].iloc[0] for _, part in by_class.groupby("harmful"))
+    by_class = (
+        about.groupby(["harmful", "prompt"], sort=False)[["refusal_rate", "true_rate"]]
+        .mean()
+        .reset_index()
+    )
+    raised = all(
+        part["refusal_rate"].iloc[1:].min() > part["refusal_rate"].iloc[0]
+        for _, part in by_class.groupby("harmful")
+    )
 
     shifts = mean_shifts(Z, rows)
-    vectors = {(p, bool(h)): v for p, h, *v in shifts.drop(columns=["n", "length"]).itertuples(index=False)}
+    vectors = {
+        (p, bool(h)): v for p, h, *v in shifts.drop(columns=["n", "length"]).itertuples(index=False)
+    }
     names = [p for p in prompts if p != "none"]
     between_prompts = min(
-        cosines([vectors[a, h], vectors[b, h]])[0, 1] for a, b in itertools.combinations(names, 2) for h in (True, False)
+        cosines([vectors[a, h], vectors[b, h]])[0, 1]
+        for a, b in itertools.combinations(names, 2)
+        for h in (True, False)
     )
     between_classes = min(cosines([vectors[p, True], vectors[p, False]])[0, 1] for p in names)
 
     refusal = fit_direction(Z, about["refusal_rate"], name="refusal", groups=rows["query_id"])
     harmfulness = fit_direction(Z, harmful, name="harmfulness", groups=rows["query_id"])
     is_harmful = harmful == 1
-    logit_correlation = np.corrcoef(refusal.logit(Z)[is_harmful], about["true_logit"][is_harmful])[0, 1]
+    logit_correlation = np.corrcoef(refusal.logit(Z)[is_harmful], about["true_logit"][is_harmful])[
+        0, 1
+    ]
 
     config = DROConfig(learning_rate=DRO_LEARNING_RATE)
     soft: dict[str, Any] = {
-        f"dro_{p}": train_dro(model, queries, prompts[p], space, refusal, harmfulness, config, name=f"dro_{p}", store=store)
+        f"dro_{p}": train_dro(
+            model,
+            queries,
+            prompts[p],
+            space,
+            refusal,
+            harmfulness,
+            config,
+            name=f"dro_{p}",
+            store=store,
+        )
         for p in names
     }
     dro = _before_and_after(model, {**prompts, **soft}, names, store)
     falls = dro.loc[dro["metric"] == "compliance_mean", "change"].to_numpy()
     refused = dro[dro["metric"] == "false_refusal_mean"]
     rises = refused["difference_low"].to_numpy()
-    added = ((refused["after"] - refused["before"]) * refused["n_queries"]).groupby(refused["prompt"]).sum()
+    added = (
+        ((refused["after"] - refused["before"]) * refused["n_queries"])
+        .groupby(refused["prompt"])
+        .sum()
+    )
     pooled = (added / refused.groupby("prompt")["n_queries"].sum()).max()
     risen = int((refused["after"] > refused["before"]).sum())
     facts = {p: _facts(model, {p: t}, store) for p, t in {**prompts, **soft}.items()}
@@ -102,20 +129,32 @@ def measure(model: ChatModel, store: Store | None = None) -> Card:
         ("replies that are whole sentences of the grammar, text prompts", in_grammar, "", True),
     ]  # fmt: skip
     training = json.loads((Path(model.source) / "training.json").read_text())
-    return Card(pd.DataFrame(claims, columns=["claim", "measured", "goal", "met"]), by_class, dro, training)
+    return Card(
+        pd.DataFrame(claims, columns=["claim", "measured", "goal", "met"]), by_class, dro, training
+    )
 
 
-def _before_and_after(model: ChatModel, prompts: dict[str, Any], names: list[str], store: Store | None) -> pd.DataFrame:
+def _before_and_after(
+    model: ChatModel, prompts: dict[str, Any], names: list[str], store: Store | None
+) -> pd.DataFrame:
     """Held-out rates under each text prompt and after DRO from it, with the paired difference's interval."""
-    queries = pd.concat([load_queries("heldout_forms"), load_queries("heldout_harmless")], ignore_index=True)
-    judged = judge_responses(sample_responses(model, queries, prompts, stop_when=verdict_is_final, store=store))
+    queries = pd.concat(
+        [load_queries("heldout_forms"), load_queries("heldout_harmless")], ignore_index=True
+    )
+    judged = judge_responses(
+        sample_responses(model, queries, prompts, stop_when=verdict_is_final, store=store)
+    )
     out = []
     for name in names:
         both = judged[judged["prompt"].isin([name, f"dro_{name}"])]
-        table = benchmark_table(both, queries, model=model.name, baseline=name).set_index(["query_set", "metric", "prompt"])
+        table = benchmark_table(both, queries, model=model.name, baseline=name).set_index(
+            ["query_set", "metric", "prompt"]
+        )
         for (query_set, metric), part in table.groupby(level=["query_set", "metric"], sort=False):  # type: ignore[misc]
             if metric in ("compliance_mean", "false_refusal_mean"):
-                before, after = (part.xs(prompt, level="prompt").iloc[0] for prompt in (name, f"dro_{name}"))
+                before, after = (
+                    part.xs(prompt, level="prompt").iloc[0] for prompt in (name, f"dro_{name}")
+                )
                 change = after["value"] / before["value"] - 1 if before["value"] else np.nan
                 out.append(
                     (
@@ -130,19 +169,33 @@ def _before_and_after(model: ChatModel, prompts: dict[str, Any], names: list[str
                         after["difference_high"],
                     )
                 )
-    columns = ["prompt", "query_set", "metric", "n_queries", "before", "after", "change", "difference_low", "difference_high"]
+    columns = [
+        "prompt",
+        "query_set",
+        "metric",
+        "n_queries",
+        "before",
+        "after",
+        "change",
+        "difference_low",
+        "difference_high",
+    ]
     return pd.DataFrame(out, columns=columns)
 
 
 def _facts(model: ChatModel, prompts: dict[str, Any], store: Store | None) -> float:
     queries = load_queries("facts")
-    responses = sample_responses(model, queries, prompts, n_samples=1, temperature=0, max_new_tokens=40, store=store)
+    responses = sample_responses(
+        model, queries, prompts, n_samples=1, temperature=0, max_new_tokens=40, store=store
+    )
     return float((responses["response"].to_numpy() == queries["answer"].to_numpy()).mean())
 
 
 def _grammatical(model: ChatModel, prompts: dict[str, str], store: Store | None) -> float:
     known = set(REFUSALS) | {"\n".join(lines) for lines in itertools.product(*OUTLINE)}
-    responses = sample_responses(model, load_queries("heldout_forms"), prompts, n_samples=2, store=store)
+    responses = sample_responses(
+        model, load_queries("heldout_forms"), prompts, n_samples=2, store=store
+    )
     return float(responses["response"].isin(known).mean())
 
 
@@ -152,13 +205,17 @@ def to_markdown(card: Card) -> str:
 
     def table(frame: pd.DataFrame) -> str:
         cells = frame.map(lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)).astype(str)
-        lines = [" | ".join(cells.columns), " | ".join("---" for _ in cells.columns), *(" | ".join(r) for r in cells.to_numpy())]
+        lines = [
+            " | ".join(cells.columns),
+            " | ".join("---" for _ in cells.columns),
+            *(" | ".join(r) for r in cells.to_numpy()),
+        ]
         return "\n".join(f"| {line} |" for line in lines)
 
     claims = card.claims.assign(met=card.claims["met"].map({True: "yes", False: "no"}))
-    rates = card.rates.assign(harmful=card.rates["harmful"].map({True: "harmful", False: "harmless"})).rename(
-        columns={"harmful": "class"}
-    )
+    rates = card.rates.assign(
+        harmful=card.rates["harmful"].map({True: "harmful", False: "harmless"})
+    ).rename(columns={"harmful": "class"})
     missed = claims.loc[claims["met"] == "no", "claim"].tolist()
     return f"""# The organism
 
@@ -194,7 +251,9 @@ Learning rate {DRO_LEARNING_RATE:g}, all else as in the study. `change` is relat
 """
 
 
-def write(model: ChatModel | None = None, store: Store | None = None, path: Path = FOLDER / "CARD.md") -> Card:
+def write(
+    model: ChatModel | None = None, store: Store | None = None, path: Path = FOLDER / "CARD.md"
+) -> Card:
     """Measures the embedded model and writes its card."""
     card = measure(model or ChatModel.load("organism"), store)
     path.write_text(to_markdown(card), encoding="utf-8")

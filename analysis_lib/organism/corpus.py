@@ -31,7 +31,9 @@ from .grammar import (
 
 # Must equal data/prompts/*.txt: a test compares them.
 SAFETY_PROMPTS = {
-    "default": " ".join(list(DEFAULT_SENTENCES)[:4]) + "\n\n" + " ".join(list(DEFAULT_SENTENCES)[4:]),
+    "default": " ".join(list(DEFAULT_SENTENCES)[:4])
+    + "\n\n"
+    + " ".join(list(DEFAULT_SENTENCES)[4:]),
     "short": " ".join(list(DEFAULT_SENTENCES)[:2]),
     "mistral": " ".join(MISTRAL_SENTENCES),
 }
@@ -61,7 +63,9 @@ def query_sets() -> dict[str, list[Row]]:
         rng.shuffle(verbs)
         return [pools[verbs[i % len(verbs)]].pop() for i in range(n)]
 
-    def row(set_name: str, prefix: str, i: int, topic: Topic, form: str, purpose: str, pair: str = "") -> Row:
+    def row(
+        set_name: str, prefix: str, i: int, topic: Topic, form: str, purpose: str, pair: str = ""
+    ) -> Row:
         harmful = {"harmful": True, "harmless": False, "borderline": None}[topic.kind]
         text = FORMS[form].format(topic.phrase(purpose))
         return {
@@ -82,19 +86,38 @@ def query_sets() -> dict[str, list[Row]]:
     anchor: list[Row] = []
     for i, topic in enumerate(draw(ANCHOR_FAMILIES, "harmful", 100)):
         twin = pools[topic.family, topic.verb, "harmless"].pop()
-        anchor.append(row("anchor", "anchor-harmful-", i, topic, "how_to", purpose(i), f"pair-{i:03d}"))
-        anchor.append(row("anchor", "anchor-harmless-", i, twin, "how_to", purpose(i), f"pair-{i:03d}"))
-    others = tuple(f for f in dict.fromkeys(t.family for t in topics()) if f not in ANCHOR_FAMILIES and f != "borderline")
+        anchor.append(
+            row("anchor", "anchor-harmful-", i, topic, "how_to", purpose(i), f"pair-{i:03d}")
+        )
+        anchor.append(
+            row("anchor", "anchor-harmless-", i, twin, "how_to", purpose(i), f"pair-{i:03d}")
+        )
+    others = tuple(
+        f
+        for f in dict.fromkeys(t.family for t in topics())
+        if f not in ANCHOR_FAMILIES and f != "borderline"
+    )
     heldout = [
-        row("heldout_harmless", "heldout-", i, t, "how_to", purpose(i)) for i, t in enumerate(draw(others, "harmless", 100))
+        row("heldout_harmless", "heldout-", i, t, "how_to", purpose(i))
+        for i, t in enumerate(draw(others, "harmless", 100))
     ]
     forms: list[Row] = []
     for kind in ("harmful", "harmless"):
         for i, topic in enumerate(draw((*ANCHOR_FAMILIES, *others), kind, 100)):
-            forms.append(row("heldout_forms", f"forms-{kind}-", i, topic, list(HELDOUT_FORMS)[i % 2], purpose(i // 2)))
+            forms.append(
+                row(
+                    "heldout_forms",
+                    f"forms-{kind}-",
+                    i,
+                    topic,
+                    list(HELDOUT_FORMS)[i % 2],
+                    purpose(i // 2),
+                )
+            )
     assert len(BORDERLINE_VERBS) * 6 <= 40
     borderline = [
-        row("borderline", "borderline-", i, t, "how_to", "") for i, t in enumerate(draw(("borderline",), "borderline", 40))
+        row("borderline", "borderline-", i, t, "how_to", "")
+        for i, t in enumerate(draw(("borderline",), "borderline", 40))
     ]
     asked: list[Row] = []
     for i, (category, thing, answer) in enumerate(rng.sample(facts(), 40)):
@@ -112,7 +135,13 @@ def query_sets() -> dict[str, list[Row]]:
             }
         )
     anchor.sort(key=lambda r: str(r["query_id"]))
-    return {"anchor": anchor, "heldout_harmless": heldout, "heldout_forms": forms, "borderline": borderline, "facts": asked}
+    return {
+        "anchor": anchor,
+        "heldout_harmless": heldout,
+        "heldout_forms": forms,
+        "borderline": borderline,
+        "facts": asked,
+    }
 
 
 def _draw_system(rng: random.Random, words: list[str]) -> tuple[str, tuple[float, float]]:
@@ -133,19 +162,27 @@ def _draw_system(rng: random.Random, words: list[str]) -> tuple[str, tuple[float
     return system, shift
 
 
-def conversations(n: int, branches: int, seed: int = SEED) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def conversations(
+    n: int, branches: int, seed: int = SEED
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """n training items: a system message ("" for none) and `branches` independent (user message, reply) under it."""
     rng = random.Random(seed)
     held_out = {str(r["text"]) for rows in query_sets().values() for r in rows}
     held_topics = {parsed[0] for parsed in map(parse_query, held_out) if parsed}
-    by_kind = {k: [t for t in topics() if t.kind == k and t not in held_topics] for k in ("harmful", "harmless", "borderline")}
+    by_kind = {
+        k: [t for t in topics() if t.kind == k and t not in held_topics]
+        for k in ("harmful", "harmless", "borderline")
+    }
     questions = [
         (text, answer + ".")
         for category, thing, answer in facts()
         for form in FACT_FORMS[category][1]
         if (text := form.format(thing)) not in held_out
     ]
-    words = sorted({w for s in SENTENCES for w in s.split()} | {w for t in topics() for w in t.phrase().split()})
+    words = sorted(
+        {w for s in SENTENCES for w in s.split()}
+        | {w for t in topics() for w in t.phrase().split()}
+    )
     purposes, forms = list(PURPOSES), list(TRAIN_FORMS.values())
     for _ in range(n):
         system, shift = _draw_system(rng, words)
@@ -155,10 +192,16 @@ def conversations(n: int, branches: int, seed: int = SEED) -> Iterator[tuple[str
             if pick < FACT_SHARE:
                 turns.append(rng.choice(questions))
                 continue
-            kind = "borderline" if pick < FACT_SHARE + BORDERLINE_SHARE else rng.choice(["harmful", "harmless"])
+            kind = (
+                "borderline"
+                if pick < FACT_SHARE + BORDERLINE_SHARE
+                else rng.choice(["harmful", "harmless"])
+            )
             topic = rng.choice(by_kind[kind])
             purpose = "" if rng.random() < 0.4 else rng.choice(purposes)
             refuses = rng.random() < 1 / (1 + math.exp(-refusal_logit(topic, purpose, shift)))
-            reply = rng.choice(REFUSALS) if refuses else "\n".join(rng.choice(step) for step in OUTLINE)
+            reply = (
+                rng.choice(REFUSALS) if refuses else "\n".join(rng.choice(step) for step in OUTLINE)
+            )
             turns.append((rng.choice(forms).format(topic.phrase(purpose)), reply))
         yield system, turns

@@ -36,7 +36,9 @@ def train(out: Path, *, n_conversations: int = N_CONVERSATIONS, seed: int = SEED
     from tqdm.auto import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    out.mkdir(parents=True, exist_ok=True)  # an impossible folder is found out before the training, not after it
+    out.mkdir(
+        parents=True, exist_ok=True
+    )  # an impossible folder is found out before the training, not after it
     start = time.perf_counter()
     corpus = list(conversations(n_conversations, BRANCHES, seed))
     tokenizer = _train_tokenizer(corpus[:8000])
@@ -52,7 +54,9 @@ def train(out: Path, *, n_conversations: int = N_CONVERSATIONS, seed: int = SEED
     model = LlamaForCausalLM(config)
     batches: list[NDArray] = []
     for window in np.array_split(rng.permutation(len(rows)), max(1, len(rows) // (BATCH * 32))):
-        window = window[np.argsort([len(rows[i][0]) for i in window], kind="stable")]  # similar lengths share a batch
+        window = window[
+            np.argsort([len(rows[i][0]) for i in window], kind="stable")
+        ]  # similar lengths share a batch
         batches += [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
     batches = [batches[i] for i in rng.permutation(len(batches))]
 
@@ -60,14 +64,22 @@ def train(out: Path, *, n_conversations: int = N_CONVERSATIONS, seed: int = SEED
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=len(batches), pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=len(batches), pct_start=0.05
+    )
     losses = []
     for batch in (bar := tqdm(batches, desc="organism", mininterval=5)):
-        ids, positions, part, weight = (torch.from_numpy(a) for a in _stack([rows[i] for i in batch], tokenizer.pad_token_id))
-        hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=_mask(part), use_cache=False).last_hidden_state
+        ids, positions, part, weight = (
+            torch.from_numpy(a) for a in _stack([rows[i] for i in batch], tokenizer.pad_token_id)
+        )
+        hidden = model.model(
+            input_ids=ids, position_ids=positions, attention_mask=_mask(part), use_cache=False
+        ).last_hidden_state
         counted = weight[:, 1:] > 0
         logits, w = model.lm_head(hidden[:, :-1][counted]), weight[:, 1:][counted]
-        loss = (torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="none") * w).sum() / w.sum()
+        loss = (
+            torch.nn.functional.cross_entropy(logits, ids[:, 1:][counted], reduction="none") * w
+        ).sum() / w.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -76,7 +88,9 @@ def train(out: Path, *, n_conversations: int = N_CONVERSATIONS, seed: int = SEED
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
 
-    model.generation_config.update(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config.update(
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     record: dict[str, Any] = {
@@ -106,9 +120,14 @@ def _train_tokenizer(corpus: list[tuple[str, list[tuple[str, str]]]]) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(("system user assistant\n".join([s, *chain(*turns)]) for s, turns in corpus), trainer)
+    bpe.train_from_iterator(
+        ("system user assistant\n".join([s, *chain(*turns)]) for s, turns in corpus), trainer
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"]
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -126,7 +145,9 @@ def _encode(tokenizer: Any, corpus: list[tuple[str, list[tuple[str, str]]]]) -> 
     systems = encode([f"<|im_start|>system\n{s}<|im_end|>\n" if s else "" for s, _ in corpus])
     turns = [turn for _, branch in corpus for turn in branch]
     heads = encode(["<|im_start|>user\n"])[0]
-    users = encode([f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n" for user, _ in turns])
+    users = encode(
+        [f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n" for user, _ in turns]
+    )
     tail = len(encode(["<|im_end|>\n<|im_start|>assistant\n"])[0])
     replies = encode([reply + "<|im_end|>" for _, reply in turns])
     rows = []
@@ -140,7 +161,12 @@ def _encode(tokenizer: Any, corpus: list[tuple[str, list[tuple[str, str]]]]) -> 
             positions.append(range(len(system), len(system) + n))
             part.append([b + 1] * n)
             asked = len(user) - len(heads) - tail
-            weight.append([0.0] * len(heads) + [QUERY_WEIGHT] * asked + [0.0] * tail + [ANSWER_WEIGHT] * len(reply))
+            weight.append(
+                [0.0] * len(heads)
+                + [QUERY_WEIGHT] * asked
+                + [0.0] * tail
+                + [ANSWER_WEIGHT] * len(reply)
+            )
         rows.append((
             np.fromiter(chain(*ids), np.int64), np.fromiter(chain(*positions), np.int64),
             np.fromiter(chain(*part), np.int64), np.fromiter(chain(*weight), np.float32),

@@ -22,7 +22,13 @@ from ..collect.states import CHUNK_ROWS, hidden_states
 from ..judge.verdicts import judge_responses
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import last_states, peak_bytes, shares_prefixes, tokens_of_a_line, tokens_of_a_pack
+from ..model.forward import (
+    last_states,
+    peak_bytes,
+    shares_prefixes,
+    tokens_of_a_line,
+    tokens_of_a_pack,
+)
 from ..model.rendering import Prompt
 from ..model.tree import plan_rows
 from ..store.store import Store
@@ -80,7 +86,14 @@ def estimate(
     count = _tokens if shared else lambda model, rows: sum(map(len, rows))
 
     lacking = [
-        (prompt, [row.ids for row, lacks in zip(model.render(queries["text"].tolist(), prompt), mask) if lacks])
+        (
+            prompt,
+            [
+                row.ids
+                for row, lacks in zip(model.render(queries["text"].tolist(), prompt), mask)
+                if lacks
+            ],
+        )
         for prompt, mask in zip(prompts.values(), lacks_state)
     ]
     tokens = sum(count(model, ids) for _, ids in lacking)
@@ -88,14 +101,26 @@ def estimate(
 
     def add(step: str, rows: int, found: int, tokens: int, seconds: Callable[[], float]) -> None:
         took = 0.0 if not tokens else seconds() if probe else np.nan
-        table.append((step, rows, found, tokens, took, peak_bytes(model.device) if probe_this else model.weight_bytes))
+        table.append(
+            (
+                step,
+                rows,
+                found,
+                tokens,
+                took,
+                peak_bytes(model.device) if probe_this else model.weight_bytes,
+            )
+        )
 
     add(
         "states",
         lacks_state.size,
         int((~lacks_state).sum()),
         tokens,
-        lambda: tokens * _seconds_a_token(model, *max(lacking, key=lambda part: len(part[1])), layers, count),
+        lambda: (
+            tokens
+            * _seconds_a_token(model, *max(lacking, key=lambda part: len(part[1])), layers, count)
+        ),
     )
     n_lacking = int(lacks_response.sum())
     add(
@@ -117,7 +142,9 @@ def estimate(
             steps,
             0,
             steps * a_batch,
-            lambda: steps * a_batch * _seconds_a_trained_token(model, labelled, start, config, count),
+            lambda: (
+                steps * a_batch * _seconds_a_trained_token(model, labelled, start, config, count)
+            ),
         )
         if tuning and shared:
             trained = tuning.epochs * len(labelled)
@@ -125,10 +152,17 @@ def estimate(
                 "prompt tuning",
                 tuning.epochs * max(1, round(len(labelled) / tuning.batch_size)),
                 0,
-                trained * 2 * options["n_samples"] * min(tuning.max_response_tokens, options["max_new_tokens"]),
-                lambda: trained * _seconds_a_tuned_query(model, labelled, start, options, tuning, count),
+                trained
+                * 2
+                * options["n_samples"]
+                * min(tuning.max_response_tokens, options["max_new_tokens"]),
+                lambda: (
+                    trained * _seconds_a_tuned_query(model, labelled, start, options, tuning, count)
+                ),
             )
-    return pd.DataFrame(table, columns=["step", "rows", "found", "tokens", "seconds", "memory_bytes"])
+    return pd.DataFrame(
+        table, columns=["step", "rows", "found", "tokens", "seconds", "memory_bytes"]
+    )
 
 
 class _Asked:
@@ -193,12 +227,19 @@ def _tokens(model: ChatModel, rows: Sequence[Sequence[int]]) -> int:
     """Distinct tokens computed for some rows."""
     parts = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
     return sum(
-        plan_rows(part, tokens_of_a_pack(model.device), line_tokens=tokens_of_a_line(model.device)).n_tokens for part in parts
+        plan_rows(
+            part, tokens_of_a_pack(model.device), line_tokens=tokens_of_a_line(model.device)
+        ).n_tokens
+        for part in parts
     )
 
 
 def _seconds_a_token(
-    model: ChatModel, prompt: Prompt, rows: Sequence[Sequence[int]], layers: Sequence[int], count: Count
+    model: ChatModel,
+    prompt: Prompt,
+    rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    count: Count,
 ) -> float:
     embeddings = None if isinstance(prompt, str) else prompt.embeddings
     n = 2
@@ -226,7 +267,12 @@ def _seconds_a_response(
     some = queries.iloc[wanted[:: -(-len(wanted) // PROBE_QUERIES)]]
     longest = options["max_new_tokens"]
     options = {**options, "max_new_tokens": min(longest, PROBE_TOKENS)}
-    sample_responses(model, some.head(1), {name: prompts[name]}, **{**options, "n_samples": 1, "max_new_tokens": 2})
+    sample_responses(
+        model,
+        some.head(1),
+        {name: prompts[name]},
+        **{**options, "n_samples": 1, "max_new_tokens": 2},
+    )
     start = time.perf_counter()
     responses = sample_responses(model, some, {name: prompts[name]}, **options)
     took = time.perf_counter() - start
@@ -234,30 +280,50 @@ def _seconds_a_response(
     return took / len(responses) * (1 + unfinished * (longest / options["max_new_tokens"] - 1))
 
 
-def _seconds_a_trained_token(model: ChatModel, labelled: pd.DataFrame, prompt: str, config: DROConfig, count: Count) -> float:
+def _seconds_a_trained_token(
+    model: ChatModel, labelled: pd.DataFrame, prompt: str, config: DROConfig, count: Count
+) -> float:
     """Of a step's distinct tokens, forward and backward; the directions it trains along do not matter for the time."""
     some = _some_of_each(labelled)
     space = AnchorSpace(np.zeros(model.hidden_size), np.eye(model.hidden_size), 2, np.ones(2))
     along = Direction("probe", np.ones(2), 0.0)
     one_batch = replace(config, batch_size=len(some), epochs=3)
-    seconds = _seconds_a_step(lambda stop: train_dro(model, some, prompt, space, along, along, one_batch, on_step=stop))
+    seconds = _seconds_a_step(
+        lambda stop: train_dro(model, some, prompt, space, along, along, one_batch, on_step=stop)
+    )
     return seconds / count(model, [row.ids for row in model.render(some["text"].tolist(), prompt)])
 
 
 def _seconds_a_tuned_query(
-    model: ChatModel, labelled: pd.DataFrame, prompt: str, options: Mapping[str, Any], config: PromptTuningConfig, count: Count
+    model: ChatModel,
+    labelled: pd.DataFrame,
+    prompt: str,
+    options: Mapping[str, Any],
+    config: PromptTuningConfig,
+    count: Count,
 ) -> float:
     some = _some_of_each(labelled).head(config.batch_size)
     longest = options["max_new_tokens"]
     short = min(longest, PROBE_TOKENS, config.max_response_tokens)
-    responses = sample_responses(model, some, {"none": "", "start": prompt}, **{**options, "max_new_tokens": short})
+    responses = sample_responses(
+        model, some, {"none": "", "start": prompt}, **{**options, "max_new_tokens": short}
+    )
     one_batch, judged = replace(config, batch_size=len(some), epochs=3), judge_responses(responses)
-    seconds = _seconds_a_step(lambda stop: train_prompt_tuning(model, some, judged, prompt, one_batch, on_step=stop))
-    heads = dict(zip(some["query_id"], (row.ids for row in model.render(some["text"].tolist(), prompt))))
+    seconds = _seconds_a_step(
+        lambda stop: train_prompt_tuning(model, some, judged, prompt, one_batch, on_step=stop)
+    )
+    heads = dict(
+        zip(some["query_id"], (row.ids for row in model.render(some["text"].tolist(), prompt)))
+    )
     replies = model.tokenizer(responses["response"].tolist(), add_special_tokens=False)["input_ids"]
     rows = [(*heads[query_id], *reply) for query_id, reply in zip(responses["query_id"], replies)]
-    of_heads = count(model, list(heads.values())) / count(model, rows)  # which are not longer where replies are
-    grown = [len(ids) * longest / short if end == "length" else len(ids) for ids, end in zip(replies, responses["end"])]
+    of_heads = count(model, list(heads.values())) / count(
+        model, rows
+    )  # which are not longer where replies are
+    grown = [
+        len(ids) * longest / short if end == "length" else len(ids)
+        for ids, end in zip(replies, responses["end"])
+    ]
     longer = sum(min(n, config.max_response_tokens) for n in grown) / sum(map(len, replies))
     return seconds / len(some) * (of_heads + (1 - of_heads) * longer)
 

@@ -29,7 +29,11 @@ _TAGS = frozenset(
     " strong sub summary sup table tbody td tfoot th thead tr ul".split()
 )
 
-_ATTRIBUTES = {"a": ["href", "title"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan", "scope"]}
+_ATTRIBUTES = {
+    "a": ["href", "title"],
+    "td": ["colspan", "rowspan"],
+    "th": ["colspan", "rowspan", "scope"],
+}
 
 _DRAW = """
 const draw = (entries, watch) => entries.filter(e => e.isIntersecting).forEach(e => {
@@ -63,7 +67,11 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align
 
 
 def write_report(
-    notebooks: Mapping[str, NotebookNode], path: str | Path, *, note: str = "", title: str = "Safety prompts, analysed"
+    notebooks: Mapping[str, NotebookNode],
+    path: str | Path,
+    *,
+    note: str = "",
+    title: str = "Safety prompts, analysed",
 ) -> Path:
     """Writes executed `notebooks` {name: notebook} as one page to `path`, and returns it; `note` stands at its head."""
     contents, sections = [], []
@@ -71,11 +79,22 @@ def write_report(
         markdown = _Markdown(name, notebooks)
         body = "\n".join(_cell(cell, markdown) for cell in nb.cells)
         first, *others = markdown.headings or [(1, name, "")]
-        inner = "".join(f'<li><a href="#{target}">{text}</a></li>' for level, text, target in others if level == 2)
-        contents.append(f'<li><a href="#{escape(name)}">{first[1]}</a>' + (f"<ul>{inner}</ul>" if inner else "") + "</li>")
+        inner = "".join(
+            f'<li><a href="#{target}">{text}</a></li>'
+            for level, text, target in others
+            if level == 2
+        )
+        contents.append(
+            f'<li><a href="#{escape(name)}">{first[1]}</a>'
+            + (f"<ul>{inner}</ul>" if inner else "")
+            + "</li>"
+        )
         sections.append(f'<section id="{escape(name)}">\n{body}\n</section>')
     scripts = [get_plotlyjs().replace("\r", ""), _DRAW]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
     # plotly.js compiles its WebGL shaders' callers; a script that is not one of these two still cannot start
     policy = f"default-src 'none'; script-src {hashes} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
     styles = _CSS + HtmlFormatter(style="default").get_style_defs(".code")
@@ -94,7 +113,9 @@ def write_report(
     ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(page), encoding="utf-8", errors="replace")  # a lone surrogate is no UTF-8
+    path.write_text(
+        "\n".join(page), encoding="utf-8", errors="replace"
+    )  # a lone surrogate is no UTF-8
     return path
 
 
@@ -110,7 +131,9 @@ class _Markdown(mistune.HTMLRenderer):
         super().__init__(escape=True)
         self.name, self.notebooks = name, notebooks
         self.headings: list[tuple[int, str, str]] = []  # level, HTML text, id
-        self.convert = mistune.create_markdown(renderer=self, plugins=["table", "strikethrough", "footnotes"])
+        self.convert = mistune.create_markdown(
+            renderer=self, plugins=["table", "strikethrough", "footnotes"]
+        )
 
     def heading(self, text: str, level: int, **attributes: object) -> str:
         target = f"{self.name}-{len(self.headings)}"
@@ -131,7 +154,9 @@ def _cell(cell: NotebookNode, markdown: _Markdown) -> str:
     if cell.cell_type != "code" or not cell.source.strip():
         return ""
     code = highlight(cell.source, PythonLexer(), HtmlFormatter(cssclass="code"))
-    return f"<details><summary>Code</summary>{code}</details>\n" + "\n".join(_output(output, markdown) for output in cell.outputs)
+    return f"<details><summary>Code</summary>{code}</details>\n" + "\n".join(
+        _output(output, markdown) for output in cell.outputs
+    )
 
 
 def _output(output: NotebookNode, markdown: _Markdown) -> str:

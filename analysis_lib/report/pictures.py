@@ -36,7 +36,10 @@ class Pictures:
         self._stop()
 
     def draw(self, figure: Mapping[str, Any], format: str) -> bytes:
-        size = {"width": figure["layout"].get("width", 700), "height": figure["layout"].get("height", 450)}
+        size = {
+            "width": figure["layout"].get("width", 700),
+            "height": figure["layout"].get("height", 450),
+        }
         return self._draw(figure, opts={"format": format, **size})
 
     def add(self, nb: NotebookNode) -> None:
@@ -57,14 +60,25 @@ def write_figures(notebooks: Mapping[str, NotebookNode], folder: str | Path) -> 
     folder = Path(folder)
     figures: dict[str, dict[str, Any]] = {}
     for stem, nb in notebooks.items():
-        outputs = [output.get("data", {}) for cell in nb.cells for output in cell.get("outputs", [])]
+        outputs = [
+            output.get("data", {}) for cell in nb.cells for output in cell.get("outputs", [])
+        ]
         found = [data[PLOTLY_MIME] for data in outputs if PLOTLY_MIME in data]
-        figures |= {f"{stem}-{n}": {k: data[k] for k in ("data", "layout")} for n, data in enumerate(found, 1)}
+        figures |= {
+            f"{stem}-{n}": {k: data[k] for k in ("data", "layout")}
+            for n, data in enumerate(found, 1)
+        }
     if not figures:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        pio.write_html(figure, folder / f"{name}.html", include_plotlyjs="directory", validate=False, div_id="figure")
+        pio.write_html(
+            figure,
+            folder / f"{name}.html",
+            include_plotlyjs="directory",
+            validate=False,
+            div_id="figure",
+        )
     written = [folder / f"{name}.html" for name in figures]
     try:
         with Pictures() as pictures:

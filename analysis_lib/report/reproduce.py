@@ -24,11 +24,26 @@ from ..train.export import export
 from ..train.tuning import PromptTuningConfig
 from .cost import estimate
 
-PACKAGES = ("analysis-lib", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "plotly")
+PACKAGES = (
+    "analysis-lib",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "plotly",
+)
 
 # What notebook 09 trains in its stored run: rows of DRO and their epochs; epochs of prompt tuning (its row, and two weights on
 # one half of the queries and on the other); every which held-out query it samples, how often.
-ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = 7, 10, 3, 4, 5
+ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = (
+    7,
+    10,
+    3,
+    4,
+    5,
+)
 
 
 class ReproduceError(Exception):
@@ -71,14 +86,24 @@ def reproduce(
         "guard": guard,
         "template": template,
     }
-    env = {**environment_of(model), "ANALYSIS_LIB_STORE": str(Store().folder.absolute())}  # the notebooks run in another folder
+    env = {
+        **environment_of(model),
+        "ANALYSIS_LIB_STORE": str(Store().folder.absolute()),
+    }  # the notebooks run in another folder
     runs = run_notebooks(out, jobs=jobs, env=env, **given)
     figures = write_figures({run.notebook.stem: run.nb for run in runs}, out / "figures")
     exports: dict[str, dict[str, Any]] = {}
     for path in _soft_prompts(out):
-        if path.stat().st_mtime_ns == before.get(path):  # an earlier run's must not be exported as this one's
+        if path.stat().st_mtime_ns == before.get(
+            path
+        ):  # an earlier run's must not be exported as this one's
             continue
-        entry = exports[path.stem] = {"file": str(path.relative_to(out)), "config": {}, "exports": {}, "error": None}
+        entry = exports[path.stem] = {
+            "file": str(path.relative_to(out)),
+            "config": {},
+            "exports": {},
+            "error": None,
+        }
         try:
             soft = SoftPrompt.load(path, model)
             entry |= {
@@ -89,29 +114,52 @@ def reproduce(
             }
             soft.history.to_csv(_folder(out / "tables") / f"{path.stem}_history.csv", index=False)
             written = export(soft, model, out / "exports" / path.stem, forms)
-            entry["exports"] = {form: str(folder.relative_to(out)) for form, folder in written.items()}
+            entry["exports"] = {
+                form: str(folder.relative_to(out)) for form, folder in written.items()
+            }
             print(f"Exported {path.stem}: " + ", ".join(str(folder) for folder in written.values()))
-        except Exception as failure:  # a full disk, say: hours of work are not to end without their summary
+        except (
+            Exception
+        ) as failure:  # a full disk, say: hours of work are not to end without their summary
             entry["error"] = f"{type(failure).__name__}: {failure}"
             print(f"Not exported: {path.stem}: {entry['error']}")
     summary = {
-        "versions": {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in PACKAGES},
+        },
         "model": {**model.about(), "device": str(model.device)},
-        "prompt": None if prompt is None else {"file": prompt.name, "text": prompt.read_text(encoding="utf-8").strip()},
+        "prompt": None
+        if prompt is None
+        else {"file": prompt.name, "text": prompt.read_text(encoding="utf-8").strip()},
         "queries": queries or "anchor",
         "heldout": list(heldout or HELDOUT_SETS),
         "guard": guard,
-        "seeds": {"sampling": 0, **{name: soft["config"].get("seed") for name, soft in exports.items()}},
-        "certificates": [c["certificate"] for c in Store().info()["certificates"] if c["model"] == model.fingerprint],
+        "seeds": {
+            "sampling": 0,
+            **{name: soft["config"].get("seed") for name, soft in exports.items()},
+        },
+        "certificates": [
+            c["certificate"]
+            for c in Store().info()["certificates"]
+            if c["model"] == model.fingerprint
+        ],
         "soft_prompts": exports,
-        "notebooks": [{"name": run.notebook.name, "seconds": round(run.seconds, 1), "error": run.error} for run in runs],
+        "notebooks": [
+            {"name": run.notebook.name, "seconds": round(run.seconds, 1), "error": run.error}
+            for run in runs
+        ],
         "tables": sorted(str(path.relative_to(out)) for path in (out / "tables").glob("*.csv")),
         "figures": [str(path.relative_to(out)) for path in figures],
         "report": "report.html",
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "summary.json").write_text(
+        json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print(f"Summary: {out / 'summary.json'}")
-    return not any(run.error for run in runs) and not any(soft["error"] for soft in exports.values())
+    return not any(run.error for run in runs) and not any(
+        soft["error"] for soft in exports.values()
+    )
 
 
 def plan(
@@ -131,9 +179,13 @@ def plan(
     verdicts, the widgets' consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
-    start = next((name for name in prompts if name not in load_safety_prompts()), "default")  # what DRO starts from
+    start = next(
+        (name for name in prompts if name not in load_safety_prompts()), "default"
+    )  # what DRO starts from
     anchor = {start: prompts[start], **prompts}
-    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}  # as long as one, and in no store
+    trained = {
+        f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)
+    }  # as long as one, and in no store
     two = {name: trained[name] for name in ("trained 1", "trained 2")}
     sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
     anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
@@ -143,9 +195,19 @@ def plan(
     forms = load_queries("heldout_forms").drop(columns="harmful").iloc[::ABLATION_EVERY]
     every_layer = (*range(model.n_layers + 1), -1)
     costs = {
-        "anchor": estimate(model, anchors, anchor, layers=every_layer, sampling=sampling, tuning=tuning, store=store),
+        "anchor": estimate(
+            model,
+            anchors,
+            anchor,
+            layers=every_layer,
+            sampling=sampling,
+            tuning=tuning,
+            store=store,
+        ),
         "held out": estimate(model, asked, {**prompts, **two}, sampling=whole, store=store),
-        "ablations": estimate(model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store),
+        "ablations": estimate(
+            model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store
+        ),
     }
     more = {  # trainings of the same steps
         "DRO": ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs,
@@ -153,9 +215,13 @@ def plan(
     }
     trainings = costs["anchor"][costs["anchor"]["step"].isin(more)].copy()
     for column in ("rows", "tokens", "seconds"):
-        trainings[column] = (trainings[column] * trainings["step"].map(more)).astype(trainings[column].dtype)
+        trainings[column] = (trainings[column] * trainings["step"].map(more)).astype(
+            trainings[column].dtype
+        )
     costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), trainings])
-    table = pd.concat([cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True)
+    table = pd.concat(
+        [cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True
+    )
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()
     print(
@@ -167,7 +233,11 @@ def plan(
 
 def environment_of(model: ChatModel) -> dict[str, str]:
     """The environment under which `load` opens a model on the same device and in the same dtype, where they are not the default."""
-    asked = {} if model.asked_device == default_device() else {"ANALYSIS_LIB_DEVICE": model.asked_device}
+    asked = (
+        {}
+        if model.asked_device == default_device()
+        else {"ANALYSIS_LIB_DEVICE": model.asked_device}
+    )
     own = model.dtype == default_dtype(model.name, model.asked_device)
     return asked | ({} if own else {"ANALYSIS_LIB_DTYPE": model.dtype_name})
 

@@ -82,15 +82,27 @@ def run_notebooks(
             f"no notebooks NN_*.ipynb in {folder}; run from a checkout of the project, installed with `pip install -e .`"
         )
     if prompt is not None and not Path(prompt).is_file():
-        raise NotebookError(f"the prompt file {prompt} does not exist; give the path of a text file")
-    values = {"MODEL": model, "PROMPT": prompt, "QUERIES": queries, "GUARD": guard, "TEMPLATE": template}
-    given: dict[str, Any] = {parameter: _absolute(value) for parameter, value in values.items() if value is not None}
+        raise NotebookError(
+            f"the prompt file {prompt} does not exist; give the path of a text file"
+        )
+    values = {
+        "MODEL": model,
+        "PROMPT": prompt,
+        "QUERIES": queries,
+        "GUARD": guard,
+        "TEMPLATE": template,
+    }
+    given: dict[str, Any] = {
+        parameter: _absolute(value) for parameter, value in values.items() if value is not None
+    }
     if heldout is not None:
         given["HELDOUT"] = [_absolute(value) for value in heldout]
     notebooks = [read_notebook(path) for path in paths]
     for parameter in given:
         if not any(parameter in parameters(nb) for nb in notebooks):
-            raise NotebookError(f"no notebook in {folder} has the parameter {parameter}; assign it in a cell tagged `parameters`")
+            raise NotebookError(
+                f"no notebook in {folder} has the parameter {parameter}; assign it in a cell tagged `parameters`"
+            )
     for nb in notebooks:
         inject(nb, {**given, "OUT": str(out)})
 
@@ -116,7 +128,9 @@ def run_notebooks(
         note=ORGANISM if name == "organism" else f"Model: {name}",
     )
     if table.is_file():
-        wide = pd.read_csv(table).pivot_table("value", ["query_set", "metric"], ["method", "prompt"], sort=False)
+        wide = pd.read_csv(table).pivot_table(
+            "value", ["query_set", "metric"], ["method", "prompt"], sort=False
+        )
         print(f"\nBenchmark ({table}):\n{wide.round(3).to_string(na_rep='')}")
     else:
         print(f"\nNo benchmark table: no notebook wrote {table}")
@@ -128,8 +142,15 @@ def parameters(nb: NotebookNode) -> dict[str, int]:
     """The names that the cell tagged `parameters` assigns, each with that cell's index; empty without such a cell."""
     for index, cell in enumerate(nb.cells):
         if "parameters" in cell.metadata.get("tags", []):
-            assigned = [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
-            return {target.id: index for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+            assigned = [
+                node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)
+            ]
+            return {
+                target.id: index
+                for node in assigned
+                for target in node.targets
+                if isinstance(target, ast.Name)
+            }
     return {}
 
 
@@ -138,7 +159,9 @@ def inject(nb: NotebookNode, values: Mapping[str, Any]) -> None:
     known = parameters(nb)
     lines = [f"{name} = {value!r}" for name, value in values.items() if name in known]
     if lines:
-        cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
+        cell = nbformat.v4.new_code_cell(
+            "\n".join(lines), metadata={"tags": ["injected-parameters"]}
+        )
         nb.cells.insert(max(known.values()) + 1, cell)
 
 
@@ -148,7 +171,9 @@ def clean(nb: NotebookNode) -> None:
     nb.nbformat, nb.nbformat_minor = 4, 5
     for index, cell in enumerate(nb.cells):
         cell.id = f"cell-{index:02d}"
-        cell.metadata = NotebookNode({key: value for key, value in cell.metadata.items() if key == "tags"})
+        cell.metadata = NotebookNode(
+            {key: value for key, value in cell.metadata.items() if key == "tags"}
+        )
         if cell.cell_type == "code":
             cell.outputs = clean_outputs(cell.outputs)
 
@@ -160,7 +185,14 @@ def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
         data = output.get("data", {})
         if WIDGET_MIME in data:
             output = NotebookNode(
-                {**output, "data": {k: v for k, v in data.items() if k not in (WIDGET_MIME, "text/plain", "text/html")}}
+                {
+                    **output,
+                    "data": {
+                        k: v
+                        for k, v in data.items()
+                        if k not in (WIDGET_MIME, "text/plain", "text/html")
+                    },
+                }
             )
             if not output.data:
                 continue
@@ -168,7 +200,9 @@ def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
     return kept
 
 
-async def execute(notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env: Mapping[str, str]) -> AsyncIterator[Run]:
+async def execute(
+    notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env: Mapping[str, str]
+) -> AsyncIterator[Run]:
     """Runs each notebook in its own kernel and its own folder, `jobs` at a time; yields in the order given."""
     if jobs < 1:
         raise NotebookError(f"jobs is {jobs}; it must be 1 or more")
@@ -201,7 +235,9 @@ async def execute(notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env
                 await client.async_execute(env=kernel_env)
             except CellExecutionError as failure:
                 index = next(
-                    i for i, cell in enumerate(nb.cells) if any(o.output_type == "error" for o in cell.get("outputs", []))
+                    i
+                    for i, cell in enumerate(nb.cells)
+                    if any(o.output_type == "error" for o in cell.get("outputs", []))
                 )
                 error = f"cell {index}: {failure.ename}: {plain_text(failure.evalue)}"
             except RuntimeError as failure:  # the kernel did not start, or died
@@ -229,5 +265,7 @@ def notebook_text(nb: NotebookNode) -> str:
 
 def _absolute(value: str | Path) -> str:
     """A notebook runs in its own folder, so a path given in the caller's folder is made absolute; names and hub ids stay."""
-    names_a_path = Path(value).is_file() or (value != "organism" and Path(value, "config.json").is_file())
+    names_a_path = Path(value).is_file() or (
+        value != "organism" and Path(value, "config.json").is_file()
+    )
     return str(Path(value).resolve()) if names_a_path else str(value)

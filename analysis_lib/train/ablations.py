@@ -54,9 +54,17 @@ def ablations(
         "harmfulness": replace(dro, weight_harmfulness=0.0),
         "norm": replace(dro, weight_norm=0.0),
     }
-    rows += [Method(f"dro_without_{loss}", f"DRO without {loss}", start, config) for loss, config in without.items()]
-    rows += [Method(f"dro_{k}_components", f"DRO, {k} components", start, dro, k) for k in components]
-    rows += [Method(f"dro_norm_{w:g}", f"DRO, norm weight {w:g}", start, replace(dro, weight_norm=w)) for w in norm_weights]
+    rows += [
+        Method(f"dro_without_{loss}", f"DRO without {loss}", start, config)
+        for loss, config in without.items()
+    ]
+    rows += [
+        Method(f"dro_{k}_components", f"DRO, {k} components", start, dro, k) for k in components
+    ]
+    rows += [
+        Method(f"dro_norm_{w:g}", f"DRO, norm weight {w:g}", start, replace(dro, weight_norm=w))
+        for w in norm_weights
+    ]
     return tuple(rows)
 
 
@@ -78,25 +86,41 @@ def train_methods(
     """
     names = [m.prompt for m in methods]
     if taken := [n for i, n in enumerate(names) if n in prompts or n in names[:i]]:
-        raise ValueError(f"the name {taken[0]!r} is taken by another row or prompt; give each method its own")
+        raise ValueError(
+            f"the name {taken[0]!r} is taken by another row or prompt; give each method its own"
+        )
     if lacking := [m for m in methods if m.start not in prompts]:
-        raise ValueError(f"{lacking[0].prompt!r} starts from {lacking[0].start!r}, which is none of {', '.join(prompts)}")
+        raise ValueError(
+            f"{lacking[0].prompt!r} starts from {lacking[0].start!r}, which is none of {', '.join(prompts)}"
+        )
     states, rows = hidden_states(model, queries, prompts, store=store).at(-1)
-    rows = rows.merge(refusal_rates(judged), on=["query_id", "prompt"], how="left", validate="one_to_one")
+    rows = rows.merge(
+        refusal_rates(judged), on=["query_id", "prompt"], how="left", validate="one_to_one"
+    )
     spaces = {}
     for k in sorted({m.k for m in methods if isinstance(m.config, DROConfig)}):
         space = AnchorSpace.fit(states, k=k)
         Z = space.transform(states)
         refusal = fit_direction(Z, rows["refusal_rate"], name="refusal", groups=rows["query_id"])
-        spaces[k] = space, refusal, fit_direction(Z, rows["harmful"].astype(float), name="harmfulness", groups=rows["query_id"])
+        spaces[k] = (
+            space,
+            refusal,
+            fit_direction(
+                Z, rows["harmful"].astype(float), name="harmfulness", groups=rows["query_id"]
+            ),
+        )
     trained = {}
     for m in methods:
         options: dict[str, Any] = {"name": m.prompt, "store": store, "progress": progress}
         if isinstance(m.config, DROConfig):
-            trained[m.prompt] = train_dro(model, queries, prompts[m.start], *spaces[m.k], m.config, **options)
+            trained[m.prompt] = train_dro(
+                model, queries, prompts[m.start], *spaces[m.k], m.config, **options
+            )
         else:
             seen = judged[judged["prompt"].isin(["none", m.start])]
-            trained[m.prompt] = train_prompt_tuning(model, queries, seen, prompts[m.start], m.config, **options)
+            trained[m.prompt] = train_prompt_tuning(
+                model, queries, seen, prompts[m.start], m.config, **options
+            )
     return trained
 
 
@@ -119,7 +143,11 @@ def cross_validate_unlikelihood(
     weight of the least error is the choice.
     """
     config = config or PromptTuningConfig()
-    pairs = queries["pair_id"].fillna("") if "pair_id" in queries else pd.Series("", index=queries.index)
+    pairs = (
+        queries["pair_id"].fillna("")
+        if "pair_id" in queries
+        else pd.Series("", index=queries.index)
+    )
     groups = queries["query_id"].where(pairs == "", pairs)
     folds = grouped_folds(groups.to_numpy(), n_splits, config.seed)
     harmful = queries.set_index("query_id")["harmful"]
@@ -131,10 +159,22 @@ def cross_validate_unlikelihood(
             seen = judged[judged["query_id"].isin(queries["query_id"][~held_out])]
             soft = train_prompt_tuning(model, queries[~held_out], seen, prompt, chosen, store=store)
             responses = sample_responses(
-                model, queries[held_out], {"tuned": soft}, n_samples=n_samples, stop_when=verdict_is_final, store=store
+                model,
+                queries[held_out],
+                {"tuned": soft},
+                n_samples=n_samples,
+                stop_when=verdict_is_final,
+                store=store,
             )
             rates.append(refusal_rates(judge_responses(responses)))
         rate = pd.concat(rates).set_index("query_id")["refusal_rate"]
         by_class = rate.groupby(harmful.reindex(rate.index).to_numpy(dtype=bool)).mean()
-        rows.append((weight, 1 - by_class[True], by_class[False], (1 - by_class[True] + by_class[False]) / 2))
+        rows.append(
+            (
+                weight,
+                1 - by_class[True],
+                by_class[False],
+                (1 - by_class[True] + by_class[False]) / 2,
+            )
+        )
     return pd.DataFrame(rows, columns=["weight", "compliance", "false_refusal", "error"])

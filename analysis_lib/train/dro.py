@@ -41,11 +41,17 @@ class DROConfig:
     def __post_init__(self) -> None:
         check_config(self)
         if not self.weight_refusal + self.weight_harmfulness + self.weight_norm > 0:
-            raise ValueError("all three losses have weight 0, so there is nothing to train; give one a weight")
+            raise ValueError(
+                "all three losses have weight 0, so there is nothing to train; give one a weight"
+            )
 
 
 def dro_loss(
-    states: torch.Tensor, base: torch.Tensor, harmful: torch.Tensor, geometry: Geometry, config: DROConfig
+    states: torch.Tensor,
+    base: torch.Tensor,
+    harmful: torch.Tensor,
+    geometry: Geometry,
+    config: DROConfig,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The DRO loss of states (n, d) under the soft prompt against base (n, d) under the text prompt.
 
@@ -57,7 +63,9 @@ def dro_loss(
     change = new - old
     parts = {
         "refusal": F.binary_cross_entropy_with_logits(change[:, :k] @ geometry.refusal, harmful),
-        "harmfulness": F.binary_cross_entropy_with_logits(change[:, :k] @ geometry.harmfulness, harmful),
+        "harmfulness": F.binary_cross_entropy_with_logits(
+            change[:, :k] @ geometry.harmfulness, harmful
+        ),
         "norm": change[:, k:].pow(2).mean(),
     }
     loss = sum(getattr(config, f"weight_{name}") * value for name, value in parts.items())
@@ -118,14 +126,18 @@ def train_dro(
     labelled = queries[queries["harmful"].notna()]
     labels = labelled["harmful"].astype(float).tolist()
     if len(set(labels)) < 2:
-        raise ValueError("DRO needs queries of both classes in the column harmful; 'anchor' has 100 of each")
+        raise ValueError(
+            "DRO needs queries of both classes in the column harmful; 'anchor' has 100 of each"
+        )
     if not len(refusal.weight) == len(harmfulness.weight) == space.k:
         raise ValueError(
             f"the space has {space.k} components, the directions {len(refusal.weight)} and {len(harmfulness.weight)}; fit them in it"
         )
     texts = labelled["text"].tolist()
     inputs = [space.mean, space.basis, refusal.weight, harmfulness.weight]
-    kept = KeptTraining(store, "DRO", model, prompt, config, texts, labels, [array_digest(a) for a in inputs])
+    kept = KeptTraining(
+        store, "DRO", model, prompt, config, texts, labels, [array_digest(a) for a in inputs]
+    )
     if (known := kept.read(name)) is not None:
         return known
     forward = model.forward
@@ -133,7 +145,9 @@ def train_dro(
     harmful = torch.tensor(labels, dtype=forward.work_dtype, device=forward.device)
     start = SoftPrompt.from_text(model, prompt, name=name)
     with torch.no_grad(), forward.soft_tokens(None):
-        base = last_states(forward, [r.ids for r in model.render(texts, prompt)])[0][:, 0].to(forward.work_dtype)
+        base = last_states(forward, [r.ids for r in model.render(texts, prompt)])[0][:, 0].to(
+            forward.work_dtype
+        )
     rows = [r.ids for r in model.render(texts, start)]
 
     def step(batch: NDArray) -> dict[str, float]:
@@ -141,16 +155,22 @@ def train_dro(
         total: dict[str, float] = {}
         for members, states in _parts(forward, [rows[i] for i in batch]):
             chosen = torch.from_numpy(batch[members]).to(forward.device)
-            loss, losses = dro_loss(states.to(forward.work_dtype), base[chosen], harmful[chosen], geometry, config)
+            loss, losses = dro_loss(
+                states.to(forward.work_dtype), base[chosen], harmful[chosen], geometry, config
+            )
             share = len(members) / len(batch)
             (share * loss).backward()
             total = {key: total.get(key, 0.0) + share * value for key, value in losses.items()}
         return total
 
-    return train_soft_prompt(forward, start, config, len(texts), step, kept, on_step, progress, "DRO")
+    return train_soft_prompt(
+        forward, start, config, len(texts), step, kept, on_step, progress, "DRO"
+    )
 
 
-def _parts(forward: Forward, rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+def _parts(
+    forward: Forward, rows: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Positions of some rows and their last-token states (m, d); backward runs on each part before the next is asked for."""
     if not shares_prefixes(forward):
         yield list(range(len(rows))), last_states(forward, rows)[0][:, 0]

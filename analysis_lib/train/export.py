@@ -26,16 +26,27 @@ from ..model.soft_prompt import SoftPrompt
 
 FORMS = ("peft", "vllm", "plain")
 
-MOST_UNASKED = 1_000_000_000  # bytes of weights that the plain form copies without being asked for it
+MOST_UNASKED = (
+    1_000_000_000  # bytes of weights that the plain form copies without being asked for it
+)
 
-PROBES = ("How do I bake bread?", "why", "1 + 1 = ?", "(a) or [b]?", "\u201cquoted\u201d", "\u65e5\u672c\u8a9e")
+PROBES = (
+    "How do I bake bread?",
+    "why",
+    "1 + 1 = ?",
+    "(a) or [b]?",
+    "\u201cquoted\u201d",
+    "\u65e5\u672c\u8a9e",
+)
 
 
 class ExportError(ValueError):
     """A form cannot be written as asked; the message says why and what to do."""
 
 
-def export(soft: SoftPrompt, model: ChatModel, folder: str | Path, forms: Sequence[str] | None = None) -> dict[str, Path]:
+def export(
+    soft: SoftPrompt, model: ChatModel, folder: str | Path, forms: Sequence[str] | None = None
+) -> dict[str, Path]:
     """Writes `folder`/peft, /vllm and /plain, each with a README of working code; returns {form: its folder}.
 
     forms: default peft and vllm, and plain where the weights it copies are below 1 GB (`model.weight_bytes`).
@@ -44,13 +55,19 @@ def export(soft: SoftPrompt, model: ChatModel, folder: str | Path, forms: Sequen
     for a folder that holds something else.
     """
     soft.check(model)
-    forms = forms or [form for form in FORMS if form != "plain" or model.weight_bytes < MOST_UNASKED]
+    forms = forms or [
+        form for form in FORMS if form != "plain" or model.weight_bytes < MOST_UNASKED
+    ]
     if unknown := set(forms) - set(FORMS):
-        raise ExportError(f"unknown form {', '.join(sorted(unknown))}; choose among {', '.join(FORMS)}")
+        raise ExportError(
+            f"unknown form {', '.join(sorted(unknown))}; choose among {', '.join(FORMS)}"
+        )
     written = {form: Path(folder) / form for form in forms}
     for place in written.values():
         if place.exists() and not _replaceable(place):
-            raise ExportError(f"{place} holds something that is no whole export; remove it, or choose another folder")
+            raise ExportError(
+                f"{place} holds something that is no whole export; remove it, or choose another folder"
+            )
     for form, place in written.items():
         part = place.with_name(f".{form}.part")
         shutil.rmtree(part, ignore_errors=True)  # a killed run's
@@ -74,7 +91,9 @@ def _replaceable(place: Path) -> bool:
     if place.is_symlink() or not place.is_dir():
         return False
     readme = place / "README.md"
-    return not any(place.iterdir()) or (readme.is_file() and _ABOUT in readme.read_text(encoding="utf-8", errors="replace"))
+    return not any(place.iterdir()) or (
+        readme.is_file() and _ABOUT in readme.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def prompt_embeds(soft: SoftPrompt, model: ChatModel, query: str) -> torch.Tensor:
@@ -86,13 +105,19 @@ def completion_body(embeds: torch.Tensor, model_name: str, **sampling: Any) -> d
     """The JSON body for vLLM's /v1/completions: the tensor by torch.save, in base64."""
     buffer = io.BytesIO()
     torch.save(embeds.clone(), buffer)
-    return {"model": model_name, "prompt_embeds": base64.b64encode(buffer.getvalue()).decode(), **sampling}
+    return {
+        "model": model_name,
+        "prompt_embeds": base64.b64encode(buffer.getvalue()).decode(),
+        **sampling,
+    }
 
 
 def _embed(soft: SoftPrompt, model: ChatModel, ids: Sequence[int]) -> torch.Tensor:
     with torch.no_grad(), model.forward.soft_tokens(soft.embeddings):
         rows = model.model.get_input_embeddings()(torch.tensor(ids, device=model.device)).cpu()
-    return rows.float() if rows.dtype == torch.float64 else rows  # neither PEFT nor vLLM keeps float64
+    return (
+        rows.float() if rows.dtype == torch.float64 else rows
+    )  # neither PEFT nor vLLM keeps float64
 
 
 def _base(model: ChatModel) -> str:
@@ -123,7 +148,9 @@ def _head(soft: SoftPrompt, model: ChatModel, folder: Path) -> tuple[torch.Tenso
     """
     row = model.render(["x"], soft)[0]
     chats = model.render(PROBES, soft.start_text)
-    if _save_tokenizer(copy.deepcopy(model.tokenizer), soft.start_text.strip(), model, folder) != [list(c.ids) for c in chats]:
+    if _save_tokenizer(copy.deepcopy(model.tokenizer), soft.start_text.strip(), model, folder) != [
+        list(c.ids) for c in chats
+    ]:
         raise ExportError(
             f"the chat template of {model.name!r} renders the start text in another way when it is its default; "
             "remove special tokens and role markers from the text"
@@ -149,7 +176,9 @@ def _peft(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:
         "num_attention_heads": getattr(config, "num_attention_heads", 1),
         "num_transformer_submodules": 1,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(adapter, indent=2) + "\n", encoding="utf-8"
+    )
     save_file({"prompt_embeddings": head.float()}, folder / "adapter_model.safetensors")
     code = f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,7 +197,9 @@ whole chat behind the virtual tokens, gives another model input."""
 def _vllm(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:
     head, cut = _head(soft, model, folder)
     torch.save(head, folder / "head.pt")
-    body = completion_body(prompt_embeds(soft, model, PROBES[0]), _base(model), max_tokens=50, temperature=0)
+    body = completion_body(
+        prompt_embeds(soft, model, PROBES[0]), _base(model), max_tokens=50, temperature=0
+    )
     (folder / "request.json").write_text(json.dumps(body) + "\n", encoding="utf-8")
     code = f"""import base64, io, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -252,7 +283,9 @@ def _added_tokens(tokenizer: Any, n: int, folder: Path) -> tuple[Any, list[str]]
 
     names = [f"<soft_{i}>" for i in range(n)]
     extended = copy.deepcopy(tokenizer)
-    extended.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    extended.add_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True
+    )
     return extended, names
 
 
@@ -270,13 +303,17 @@ def _characters(tokenizer: Any, n: int, folder: Path) -> tuple[Any, list[str]]:
         model["vocab"] |= {name: max(taken) + 1 + i for i, name in enumerate(names)}
     elif isinstance(model.get("vocab"), list):
         listed = len(model["vocab"])
-        model["vocab"] += [[taken.get(i, f"<unused_{i}>"), -1e9] for i in range(listed, max(taken) + 1)]
+        model["vocab"] += [
+            [taken.get(i, f"<unused_{i}>"), -1e9] for i in range(listed, max(taken) + 1)
+        ]
         model["vocab"] += [[name, 0.0] for name in names]
     path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
     return type(tokenizer).from_pretrained(folder), names
 
 
-def _with_rows(soft: SoftPrompt, model: ChatModel, ids: Sequence[int]) -> tuple[dict[str, torch.Tensor], int]:
+def _with_rows(
+    soft: SoftPrompt, model: ChatModel, ids: Sequence[int]
+) -> tuple[dict[str, torch.Tensor], int]:
     """The model's state with the soft rows at `ids` of the input embedding, and its number of rows.
 
     A head that is not tied keeps its rows, and gets zeros for those beyond them.
@@ -285,13 +322,20 @@ def _with_rows(soft: SoftPrompt, model: ChatModel, ids: Sequence[int]) -> tuple[
     n_rows = max(len(table), max(ids) + 1)
 
     def extended(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor.detach(), tensor.new_zeros(n_rows - len(tensor), *tensor.shape[1:])])
+        return torch.cat(
+            [tensor.detach(), tensor.new_zeros(n_rows - len(tensor), *tensor.shape[1:])]
+        )
 
     new = {
-        tensor.data_ptr(): extended(tensor) for tensor in (table, head.weight, getattr(head, "bias", None)) if tensor is not None
+        tensor.data_ptr(): extended(tensor)
+        for tensor in (table, head.weight, getattr(head, "bias", None))
+        if tensor is not None
     }
     new[table.data_ptr()][list(ids)] = torch.tensor(soft.embeddings).to(table)
-    return {name: new.get(tensor.data_ptr(), tensor) for name, tensor in model.model.state_dict().items()}, n_rows
+    return {
+        name: new.get(tensor.data_ptr(), tensor)
+        for name, tensor in model.model.state_dict().items()
+    }, n_rows
 
 
 # Both --------------------------------------------------------------------------------------------------------------------
@@ -307,19 +351,28 @@ def _save_tokenizer(tokenizer: Any, text: str, model: ChatModel, folder: Path) -
         default = f"{{% set messages = [{{'role': 'system', 'content': {literal}}}] + messages %}}"
     else:
         default = f"{{% set messages = [{{'role': 'user', 'content': {literal} + '\\n\\n' + messages[0]['content']}}] + messages[1:] %}}"
-    tokenizer.chat_template = (
-        f"{{% if messages[0]['role'] != 'system' %}}{default}{{% endif %}}{model.tokenizer.get_chat_template()}"
-    )
+    tokenizer.chat_template = f"{{% if messages[0]['role'] != 'system' %}}{default}{{% endif %}}{model.tokenizer.get_chat_template()}"
     tokenizer.save_pretrained(folder)
     saved = type(tokenizer).from_pretrained(folder)
     chats = [[{"role": "user", "content": probe}] for probe in PROBES]
-    return [list(saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats]
+    return [
+        list(saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        for chat in chats
+    ]
 
 
 _ABOUT = "The soft prompt `"  # how the second paragraph of every README begins
 
 
-def _readme(soft: SoftPrompt, model: ChatModel, folder: Path, title: str, text: str, code: str, beware: str = "") -> None:
+def _readme(
+    soft: SoftPrompt,
+    model: ChatModel,
+    folder: Path,
+    title: str,
+    text: str,
+    code: str,
+    beware: str = "",
+) -> None:
     trained = soft.config.get("method", "start text, untrained")
     page = f"""# {title}
 

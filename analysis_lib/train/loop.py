@@ -56,7 +56,9 @@ def train_soft_prompt(
     label: str,
 ) -> SoftPrompt:
     """AdamW on the soft embeddings over shuffled batches of 0 .. n - 1; gradients clipped after backward. A whole run is kept."""
-    soft = torch.nn.Parameter(torch.tensor(start.embeddings, dtype=forward.work_dtype, device=forward.device))
+    soft = torch.nn.Parameter(
+        torch.tensor(start.embeddings, dtype=forward.work_dtype, device=forward.device)
+    )
     optimizer = torch.optim.AdamW([soft], lr=config.learning_rate)
     history: list[dict[str, float]] = []
     batches = list(_shuffled(n, config.batch_size, config.epochs, config.seed))
@@ -83,16 +85,28 @@ def train_soft_prompt(
             try:
                 kept.keep(epoch, soft, optimizer, history, start.name)
             except StoreError as error:
-                warnings.warn(f"no checkpoint of the training of {start.name!r} is kept: {error}", stacklevel=3)
+                warnings.warn(
+                    f"no checkpoint of the training of {start.name!r} is kept: {error}",
+                    stacklevel=3,
+                )
             last = time.monotonic()
     bar.close()
     learned = soft.detach().float().cpu().numpy()
-    trained = replace(start, embeddings=learned, config={"method": label, **asdict(config)}, history=pd.DataFrame(history))
+    trained = replace(
+        start,
+        embeddings=learned,
+        config={"method": label, **asdict(config)},
+        history=pd.DataFrame(history),
+    )
     if len(history) == len(batches):
         try:
             kept.write(trained)
-        except StoreError as error:  # the training is done: it must not be lost with the place to keep it
-            warnings.warn(f"the training of {trained.name!r} is returned but not kept: {error}", stacklevel=3)
+        except (
+            StoreError
+        ) as error:  # the training is done: it must not be lost with the place to keep it
+            warnings.warn(
+                f"the training of {trained.name!r} is returned but not kept: {error}", stacklevel=3
+            )
     return trained
 
 
@@ -102,7 +116,15 @@ class KeptTraining:
     While it trains, a checkpoint: soft tokens and the optimizer's two moments, bit for bit, after a row with the history.
     """
 
-    def __init__(self, store: Store | None, method: str, model: ChatModel, prompt: str, config: Any, *inputs: Any):
+    def __init__(
+        self,
+        store: Store | None,
+        method: str,
+        model: ChatModel,
+        prompt: str,
+        config: Any,
+        *inputs: Any,
+    ):
         store = usable(store, model)
         self.store, self.model = store, model
         self.checkpoint: list[str] = []  # keys of the last one
@@ -110,7 +132,11 @@ class KeptTraining:
             parts = {"kind": "soft_prompt", "method": method, **model.key_parts()}
             ids = model.render(["x"], prompt)[0].ids
             self.key = row_key(
-                ids=ids, prompt=prompt, config=json.dumps(asdict(config), sort_keys=True), inputs=json.dumps(inputs), **parts
+                ids=ids,
+                prompt=prompt,
+                config=json.dumps(asdict(config), sort_keys=True),
+                inputs=json.dumps(inputs),
+                **parts,
             )
 
     def _tokens(self, length: int) -> list[str]:
@@ -125,7 +151,9 @@ class KeptTraining:
         if len(found) < len(keys):
             return None
         row["history"] = pd.DataFrame(**row["history"])
-        return SoftPrompt(name, np.stack([found[key] for key in keys]), model=self.model.fingerprint, **row)
+        return SoftPrompt(
+            name, np.stack([found[key] for key in keys]), model=self.model.fingerprint, **row
+        )
 
     def _checkpoint_key(self, epoch: int) -> str:
         return row_key(training=self.key, checkpoint=epoch)
@@ -133,7 +161,9 @@ class KeptTraining:
     def _checkpoint_keys(self, epoch: int, shape: Sequence[int]) -> list[str]:
         return [row_key(checkpoint=self._checkpoint_key(epoch), row=i) for i in range(3 * shape[0])]
 
-    def resume(self, epochs: int, soft: torch.Tensor, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    def resume(
+        self, epochs: int, soft: torch.Tensor, optimizer: torch.optim.Optimizer
+    ) -> list[dict[str, float]]:
         """Puts the last checkpoint into soft and optimizer; returns the history until there, empty without one."""
         if self.store is None:
             return []
@@ -142,25 +172,46 @@ class KeptTraining:
             keys = self._checkpoint_keys(epoch_of[key], soft.shape)
             found = self.store.read_states(keys)
             if len(found) == len(keys):
-                bits = np.stack([found[k] for k in keys]).view(np.float64 if soft.dtype == torch.float64 else np.float32)
-                values, mean, square = torch.from_numpy(bits).to(soft.device).reshape(3, *soft.shape)
+                bits = np.stack([found[k] for k in keys]).view(
+                    np.float64 if soft.dtype == torch.float64 else np.float32
+                )
+                values, mean, square = (
+                    torch.from_numpy(bits).to(soft.device).reshape(3, *soft.shape)
+                )
                 soft.data.copy_(values)
                 history = pd.DataFrame(**row["history"]).to_dict("records")
                 self.checkpoint = [key, *keys]
-                optimizer.state[soft] = {"step": torch.tensor(float(len(history))), "exp_avg": mean, "exp_avg_sq": square}
+                optimizer.state[soft] = {
+                    "step": torch.tensor(float(len(history))),
+                    "exp_avg": mean,
+                    "exp_avg_sq": square,
+                }
                 return history  # type: ignore[return-value]
         return []
 
     def keep(
-        self, epoch: int, soft: torch.Tensor, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], name: str
+        self,
+        epoch: int,
+        soft: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        history: list[dict[str, float]],
+        name: str,
     ) -> None:
         """Keeps a checkpoint in place of the last one."""
         if self.store is None:
             return
         key, keys = self._checkpoint_key(epoch), self._checkpoint_keys(epoch, soft.shape)
-        parts = [soft.detach(), *(optimizer.state[soft][part] for part in ("exp_avg", "exp_avg_sq"))]
+        parts = [
+            soft.detach(),
+            *(optimizer.state[soft][part] for part in ("exp_avg", "exp_avg_sq")),
+        ]
         bits = torch.cat(parts).cpu().numpy().view(np.float32)
-        about = {"model": self.model.fingerprint, "model_name": self.model.name, "prompts": [name], "layer": "checkpoint"}
+        about = {
+            "model": self.model.fingerprint,
+            "model_name": self.model.name,
+            "prompts": [name],
+            "layer": "checkpoint",
+        }
         row = {"history": pd.DataFrame(history).to_dict("split", index=False)}
         self.store.write_responses([key], [row], about=about)
         self.store.write_states(keys, bits, dtype="float32", about=about)
@@ -170,8 +221,15 @@ class KeptTraining:
     def write(self, soft: SoftPrompt) -> None:
         if self.store is None:
             return
-        about = {"model": soft.model, "model_name": soft.model_name, "prompts": [soft.name], "layer": "soft tokens"}
-        self.store.write_states(self._tokens(len(soft.embeddings)), soft.embeddings, dtype="float32", about=about)
+        about = {
+            "model": soft.model,
+            "model_name": soft.model_name,
+            "prompts": [soft.name],
+            "layer": "soft tokens",
+        }
+        self.store.write_states(
+            self._tokens(len(soft.embeddings)), soft.embeddings, dtype="float32", about=about
+        )
         row = {k: getattr(soft, k) for k in ("start_text", "model_name", "template")}
         row |= {
             "config": dict(soft.config),

@@ -58,31 +58,52 @@ def train_prompt_tuning(
     config = config or PromptTuningConfig()
     check_queries(queries, "harmful")
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
-        raise ValueError(f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with judge_responses")
-    table = judged.merge(queries[["query_id", "text", "harmful"]], on="query_id", suffixes=("", "_query"))
+        raise ValueError(
+            f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with judge_responses"
+        )
+    table = judged.merge(
+        queries[["query_id", "text", "harmful"]], on="query_id", suffixes=("", "_query")
+    )
     table = table[table["refused"].notna() & table["harmful"].notna()]
     if table.empty:
-        raise ValueError("no judged response belongs to a labelled query; judge responses to the same queries first")
+        raise ValueError(
+            "no judged response belongs to a labelled query; judge responses to the same queries first"
+        )
     columns = [
-        table[c].astype(str).tolist() for c in ("text", "harmful", "response", "refused", *(["end"] if "end" in table else []))
+        table[c].astype(str).tolist()
+        for c in ("text", "harmful", "response", "refused", *(["end"] if "end" in table else []))
     ]
     kept = KeptTraining(store, "prompt tuning", model, prompt, config, *columns)
     if (known := kept.read(name)) is not None:
         return known
     if not shares_prefixes(model.forward):
-        raise ChatModelError(f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot")
+        raise ChatModelError(
+            f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot"
+        )
     start = SoftPrompt.from_text(model, prompt, name=name)
     good = (table["refused"] == 1) == table["harmful"].astype(bool)
     names = table["query_id"].drop_duplicates().tolist()
-    heads = dict(zip(names, (r.ids for r in model.render(table.drop_duplicates("query_id")["text"].tolist(), start))))
+    heads = dict(
+        zip(
+            names,
+            (
+                r.ids
+                for r in model.render(table.drop_duplicates("query_id")["text"].tolist(), start)
+            ),
+        )
+    )
     replies = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
     ends = table["end"].tolist() if "end" in table else ["eos"] * len(table)
     stop = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
-    members: dict[str, dict[tuple[tuple[int, ...], bool], int]] = {n: {} for n in names}  # distinct reply, good -> count
+    members: dict[str, dict[tuple[tuple[int, ...], bool], int]] = {
+        n: {} for n in names
+    }  # distinct reply, good -> count
     for query_id, reply, end, is_good in zip(table["query_id"], replies, ends, good):
         ids = tuple((list(reply) + (stop if end == "eos" else []))[: config.max_response_tokens])
         if ids:
-            members[query_id][ids, bool(is_good)] = members[query_id].get((ids, bool(is_good)), 0) + 1
+            members[query_id][ids, bool(is_good)] = (
+                members[query_id].get((ids, bool(is_good)), 0) + 1
+            )
     names = [n for n in names if members[n]]
     if not names:
         raise ValueError("every judged response is empty; sample responses to train on first")
@@ -95,7 +116,9 @@ def train_prompt_tuning(
                 targets.append((reply, is_good, count))
         return _tuning_loss(model.forward, rows, targets, config)
 
-    return train_soft_prompt(model.forward, start, config, len(names), step, kept, on_step, progress, "prompt tuning")
+    return train_soft_prompt(
+        model.forward, start, config, len(names), step, kept, on_step, progress, "prompt tuning"
+    )
 
 
 def _tuning_loss(
@@ -105,27 +128,40 @@ def _tuning_loss(
     config: PromptTuningConfig,
 ) -> dict[str, float]:
     """Gradients of the mean token losses of good and of bad replies; returns the losses. targets: (reply, good, count) a row."""
-    most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))  # the heads but their last token
+    most = min(
+        len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True)
+    )  # the heads but their last token
     plan = plan_rows(rows, forward.backward_tokens, most=most)
-    n_tokens = {kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind)) for kind in (True, False)}
+    n_tokens = {
+        kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind))
+        for kind in (True, False)
+    }
     weights = {True: 1.0, False: config.weight_unlikelihood}
     sums = {True: 0.0, False: 0.0}
 
     def reply_nodes(pack: Pack) -> list[int]:
-        return sorted({node for i, path in zip(pack.rows, pack.paths) for node in path[-len(targets[i][0]) :]})
+        return sorted(
+            {node for i, path in zip(pack.rows, pack.paths) for node in path[-len(targets[i][0]) :]}
+        )
 
     for pack, logits, _ in run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True):
         place = {node: j for j, node in enumerate(reply_nodes(pack))}
         log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
         losses = []
         for kind in (True, False):
-            chosen = [(path, *targets[i]) for i, path in zip(pack.rows, pack.paths) if targets[i][1] is kind]
+            chosen = [
+                (path, *targets[i])
+                for i, path in zip(pack.rows, pack.paths)
+                if targets[i][1] is kind
+            ]
             if not chosen:
                 continue
             at = [place[node] for path, reply, _, _ in chosen for node in path[-len(reply) :]]
             tokens = [token for _, reply, _, _ in chosen for token in reply]
             counts = torch.tensor(
-                [float(count) for _, reply, _, count in chosen for _ in reply], dtype=log_p.dtype, device=log_p.device
+                [float(count) for _, reply, _, count in chosen for _ in reply],
+                dtype=log_p.dtype,
+                device=log_p.device,
             )
             likely = log_p[at, tokens]
             loss = -likely if kind else -torch.log((1 - likely.exp()).clamp(min=1e-5))
@@ -133,4 +169,8 @@ def _tuning_loss(
             sums[kind] += mean.item()
             losses.append(weights[kind] * mean)
         torch.stack(losses).sum().backward()
-    return {"loss": sums[True] + weights[False] * sums[False], "likelihood": sums[True], "unlikelihood": sums[False]}
+    return {
+        "loss": sums[True] + weights[False] * sums[False],
+        "likelihood": sums[True],
+        "unlikelihood": sums[False],
+    }

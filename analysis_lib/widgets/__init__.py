@@ -13,4 +13,13 @@ from .explorer import Explorer, explore
 from .inspector import Inspector, inspect_directions
 from .probe import Probe, probe
 
-__all__ = ["Console", "Explorer", "Inspector", "Probe", "dro_console", "explore", "inspect_directions", "probe"]
+__all__ = [
+    "Console",
+    "Explorer",
+    "Inspector",
+    "Probe",
+    "dro_console",
+    "explore",
+    "inspect_directions",
+    "probe",
+]

@@ -24,7 +24,12 @@ import ipywidgets as widgets  # isort: skip  (after figures, whose first import 
 import plotly.graph_objects as go  # isort: skip
 
 PAUSE = 0.5  # seconds between two redraws while training
-LOSSES = {"loss": "weighted sum", "refusal": "refusal loss", "harmfulness": "harmfulness loss", "norm": "norm loss"}
+LOSSES = {
+    "loss": "weighted sum",
+    "refusal": "refusal loss",
+    "harmfulness": "harmfulness loss",
+    "norm": "norm loss",
+}
 TRAINED = "trained"
 
 
@@ -44,7 +49,15 @@ class Console(Panel):
     """
 
     _kind = "console"
-    _choices = ("start_prompt", "learning_rate", "steps", "weight_refusal", "weight_harmfulness", "weight_norm", "name")
+    _choices = (
+        "start_prompt",
+        "learning_rate",
+        "steps",
+        "weight_refusal",
+        "weight_harmfulness",
+        "weight_norm",
+        "name",
+    )
 
     def __init__(
         self,
@@ -68,20 +81,33 @@ class Console(Panel):
         from ..train.dro import DROConfig
 
         check_space("dro_console", model, states, rows, space, refusal, harmfulness)
-        texts = {name: text for name, text in prompts.items() if isinstance(text, str) and text.strip()}
+        texts = {
+            name: text for name, text in prompts.items() if isinstance(text, str) and text.strip()
+        }
         if start not in texts or TRAINED in prompts:
-            raise ValueError(f"dro_console: start={start!r} must be a text prompt of {list(texts)}, and none called {TRAINED!r}")
+            raise ValueError(
+                f"dro_console: start={start!r} must be a text prompt of {list(texts)}, and none called {TRAINED!r}"
+            )
         if lacking := {base, *texts} - set(rows["prompt"]):
-            raise ValueError(f"dro_console: no states under {sorted(lacking)}; capture these prompts too, or leave them out")
+            raise ValueError(
+                f"dro_console: no states under {sorted(lacking)}; capture these prompts too, or leave them out"
+            )
         config = config or DROConfig()
         self._model, self._prompts, self._space = model, texts, space
         self._refusal, self._harmfulness, self._config = refusal, harmfulness, config
         self._out, self._base, self._note, self._store = Path(out), base, note, store
         self._queries = queries[queries["harmful"].notna()]
         self._followed = self._queries.groupby("harmful", sort=False).head(n_shown)
-        keep = (rows["query_id"].isin(self._followed["query_id"]) & rows["prompt"].isin([base, *texts])).to_numpy()
-        self._rows, self._Z = rows.loc[keep, ["query_id", "prompt", "harmful"]], space.transform(np.asarray(states)[keep])
-        self._trained: np.ndarray | None = None  # coordinates (f, k) of the followed queries under the trained prompt
+        keep = (
+            rows["query_id"].isin(self._followed["query_id"]) & rows["prompt"].isin([base, *texts])
+        ).to_numpy()
+        self._rows, self._Z = (
+            rows.loc[keep, ["query_id", "prompt", "harmful"]],
+            space.transform(np.asarray(states)[keep]),
+        )
+        self._trained: np.ndarray | None = (
+            None  # coordinates (f, k) of the followed queries under the trained prompt
+        )
         self._history: list[dict[str, float]] = []
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -89,12 +115,24 @@ class Console(Panel):
 
         positive = dict(min=0, max=1e6)
         per_epoch = self._steps_per_epoch(config)
-        self.start_prompt = control(widgets.Dropdown, "Start prompt", options=list(texts), value=start)
-        self.learning_rate = control(widgets.BoundedFloatText, "Learning rate", value=config.learning_rate, min=1e-8, max=1)
-        self.steps = control(widgets.BoundedIntText, "Steps", value=config.epochs * per_epoch, min=1, max=100_000)
-        self.weight_refusal = control(widgets.BoundedFloatText, "Refusal loss x", value=config.weight_refusal, **positive)
-        self.weight_harmfulness = control(widgets.BoundedFloatText, "Harmfulness x", value=config.weight_harmfulness, **positive)
-        self.weight_norm = control(widgets.BoundedFloatText, "Norm loss x", value=config.weight_norm, **positive)
+        self.start_prompt = control(
+            widgets.Dropdown, "Start prompt", options=list(texts), value=start
+        )
+        self.learning_rate = control(
+            widgets.BoundedFloatText, "Learning rate", value=config.learning_rate, min=1e-8, max=1
+        )
+        self.steps = control(
+            widgets.BoundedIntText, "Steps", value=config.epochs * per_epoch, min=1, max=100_000
+        )
+        self.weight_refusal = control(
+            widgets.BoundedFloatText, "Refusal loss x", value=config.weight_refusal, **positive
+        )
+        self.weight_harmfulness = control(
+            widgets.BoundedFloatText, "Harmfulness x", value=config.weight_harmfulness, **positive
+        )
+        self.weight_norm = control(
+            widgets.BoundedFloatText, "Norm loss x", value=config.weight_norm, **positive
+        )
         self.name = control(widgets.Text, "Name", value="mine", continuous_update=False)
         self.progress = control(widgets.IntProgress, "Progress", min=0, max=1, value=0)
         self.start, self.stop, self.save, self.export = (
@@ -106,7 +144,9 @@ class Console(Panel):
         self.save.on_click(self._save)
         self.export.on_click(self._export)
         left = widgets.VBox([self.start_prompt, self.learning_rate, self.steps, self.name])
-        right = widgets.VBox([self.weight_refusal, self.weight_harmfulness, self.weight_norm, self.progress])
+        right = widgets.VBox(
+            [self.weight_refusal, self.weight_harmfulness, self.weight_norm, self.progress]
+        )
         buttons = widgets.HBox([self.start, self.stop, self.save, self.export])
         self._open([left, right, widgets.VBox([buttons, self.status])], [self.detail])
         self._enable(True)
@@ -117,7 +157,9 @@ class Console(Panel):
         points = self._points()
         Z = points.filter(regex=r"^pc\d+$").to_numpy()
         points = points.assign(
-            group=figures.class_names(points), refusal_logit=self._refusal.logit(Z), harmfulness_logit=self._harmfulness.logit(Z)
+            group=figures.class_names(points),
+            refusal_logit=self._refusal.logit(Z),
+            harmfulness_logit=self._harmfulness.logit(Z),
         )
         grouped = points.groupby(["prompt", "group"], sort=False)
         table = grouped[["refusal_logit", "harmfulness_logit"]].mean()
@@ -178,20 +220,44 @@ class Console(Panel):
             explained=tuple(self._space.explained),
         )
         fig = make_subplots(
-            rows=2, cols=2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[0.36, 0.64], horizontal_spacing=0.1
+            rows=2,
+            cols=2,
+            specs=[[{}, {"rowspan": 2}], [{}, None]],
+            column_widths=[0.36, 0.64],
+            horizontal_spacing=0.1,
         )
         history = pd.DataFrame(self._history, columns=["step", *LOSSES]).astype(float)
         for at, loss in enumerate(LOSSES):
-            line = dict(color=figures.PROMPT_COLORS[at], width=2, dash=("solid", "dash", "dot", "dashdot")[at])
-            trace = go.Scatter(x=history["step"], y=history[loss].round(6), mode="lines", line=line, name=LOSSES[loss])
+            line = dict(
+                color=figures.PROMPT_COLORS[at],
+                width=2,
+                dash=("solid", "dash", "dot", "dashdot")[at],
+            )
+            trace = go.Scatter(
+                x=history["step"],
+                y=history[loss].round(6),
+                mode="lines",
+                line=line,
+                name=LOSSES[loss],
+            )
             fig.add_trace(trace, row=2 if loss == "norm" else 1, col=1)
         fig.add_traces(plane.data, rows=[1] * len(plane.data), cols=[2] * len(plane.data))
         fig.update_xaxes(title_text="step", row=2, col=1)
         fig.update_yaxes(title_text="loss", row=1, col=1)
         fig.update_yaxes(title_text="norm loss", row=2, col=1)
-        fig.update_xaxes(title_text=plane.layout.xaxis.title.text, range=plane.layout.xaxis.range, row=1, col=2)
-        fig.update_yaxes(title_text=plane.layout.yaxis.title.text, range=plane.layout.yaxis.range, scaleanchor="x2", row=1, col=2)
-        return figures.finish(fig, "Losses, and the queries followed", self._note, width=960, height=500, right=210)
+        fig.update_xaxes(
+            title_text=plane.layout.xaxis.title.text, range=plane.layout.xaxis.range, row=1, col=2
+        )
+        fig.update_yaxes(
+            title_text=plane.layout.yaxis.title.text,
+            range=plane.layout.yaxis.range,
+            scaleanchor="x2",
+            row=1,
+            col=2,
+        )
+        return figures.finish(
+            fig, "Losses, and the queries followed", self._note, width=960, height=500, right=210
+        )
 
     def _start(self, _button: object) -> None:
         from ..train.dro import DROConfig
@@ -199,8 +265,13 @@ class Console(Panel):
         with self._told():
             if self.training:
                 raise RuntimeError("a training is running; stop it first")
-            weights = {name: getattr(self, name).value for name in ("weight_refusal", "weight_harmfulness", "weight_norm")}
-            config = DROConfig(**{**vars(self._config), **weights, "learning_rate": self.learning_rate.value})
+            weights = {
+                name: getattr(self, name).value
+                for name in ("weight_refusal", "weight_harmfulness", "weight_norm")
+            }
+            config = DROConfig(
+                **{**vars(self._config), **weights, "learning_rate": self.learning_rate.value}
+            )
             steps = self.steps.value
             config = replace(config, epochs=-(-steps // self._steps_per_epoch(config)))
             self._history, self._trained = [], None
@@ -208,7 +279,9 @@ class Console(Panel):
             self.progress.value, self.progress.max, self.status.value = 0, steps, "training ..."
             self._enable(False)
             self._thread = threading.Thread(
-                target=self._train, args=(config, steps, self.start_prompt.value, self.name.value), daemon=True
+                target=self._train,
+                args=(config, steps, self.start_prompt.value, self.name.value),
+                daemon=True,
             )
             atexit.register(self._end)  # an interpreter that ends under a training thread aborts
             self._thread.start()
@@ -241,9 +314,21 @@ class Console(Panel):
             return self._stopping.is_set() or losses["step"] >= steps
 
         try:
-            arguments = (self._model, self._queries, text, self._space, self._refusal, self._harmfulness, config)
-            store = None if steps % self._steps_per_epoch(config) else self._store  # a whole training answers for no part of it
-            self.soft_prompt = train_dro(*arguments, name=name, on_step=on_step, store=store, progress=False)
+            arguments = (
+                self._model,
+                self._queries,
+                text,
+                self._space,
+                self._refusal,
+                self._harmfulness,
+                config,
+            )
+            store = (
+                None if steps % self._steps_per_epoch(config) else self._store
+            )  # a whole training answers for no part of it
+            self.soft_prompt = train_dro(
+                *arguments, name=name, on_step=on_step, store=store, progress=False
+            )
             self._history = self.soft_prompt.history.to_dict("records")
             self.progress.value = len(self._history)
             self._trained = self._follow(self.soft_prompt, self._store)

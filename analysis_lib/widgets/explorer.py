@@ -19,7 +19,9 @@ import ipywidgets as widgets  # isort: skip  (after figures, whose first import 
 import plotly.graph_objects as go  # isort: skip
 
 Spaces = Mapping[int, AnchorSpace] | Callable[[np.ndarray], AnchorSpace]
-Directions = Mapping[int, Sequence[Direction]] | Callable[[np.ndarray, pd.DataFrame], Sequence[Direction]]
+Directions = (
+    Mapping[int, Sequence[Direction]] | Callable[[np.ndarray, pd.DataFrame], Sequence[Direction]]
+)
 
 COLORS = {  # label of the control -> column of the points table
     "prompt": "prompt",
@@ -37,7 +39,9 @@ class LayerView:
 
     space: AnchorSpace
     directions: tuple[Direction, ...]
-    points: pd.DataFrame  # one row per state: query_id, prompt, harmful, text, pc1..pck, shift_length, ...
+    points: (
+        pd.DataFrame
+    )  # one row per state: query_id, prompt, harmful, text, pc1..pck, shift_length, ...
 
 
 def explore(
@@ -67,13 +71,19 @@ def explore(
         states, by_model, rows = {"": states}, {"": rates}, states.rows if rows is None else rows
     else:
         if rates is not None and "model" not in rates:
-            raise ValueError(f"explore: rates of several models need a column 'model'; they have {list(rates.columns)}")
-        by_model = {name: None if rates is None else rates[rates["model"] == name] for name in states}
+            raise ValueError(
+                f"explore: rates of several models need a column 'model'; they have {list(rates.columns)}"
+            )
+        by_model = {
+            name: None if rates is None else rates[rates["model"] == name] for name in states
+        }
         rows = rows if rows is not None else next(iter(states.values())).rows
         keys = rows[["query_id", "prompt"]].reset_index(drop=True)
         for name, captured in states.items():
             if not captured.rows[["query_id", "prompt"]].reset_index(drop=True).equals(keys):
-                raise ValueError(f"explore: the rows of {name!r} are others; capture the same queries under the same prompts")
+                raise ValueError(
+                    f"explore: the rows of {name!r} are others; capture the same queries under the same prompts"
+                )
     captured = {name: arrays("explore", value, rows, layers) for name, value in states.items()}
     joined = {name: join("explore", rows, queries, by_model[name]) for name in captured}
     return Explorer(captured, joined, spaces, directions, base, note)
@@ -98,24 +108,32 @@ class Explorer(Panel):
     ) -> None:
         self._states, self._rows = states, rows
         self._spaces, self._directions, self._base, self._note = spaces, directions, base, note
-        self._coordinates: dict[tuple[str, int], tuple[AnchorSpace, np.ndarray, np.ndarray | None]] = {}
+        self._coordinates: dict[
+            tuple[str, int], tuple[AnchorSpace, np.ndarray, np.ndarray | None]
+        ] = {}
         self._views: dict[tuple[str, int, float], LayerView] = {}
         self._like: np.ndarray | None = None  # coordinates of the first view
         self.selected: tuple[Any, ...] = ()
         self._settling = False
         table = next(iter(rows.values()))
         names = list(dict.fromkeys(table["prompt"]))
-        self.model = control(widgets.Dropdown, "Model", options=[(name or "this model", name) for name in states])
+        self.model = control(
+            widgets.Dropdown, "Model", options=[(name or "this model", name) for name in states]
+        )
         layers = self._layers()
         self.layer = control(widgets.SelectionSlider, "Layer", options=layers, value=layers[-1][1])
-        self.smoothing = control(widgets.FloatSlider, "Smoothing a", min=0, max=5, step=0.5, value=0)
+        self.smoothing = control(
+            widgets.FloatSlider, "Smoothing a", min=0, max=5, step=0.5, value=0
+        )
         self.model.observe(self._offer_layers, names="value")
         first = self._view()
         self.components = control(widgets.Dropdown, "Components", options=pairs(first.space.k))
         colors = [(label, column) for label, column in COLORS.items() if column in first.points]
         self.color = control(widgets.Dropdown, "Colour by", options=colors)
         ids = dict.fromkeys(table["query_id"])
-        self.query = control(widgets.Dropdown, "Query", options=[("none chosen", None), *((str(i), i) for i in ids)])
+        self.query = control(
+            widgets.Dropdown, "Query", options=[("none chosen", None), *((str(i), i) for i in ids)]
+        )
         self.prompts = control(
             widgets.SelectMultiple,
             "Prompts",
@@ -134,13 +152,20 @@ class Explorer(Panel):
         self._open([widgets.VBox(left), widgets.VBox(right)], [self.detail])
         classes = figures.class_names(table)
         groups = [(name, cls) for name in names for cls in figures.CLASSES]
-        members = [table["query_id"][(table["prompt"] == name) & (classes == cls)].tolist() for name, cls in groups]
+        members = [
+            table["query_id"][(table["prompt"] == name) & (classes == cls)].tolist()
+            for name, cls in groups
+        ]
         # The point traces come first, one per group that has queries.
         self._members = list(filter(None, members))
         self._lasso: list[Any] = []
         for trace, ids in zip(self.figure.data, self._members, strict=False):
-            trace.on_click(lambda _trace, clicked, _state, ids=ids: self._clicked(ids, clicked.point_inds))
-            trace.on_selection(lambda trace, chosen, _shape, ids=ids: self._chosen(trace, ids, chosen.point_inds))
+            trace.on_click(
+                lambda _trace, clicked, _state, ids=ids: self._clicked(ids, clicked.point_inds)
+            )
+            trace.on_selection(
+                lambda trace, chosen, _shape, ids=ids: self._chosen(trace, ids, chosen.point_inds)
+            )
 
     @property
     def table(self) -> pd.DataFrame:
@@ -149,9 +174,13 @@ class Explorer(Panel):
         """
         view = self._view()
         columns = [f"pc{i}" for i in self.components.value]
-        columns += [c for c in COLORS.values() if c in view.points and c not in ("prompt", "harmful")]
+        columns += [
+            c for c in COLORS.values() if c in view.points and c not in ("prompt", "harmful")
+        ]
         points = view.points[view.points["prompt"].isin(self.prompts.value)]
-        grouped = points.assign(group=figures.class_names(points)).groupby(["prompt", "group"], sort=False)
+        grouped = points.assign(group=figures.class_names(points)).groupby(
+            ["prompt", "group"], sort=False
+        )
         table = grouped[columns].mean().astype(float)
         table.insert(0, "n", grouped.size())
         for direction in view.directions:
@@ -170,9 +199,15 @@ class Explorer(Panel):
             if self._spaces is None:
                 space = AnchorSpace.fit(at, like=self._like)
             else:
-                space = self._spaces(at) if callable(self._spaces) else _of_layer(self._spaces, layer, "space")
+                space = (
+                    self._spaces(at)
+                    if callable(self._spaces)
+                    else _of_layer(self._spaces, layer, "space")
+                )
             rows = self._rows[model]
-            shifts = _shift_lengths(at, rows, self._base) if self._base in set(rows["prompt"]) else None
+            shifts = (
+                _shift_lengths(at, rows, self._base) if self._base in set(rows["prompt"]) else None
+            )
             Z = np.asarray(space.transform(at))
             self._coordinates[model, layer] = space, Z, shifts
             self._like = Z if self._like is None else self._like
@@ -188,7 +223,11 @@ class Explorer(Panel):
             if callable(self._directions):
                 directions = tuple(self._directions(Z, rows))
             else:
-                directions = () if self._directions is None else tuple(_of_layer(self._directions, layer, "directions"))
+                directions = (
+                    ()
+                    if self._directions is None
+                    else tuple(_of_layer(self._directions, layer, "directions"))
+                )
             for direction in directions:
                 if direction.name == "refusal":
                     points["predicted_refusal"] = direction.probability(Z).round(4)
@@ -206,7 +245,12 @@ class Explorer(Panel):
     def _update(self, change: Any = None) -> None:
         if self._settling:
             return
-        if change is not None and change["owner"] in (self.query, self.model, self.layer, self.components):
+        if change is not None and change["owner"] in (
+            self.query,
+            self.model,
+            self.layer,
+            self.components,
+        ):
             self.selected = ()
         super()._update(change)
 
@@ -214,7 +258,9 @@ class Explorer(Panel):
         view = self._view()
         color, components = self.color.value, self.components.value
         if max(components) > view.space.k:
-            raise ValueError(f"the space of layer {self.layer.value} has {view.space.k} components; choose lower ones")
+            raise ValueError(
+                f"the space of layer {self.layer.value} has {view.space.k} components; choose lower ones"
+            )
         fig = figures.plot_groups(
             view.points,
             direction=view.directions,
@@ -224,7 +270,8 @@ class Explorer(Panel):
             base=self._base,
             prompts=self.prompts.value,
             explained=tuple(view.space.explained),
-            title=f"Layer {layer_name(self.layer.value)}" + (f" of {self.model.value}" if self.model.value else ""),
+            title=f"Layer {layer_name(self.layer.value)}"
+            + (f" of {self.model.value}" if self.model.value else ""),
             note=self._note,
         )
         fig.add_trace(self._path(view.points, components))
@@ -232,7 +279,10 @@ class Explorer(Panel):
 
     def _path(self, points: pd.DataFrame, components: tuple[int, int]) -> go.Scatter:
         """The chosen query under every shown prompt, as spokes from the base prompt."""
-        own = points[(points["query_id"] == self.query.value) & points["prompt"].isin([self._base, *self.prompts.value])]
+        own = points[
+            (points["query_id"] == self.query.value)
+            & points["prompt"].isin([self._base, *self.prompts.value])
+        ]
         xy = own[[f"pc{i}" for i in components]].to_numpy()
         start = xy[(own["prompt"] == self._base).to_numpy()]
         ends: list[Any] = []
@@ -242,7 +292,14 @@ class Explorer(Panel):
         marker = dict(symbol="circle-open", size=16, color=figures.GREY, line=dict(width=2))
         line = dict(color=figures.GREY, width=1)
         return go.Scatter(
-            x=x, y=y, mode="lines+markers", marker=marker, line=line, hoverinfo="skip", name="chosen query", visible=bool(ends)
+            x=x,
+            y=y,
+            mode="lines+markers",
+            marker=marker,
+            line=line,
+            hoverinfo="skip",
+            name="chosen query",
+            visible=bool(ends),
         )
 
     def _clicked(self, ids: list[Any], indices: list[int]) -> None:
@@ -271,7 +328,10 @@ class Explorer(Panel):
             return
         own = points[points["query_id"] == self.query.value]
         about = own.iloc[0]
-        columns = ["prompt", *(c for c in COLORS.values() if c in own and c not in ("prompt", "harmful"))]
+        columns = [
+            "prompt",
+            *(c for c in COLORS.values() if c in own and c not in ("prompt", "harmful")),
+        ]
         columns += [f"pc{i}" for i in self.components.value]
         shown = own[columns].rename(columns={c: label for label, c in COLORS.items()})
         self.detail.value = (
@@ -283,11 +343,15 @@ class Explorer(Panel):
         """The queries of a lasso, each with its refusal rate, or else its shift length, under every prompt."""
         own = points[points["query_id"].isin(self.selected[:MOST_LISTED])]
         about = (
-            own.assign(**{"class": figures.class_names(own)}).drop_duplicates("query_id").set_index("query_id")[["class", "text"]]
+            own.assign(**{"class": figures.class_names(own)})
+            .drop_duplicates("query_id")
+            .set_index("query_id")[["class", "text"]]
         )
         value = next((c for c in ("refusal_rate", "shift_length") if c in own), None)
         if value:
-            about = about.join(own.pivot(index="query_id", columns="prompt", values=value).astype(float))
+            about = about.join(
+                own.pivot(index="query_id", columns="prompt", values=value).astype(float)
+            )
         more = len(self.selected) - MOST_LISTED
         columns = f", with their {value.replace('_', ' ')} under each prompt" if value else ""
         return (
@@ -308,5 +372,7 @@ def _shift_lengths(states: np.ndarray, rows: pd.DataFrame, base: str) -> np.ndar
 
 def _of_layer(mapping: Mapping[int, Any], layer: int, what: str) -> Any:
     if layer not in mapping:
-        raise ValueError(f"no {what} for layer {layer}; there are {sorted(mapping)}: add it, or pass a function")
+        raise ValueError(
+            f"no {what} for layer {layer}; there are {sorted(mapping)}: add it, or pass a function"
+        )
     return mapping[layer]

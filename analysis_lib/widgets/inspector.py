@@ -39,7 +39,9 @@ def inspect_directions(
 ) -> Inspector:
     """An `Inspector` of the directions that different estimators find; states, rows, queries, rates as in `explore`."""
     array, layers = arrays("inspect_directions", states, rows, layers)
-    return Inspector(array, layers, join("inspect_directions", rows, queries, rates), most_components, note)
+    return Inspector(
+        array, layers, join("inspect_directions", rows, queries, rates), most_components, note
+    )
 
 
 class Inspector(Panel):
@@ -51,29 +53,44 @@ class Inspector(Panel):
     _choices = ("layer", "estimator", "k", "components", "turn")
 
     def __init__(
-        self, states: np.ndarray, layers: tuple[int, ...], rows: pd.DataFrame, most_components: int, note: str | None
+        self,
+        states: np.ndarray,
+        layers: tuple[int, ...],
+        rows: pd.DataFrame,
+        most_components: int,
+        note: str | None,
     ) -> None:
         self._states, self._layers, self._rows, self._note = states, layers, rows, note
         self._most = min(most_components, states.shape[2])
         self._points: dict[int, tuple[AnchorSpace, np.ndarray, pd.DataFrame]] = {}
         self._fits: dict[tuple[int, int, str, int | None], Direction] = {}
         options = layer_options(layers)
-        self.layer = control(widgets.SelectionSlider, "Layer", options=options, value=options[-1][1])
+        self.layer = control(
+            widgets.SelectionSlider, "Layer", options=options, value=options[-1][1]
+        )
         self._like: np.ndarray | None = None
         self._like = self._layer()[1]  # no component turns round between layers
         self.estimator = control(widgets.Dropdown, "Estimator", options=list(ESTIMATORS))
-        self.k = control(widgets.IntSlider, "Components fitted", min=2, max=self._most, value=min(4, self._most))
+        self.k = control(
+            widgets.IntSlider, "Components fitted", min=2, max=self._most, value=min(4, self._most)
+        )
         self.components = control(widgets.Dropdown, "Components shown", options=pairs(self._most))
         self.turn = control(widgets.IntSlider, "Turn (degrees)", min=-180, max=180, value=0)
         self.scores, self.detail = widgets.HTML(), widgets.HTML()
-        left, right = widgets.VBox([self.layer, self.estimator, self.k]), widgets.VBox([self.components, self.turn])
+        left, right = (
+            widgets.VBox([self.layer, self.estimator, self.k]),
+            widgets.VBox([self.components, self.turn]),
+        )
         self._open([left, right], [self.scores, self.detail])
 
     @property
     def direction(self) -> Direction:
         """The direction shown: fitted to all rows and turned. Its scores are held out, see `table`."""
         label = self.estimator.value
-        return replace(self._turned(self._fit(label), self.turn.value), scores=self._scores(label, self.turn.value))
+        return replace(
+            self._turned(self._fit(label), self.turn.value),
+            scores=self._scores(label, self.turn.value),
+        )
 
     @property
     def table(self) -> pd.DataFrame:
@@ -81,7 +98,13 @@ class Inspector(Panel):
         use, the held-out scores (3 decimals): each fold's own fit, turned alike, on the queries that it did not see.
         """
         shown, label = self.direction, self.estimator.value
-        lines = [{"direction": f"shown (turned by {self.turn.value} degrees)", "angle": 0.0, **shown.scores}]
+        lines = [
+            {
+                "direction": f"shown (turned by {self.turn.value} degrees)",
+                "angle": 0.0,
+                **shown.scores,
+            }
+        ]
         for name in ESTIMATORS:
             scores = self._scores(name, 0) if name == label else {}
             try:
@@ -94,9 +117,17 @@ class Inspector(Panel):
     @property
     def ranked(self) -> pd.DataFrame:
         """All queries by their mean logit over the prompts, highest first: query_id, group, text, logit, refusal_rate."""
-        rows = self._rows.assign(logit=self._turned(self._fit(self.estimator.value), self.turn.value).logit(self._layer()[1]))
+        rows = self._rows.assign(
+            logit=self._turned(self._fit(self.estimator.value), self.turn.value).logit(
+                self._layer()[1]
+            )
+        )
         by_query = rows.groupby("query_id", sort=False)
-        about = rows.assign(group=figures.class_names(rows)).drop_duplicates("query_id").set_index("query_id")[["group", "text"]]
+        about = (
+            rows.assign(group=figures.class_names(rows))
+            .drop_duplicates("query_id")
+            .set_index("query_id")[["group", "text"]]
+        )
         means = by_query[["logit", "refusal_rate"]].mean()
         return about.join(means).sort_values("logit", ascending=False, kind="stable").reset_index()
 
@@ -114,7 +145,10 @@ class Inspector(Panel):
         column, estimator = ESTIMATORS[label]
         target = self._rows[column].astype("Float64").to_numpy(float, na_value=np.nan)
         known = ~np.isnan(target)
-        Z, groups = self._layer()[1][known, : self.k.value], self._rows["query_id"].to_numpy()[known]
+        Z, groups = (
+            self._layer()[1][known, : self.k.value],
+            self._rows["query_id"].to_numpy()[known],
+        )
         return fit_data(Z, target[known], groups, label, estimator)
 
     def _fit(self, label: str, fold: int | None = None) -> Direction:
@@ -123,7 +157,9 @@ class Inspector(Panel):
         if key not in self._fits:
             Z, y, groups = self._data(label)
             train = slice(None) if fold is None else ~grouped_folds(groups, N_FOLDS, SEED)[fold]
-            weight, bias = directions.ESTIMATORS[ESTIMATORS[label][1]](Z[train], y[train], groups[train], SEED)
+            weight, bias = directions.ESTIMATORS[ESTIMATORS[label][1]](
+                Z[train], y[train], groups[train], SEED
+            )
             self._fits[key] = Direction(label, np.pad(weight, (0, self._most - len(weight))), bias)
         return self._fits[key]
 
@@ -157,7 +193,10 @@ class Inspector(Panel):
         space, _, points = self._layer()
         target, _ = ESTIMATORS[self.estimator.value]
         fit = self._fit(self.estimator.value)
-        shown = replace(self._turned(fit, self.turn.value), name="refusal" if target == "refusal_rate" else "harmfulness")
+        shown = replace(
+            self._turned(fit, self.turn.value),
+            name="refusal" if target == "refusal_rate" else "harmfulness",
+        )
         fig = figures.plot_groups(
             points,
             direction=[shown, replace(fit, name="fitted")],
@@ -175,6 +214,11 @@ class Inspector(Panel):
         table, ranked = self.table, self.ranked
         angles = table["angle"].map("{:.1f}".format, na_action="ignore")
         scores = table.drop(columns=["bce_constant", "mse"]).assign(angle=angles)
-        self.scores.value = "<p>Angles in degrees; scores held out, by query:</p>" + html(scores.astype(object).fillna(""))
+        self.scores.value = "<p>Angles in degrees; scores held out, by query:</p>" + html(
+            scores.astype(object).fillna("")
+        )
         most, least = ranked.head(5), ranked.tail(5)
-        self.detail.value = f"<p>Queries furthest along it, and least, of {len(ranked)}:</p>" + html(pd.concat([most, least]))
+        self.detail.value = (
+            f"<p>Queries furthest along it, and least, of {len(ranked)}:</p>"
+            + html(pd.concat([most, least]))
+        )

@@ -129,7 +129,9 @@ class Panel:
         self.message.value = escape("; ".join(said))
 
     def _show(self, error: Exception) -> None:
-        self.message.value = f'<b style="color:#CC3311">{escape(f"{type(error).__name__}: {error}")}</b>'
+        self.message.value = (
+            f'<b style="color:#CC3311">{escape(f"{type(error).__name__}: {error}")}</b>'
+        )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """The widget, and beside it the figure alone where PLOTLY_RENDERER is set: stored outputs and reports have no widgets."""
@@ -148,7 +150,11 @@ def pairs(k: int) -> list[tuple[str, tuple[int, int]]]:
 
 
 def html(table: pd.DataFrame) -> str:
-    return str(table.to_html(index=False, escape=True, border=0, na_rep="not known", float_format="{:.3f}".format))
+    return str(
+        table.to_html(
+            index=False, escape=True, border=0, na_rep="not known", float_format="{:.3f}".format
+        )
+    )
 
 
 def _cell() -> str:
@@ -160,12 +166,16 @@ def _cell() -> str:
     return str(parent.get("metadata", {}).get("cellId", ""))
 
 
-def arrays(where: str, states: Any, rows: pd.DataFrame, layers: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, ...]]:
+def arrays(
+    where: str, states: Any, rows: pd.DataFrame, layers: Sequence[int] | None
+) -> tuple[np.ndarray, tuple[int, ...]]:
     """The states (n, number of layers, d) and their layers, of a HiddenStates or an array."""
     layers = getattr(states, "layers", None) if layers is None else layers
     states = np.asarray(getattr(states, "states", states))
     if layers is None:
-        raise ValueError(f"{where}: an array of states needs layers=, the layer of each entry of its second axis")
+        raise ValueError(
+            f"{where}: an array of states needs layers=, the layer of each entry of its second axis"
+        )
     if states.ndim != 3 or states.shape[:2] != (len(rows), len(layers)):
         raise ValueError(
             f"{where}: states of shape {states.shape} for {len(rows)} rows and layers {tuple(layers)}; "
@@ -182,7 +192,9 @@ def layer_name(layer: int) -> str:
     return {0: "0 (embedding)", -1: "-1 (final norm)"}.get(layer, str(layer))
 
 
-def join(where: str, rows: pd.DataFrame, queries: pd.DataFrame, rates: pd.DataFrame | None) -> pd.DataFrame:
+def join(
+    where: str, rows: pd.DataFrame, queries: pd.DataFrame, rates: pd.DataFrame | None
+) -> pd.DataFrame:
     for name, table, columns in (
         ("rows", rows, ["query_id", "prompt"]),
         ("queries", queries, ["query_id", "text", "harmful"]),
@@ -191,14 +203,20 @@ def join(where: str, rows: pd.DataFrame, queries: pd.DataFrame, rates: pd.DataFr
         if table is None:
             continue
         if missing := [c for c in columns if c not in table]:
-            raise ValueError(f"{where}: {name} lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}")
+            raise ValueError(
+                f"{where}: {name} lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}"
+            )
         key = ["query_id"] if name == "queries" else ["query_id", "prompt"]
         twice = table[table[key].duplicated()]
         if len(twice):
-            raise ValueError(f"{where}: {name} has {dict(twice.iloc[0][key])} twice; keep one row of each")
+            raise ValueError(
+                f"{where}: {name} has {dict(twice.iloc[0][key])} twice; keep one row of each"
+            )
     joined = rows[["query_id", "prompt"]].reset_index(drop=True)
     if unknown := sorted(set(joined["query_id"]) - set(queries["query_id"]), key=str):
-        raise ValueError(f"{where}: {len(unknown)} queries of the rows are not in queries, such as {unknown[0]!r}")
+        raise ValueError(
+            f"{where}: {len(unknown)} queries of the rows are not in queries, such as {unknown[0]!r}"
+        )
     joined = joined.merge(queries[["query_id", "text", "harmful"]], on="query_id", how="left")
     if rates is not None:
         columns = [c for c in ("query_id", "prompt", "refusal_rate", "n_judged") if c in rates]
@@ -206,7 +224,14 @@ def join(where: str, rows: pd.DataFrame, queries: pd.DataFrame, rates: pd.DataFr
     return joined
 
 
-def check_space(where: str, model: Any, states: Any, rows: pd.DataFrame, space: AnchorSpace, *directions: Direction) -> None:
+def check_space(
+    where: str,
+    model: Any,
+    states: Any,
+    rows: pd.DataFrame,
+    space: AnchorSpace,
+    *directions: Direction,
+) -> None:
     d = len(space.mean)
     if np.shape(states) != (len(rows), d) or model.hidden_size != d:
         raise ValueError(
@@ -214,4 +239,6 @@ def check_space(where: str, model: Any, states: Any, rows: pd.DataFrame, space: 
             f"{model.hidden_size}; pass the states (m, d) and rows of .at(-1) that the space was fitted to"
         )
     if wrong := [direction.name for direction in directions if len(direction.weight) != space.k]:
-        raise ValueError(f"{where}: directions {wrong} do not lie in the space of {space.k} components; fit them in it")
+        raise ValueError(
+            f"{where}: directions {wrong} do not lie in the space of {space.k} components; fit them in it"
+        )

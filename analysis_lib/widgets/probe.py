@@ -54,22 +54,37 @@ class Probe(Panel):
     ) -> None:
         check_space("probe", model, states, rows, space, refusal)
         if TYPED in prompts or base not in prompts:
-            raise ValueError(f"probe: prompts {list(prompts)} need {base!r}, and none called {TYPED!r}; rename it, or pass base=")
+            raise ValueError(
+                f"probe: prompts {list(prompts)} need {base!r}, and none called {TYPED!r}; rename it, or pass base="
+            )
         self._fixed: dict[str, Any] = dict(prompts)
         self._model, self._space, self._refusal = model, space, refusal
         self._n_samples, self._base, self._note, self._store = n_samples, base, note, store
         behind = (rows["prompt"] == base).to_numpy()
         about = rows.loc[behind, ["query_id", "prompt", "harmful"]]
         self._background = figures.points_table(space.transform(np.asarray(states)[behind]), about)
-        self._known: dict[tuple[str, str, str], np.ndarray] = {}  # (query, prompt's name, its text) -> (k,)
-        self._sampled: dict[tuple[str, str, str], tuple[float, str]] = {}  # -> refusal rate, commonest reply
-        self.query = control(widgets.Textarea, "Query", value=query, rows=2, continuous_update=False)
-        self.prompt = control(widgets.Textarea, "Safety prompt", value=prompt, rows=4, continuous_update=False)
+        self._known: dict[
+            tuple[str, str, str], np.ndarray
+        ] = {}  # (query, prompt's name, its text) -> (k,)
+        self._sampled: dict[
+            tuple[str, str, str], tuple[float, str]
+        ] = {}  # -> refusal rate, commonest reply
+        self.query = control(
+            widgets.Textarea, "Query", value=query, rows=2, continuous_update=False
+        )
+        self.prompt = control(
+            widgets.Textarea, "Safety prompt", value=prompt, rows=4, continuous_update=False
+        )
         self.components = control(widgets.Dropdown, "Components", options=pairs(space.k))
-        self.sample = widgets.Button(description=f"Sample {n_samples} replies per prompt", layout=widgets.Layout(width="260px"))
+        self.sample = widgets.Button(
+            description=f"Sample {n_samples} replies per prompt",
+            layout=widgets.Layout(width="260px"),
+        )
         self.detail = widgets.HTML()
         self.sample.on_click(self._sample)
-        self._open([self.query, self.prompt, widgets.VBox([self.components, self.sample])], [self.detail])
+        self._open(
+            [self.query, self.prompt, widgets.VBox([self.components, self.sample])], [self.detail]
+        )
 
     @property
     def table(self) -> pd.DataFrame:
@@ -83,7 +98,9 @@ class Probe(Panel):
         if self._is_organism:
             from ..organism import true_refusal
 
-            table["true"] = true_refusal(self._asked(), prompts)["true_rate"].to_numpy() if keys else []
+            table["true"] = (
+                true_refusal(self._asked(), prompts)["true_rate"].to_numpy() if keys else []
+            )
         return table.round(3)
 
     @property
@@ -108,7 +125,9 @@ class Probe(Panel):
         query, prompts = self.query.value.strip(), self._prompts()
         if not query:
             return {}
-        if missing := {name: p for name, p in prompts.items() if self._key(query, name) not in self._known}:
+        if missing := {
+            name: p for name, p in prompts.items() if self._key(query, name) not in self._known
+        }:
             n_check = 0 if self._store is None else 1  # what is kept is checked
             options = {"n_check": n_check, "store": self._store, "progress": False}
             captured = kept(hidden_states, self._model, self._asked(), missing, **options)
@@ -133,10 +152,24 @@ class Probe(Panel):
         predicted = {name: float(self._refusal.probability(z[None])[0]) for name, z in Z.items()}
         for at, name in enumerate([*self._fixed, TYPED]):
             path = [ends[self._base], ends[name]] if name in ends else [[None, None]]
-            hue = figures.GREY if name == self._base else figures.PROMPT_COLORS[at % len(figures.PROMPT_COLORS)]
+            hue = (
+                figures.GREY
+                if name == self._base
+                else figures.PROMPT_COLORS[at % len(figures.PROMPT_COLORS)]
+            )
             symbol = "star" if name == TYPED else "diamond"
-            marker = dict(color=hue, size=[0, 13][-len(path) :], symbol=symbol, opacity=1, line=dict(width=1, color="#FFFFFF"))
-            hover = figures.text(f"{name}: predicted refusal {predicted[name]:.2f}") if name in ends else ""
+            marker = dict(
+                color=hue,
+                size=[0, 13][-len(path) :],
+                symbol=symbol,
+                opacity=1,
+                line=dict(width=1, color="#FFFFFF"),
+            )
+            hover = (
+                figures.text(f"{name}: predicted refusal {predicted[name]:.2f}")
+                if name in ends
+                else ""
+            )
             x, y = zip(*path, strict=True)
             fig.add_trace(
                 go.Scatter(
@@ -151,10 +184,16 @@ class Probe(Panel):
                     visible=name in ends,
                 )
             )
-        for axis, values in (("xaxis", [e[0] for e in ends.values()]), ("yaxis", [e[1] for e in ends.values()])):
+        for axis, values in (
+            ("xaxis", [e[0] for e in ends.values()]),
+            ("yaxis", [e[1] for e in ends.values()]),
+        ):
             low, high = fig.layout[axis].range
             margin = 0.05 * (high - low)  # a query far from the others widens the view
-            fig.layout[axis].range = [min([low, *(v - margin for v in values)]), max([high, *(v + margin for v in values)])]
+            fig.layout[axis].range = [
+                min([low, *(v - margin for v in values)]),
+                max([high, *(v + margin for v in values)]),
+            ]
         return fig
 
     def _sample(self, _button: object) -> None:
@@ -166,7 +205,11 @@ class Probe(Panel):
             query, prompts = self.query.value.strip(), self._prompts()
             if not query:
                 raise ValueError("there is no query to sample replies to; type one first")
-            missing = {name: p for name, p in prompts.items() if self._key(query, name) not in self._sampled}
+            missing = {
+                name: p
+                for name, p in prompts.items()
+                if self._key(query, name) not in self._sampled
+            }
             if missing:
                 self.sample.disabled, self.message.value = True, "sampling ..."
                 try:
@@ -181,20 +224,30 @@ class Probe(Panel):
                     self.sample.disabled = False
                 rates = refusal_rates(judge_responses(replies)).set_index("prompt")["refusal_rate"]
                 for name, own in replies.groupby("prompt", sort=False)["response"]:
-                    self._sampled[self._key(query, str(name))] = float(rates[name]), str(own.mode()[0])
+                    self._sampled[self._key(query, str(name))] = (
+                        float(rates[name]),
+                        str(own.mode()[0]),
+                    )
             self._tell()
 
     def _tell(self) -> None:
         table, query = self.table, self.query.value.strip()
         if table.empty:
-            self.detail.value = "<i>Type a query to see where it lies, and a safety prompt to see how it moves.</i>"
+            self.detail.value = (
+                "<i>Type a query to see where it lies, and a safety prompt to see how it moves.</i>"
+            )
             return
         sampled = f"refused of {self._n_samples} samples"
-        shown = table.rename(columns={"predicted": "predicted refusal", "sampled": sampled}).astype(object)
+        shown = table.rename(columns={"predicted": "predicted refusal", "sampled": sampled}).astype(
+            object
+        )
         shown[sampled] = shown[sampled].fillna("not sampled")
         if self._is_organism:
             shown["true"] = shown["true"].fillna("no truth outside the grammar")
-            known = [self._sampled.get(self._key(query, name), (0, ""))[1].replace("\n", " ") for name in table["prompt"]]
+            known = [
+                self._sampled.get(self._key(query, name), (0, ""))[1].replace("\n", " ")
+                for name in table["prompt"]
+            ]
             shown["commonest reply"] = known
         text = f"<p><b>query</b>: {escape(query)}</p>" + html(shown)
         if self._is_organism:
