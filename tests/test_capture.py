@@ -25,7 +25,8 @@ from tiny_models import (
 
 from analysis_lib.collect import states as capture
 from analysis_lib.collect.responses import sample_responses
-from analysis_lib.collect.states import HiddenStates, ParityError, hidden_states
+from analysis_lib.collect.certificates import ParityError
+from analysis_lib.collect.states import HiddenStates, hidden_states
 from analysis_lib.model import forward
 from analysis_lib.model.architecture import text_config
 from analysis_lib.model.chat import ChatModel

@@ -83,20 +83,16 @@ def sample_responses(
     Returns [query_id, prompt, sample, response, end]; end is "eos", "stop_string", "length" or "stop_when". Prompts outer,
     queries inner, then samples 0 .. n_samples - 1.
     """
-    check_queries(queries)
-    check_prompts(prompts)
-    if n_samples < 1 or max_new_tokens < 1:
-        raise ValueError("n_samples and max_new_tokens must be at least 1")
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
-        )
-    if stop_when is not None and not inspect.isfunction(stop_when):
-        raise ValueError(
-            "stop_when must be a function of the text so far, such as verdict_is_final"
-        )
-    settings = Settings(
-        int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when
+    n_samples, settings = _checked(
+        queries,
+        prompts,
+        n_samples=n_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_when=stop_when,
     )
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
     table: list[tuple] = []
@@ -122,6 +118,36 @@ def sample_responses(
     return pd.DataFrame(table, columns=["query_id", "prompt", "sample", "response", "end"])
 
 
+def _checked(
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    *,
+    n_samples: int = 20,
+    max_new_tokens: int = 300,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    seed: int = 0,
+    stop_when: Callable[[str], bool] | None = None,
+) -> tuple[int, Settings]:
+    check_queries(queries)
+    check_prompts(prompts)
+    if n_samples < 1 or max_new_tokens < 1:
+        raise ValueError("n_samples and max_new_tokens must be at least 1")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
+        )
+    if stop_when is not None and not inspect.isfunction(stop_when):
+        raise ValueError(
+            "stop_when must be a function of the text so far, such as verdict_is_final"
+        )
+    settings = Settings(
+        int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when
+    )
+    return n_samples, settings
+
+
 def sample_rows(
     model: ChatModel,
     rows: Sequence[Rendered],
@@ -138,30 +164,11 @@ def sample_rows(
     name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand for. done(found=n) or
     done(computed=n) is called as they come.
     """
-    store = usable(store, model)
-    if store is not None and settings.stop_when is not None and not _built_in(settings.stop_when):
-        warnings.warn(
-            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code no key in the store knows of: these "
-            "responses are neither read from the store nor kept; stop with analysis_lib.verdict_is_final for that",
-            stacklevel=3,
-        )
-        store = None
+    store = _usable(store, model, settings)
+    keys = _keys(model, rows, n_samples, settings) if store is not None else []
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
-    keys: list[list[str]] = []
     if store is not None:
-        fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
-        fixed |= {
-            "stop_ids": sorted(model.stop_ids),
-            "stop_strings": list(model.stop_strings),
-            "tokenizer": model.renderer.tokenizer_digest,
-        }
-        keys = [
-            [row_key(row=key, sample=i) for i in range(n_samples)]
-            for key in (row_key(ids=r.ids, soft=r.soft, **fixed) for r in rows)
-        ]
-        found = store.read_responses([k for row in keys for k in row])
-        found = {key: row for key, row in found.items() if {"response", "end"} <= row.keys()}
-        got = [[found.get(k) for k in row] for row in keys]
+        got = _found(store, keys)
     todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
     todo = {i: samples for i, samples in todo.items() if samples}
     done(found=len(rows) * n_samples - sum(map(len, todo.values())))
@@ -184,6 +191,64 @@ def sample_rows(
                     store.write_responses(list(kept), list(kept.values()), about=about)
                 done(computed=len(new))
     return got
+
+
+def missing_responses(
+    model: ChatModel,
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    *,
+    store: Store | None,
+    **options: Any,
+) -> NDArray[np.bool_]:
+    """Which responses `sample_responses` would have to sample: (prompts, queries, samples). Loads no weights.
+
+    options: those of `sample_responses`.
+    """
+    n_samples, settings = _checked(queries, prompts, **options)
+    store = _usable(store, model, settings)
+    missing = np.ones((len(prompts), len(queries), n_samples), dtype=bool)
+    for mask, prompt in zip(missing, prompts.values()):
+        if store is not None:
+            rows = model.render(queries["text"].tolist(), prompt)
+            found = _found(store, _keys(model, rows, n_samples, settings))
+            mask[:] = [[response is None for response in row] for row in found]
+    return missing
+
+
+def _usable(store: Store | None, model: ChatModel, settings: Settings) -> Store | None:
+    """The store, or None with a warning where no key knows all that a response depends on."""
+    store = usable(store, model)
+    if store is not None and settings.stop_when is not None and not _built_in(settings.stop_when):
+        warnings.warn(
+            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code no "
+            "key in the store knows of: these responses are neither read from the store nor kept; "
+            "stop with analysis_lib.verdict_is_final for that",
+            stacklevel=4,
+        )
+        return None
+    return store
+
+
+def _keys(
+    model: ChatModel, rows: Sequence[Rendered], n_samples: int, settings: Settings
+) -> list[list[str]]:
+    """The keys of each row's samples."""
+    fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
+    fixed |= {
+        "stop_ids": sorted(model.stop_ids),
+        "stop_strings": list(model.stop_strings),
+        "tokenizer": model.renderer.tokenizer_digest,
+    }
+    of_rows = [row_key(ids=row.ids, soft=row.soft, **fixed) for row in rows]
+    return [[row_key(row=key, sample=i) for i in range(n_samples)] for key in of_rows]
+
+
+def _found(store: Store, keys: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """The kept {"response", "end"} of each key; None where there is none."""
+    kept = store.read_responses([key for row in keys for key in row])
+    kept = {key: row for key, row in kept.items() if {"response", "end"} <= row.keys()}
+    return [[kept.get(key) for key in row] for row in keys]
 
 
 Jobs = dict[int, list[int]]  # row -> sample indices
