@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .store import parse_bytes, parse_days
+from .store.upkeep import DAY, parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
@@ -82,21 +82,28 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from .store import Store, StoreError
+    from .store import upkeep
+    from .store.batches import StoreError
+    from .store.store import Store
 
     store = Store(args.store)
     if args.store is not None and not store.folder.exists():
         raise StoreError(f"there is no store at {args.store}; check the path, or leave --store out for the default")
     if args.action == "info":
-        print(_printable("\n".join(f"{key:<16} {value}" for key, value in store.info().items())))
+        lines = [f"{key:<17} {value}" for key, value in upkeep.info(store).items()]
+        print(_printable("\n".join(lines)))
         return 0
     if args.action == "prune":
         limits = {name: getattr(args, name) for name in ("older_than", "model", "max_bytes")}
-        table = store.prune(older_formats=args.older_formats, dry_run=args.dry_run, **limits)
+        table = upkeep.prune(store, spare=0.0 if args.now else DAY, dry_run=args.dry_run, **limits)
+    elif args.action == "compact":
+        table = upkeep.compact(store, spare=0.0 if args.now else DAY)
     else:
-        table = {"ls": store.ls, "verify": store.verify, "compact": store.compact}[args.action]()
+        table = {"ls": upkeep.ls, "verify": upkeep.verify}[args.action](store)
     text = table.to_string(index=False) if len(table) else f"{args.action}: nothing to report in {store.folder}"
     print(_printable(text))
+    if "younger than a day" in text or ("spared" in table and table["spared"].any()):
+        print("files younger than a day stay; --now takes them too, when nothing else uses the store")
     return int(args.action == "verify" and bool((table["status"] != "ok").any()))
 
 
@@ -231,8 +238,9 @@ def _parser() -> argparse.ArgumentParser:
         "ls": "what is kept, by kind, model and dtype",
         "info": "folder, format, counts, parity certificates",
         "verify": "read every byte; exit status 1 where a file is damaged",
-        "prune": "remove the files that meet every condition given, and what killed processes left",
-        "compact": "merge small files and drop damaged rows",
+        "prune": "remove the files that meet every condition given, and what killed processes left; "
+        "files younger than a day stay",
+        "compact": "merge small files and drop damaged rows; files younger than a day stay",
     }.items():
         sub = actions.add_parser(action, help=text, description=text)
         sub.add_argument("--store", type=_argument(_place), help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
@@ -244,8 +252,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--max-bytes", type=_argument(parse_bytes), metavar="SIZE", help="oldest files until the rest fits: 500MB, 2GB"
             )
-            sub.add_argument("--older-formats", action="store_true", help="rows of earlier format versions instead")
             sub.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
+        if action in ("prune", "compact"):
+            sub.add_argument(
+                "--now",
+                action="store_true",
+                help="also files younger than a day; only when nothing else uses the store",
+            )
 
     organism = command("organism", _organism, "train the embedded model, or measure it and write its card")
     actions = organism.add_subparsers(dest="action", required=True)
@@ -263,10 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if (args.command, getattr(args, "action", "")) == ("cache", "prune"):
-        if args.older_than is None and args.model is None and args.max_bytes is None and not args.older_formats:
-            parser.error("say what to prune: --older-than 30d, --max-bytes 2GB, --model NAME or --older-formats")
-        if args.older_formats and not (args.older_than is None and args.model is None and args.max_bytes is None):
-            parser.error("--older-formats goes alone: it removes whole formats; prune by the other conditions in a second call")
+        if args.older_than is None and args.model is None and args.max_bytes is None:
+            parser.error("say what to prune: --older-than 30d, --max-bytes 2GB or --model NAME")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda text, kind, *where: print(_printable(f"{kind.__name__}: {text}"), file=sys.stderr)

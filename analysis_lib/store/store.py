@@ -1,0 +1,180 @@
+"""Rows and checkpoints kept in a folder, by key."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import checkpoints
+from .about import certificates_of, check_about
+from .batches import (
+    DTYPES,
+    FORMAT_VERSION,
+    SUFFIX,
+    Damaged,
+    check_key,
+    decode_states,
+    digest,
+    encode_response,
+    encode_states,
+    responses_head,
+    states_head,
+    warn,
+)
+from .files import absolute, commit, default_folder, remove, remove_unchanged
+from .index import Index
+
+
+class Store:
+    """Rows and checkpoints in one folder, which several processes may share.
+
+    Nothing is created before the first write. Raises StoreError where the folder cannot be a path.
+    Where it cannot be read or written, the first use raises StoreError.
+    """
+
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self.folder = absolute(folder) if folder is not None else default_folder()
+        self._index = {kind: Index(self.root, kind) for kind in SUFFIX}
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.folder)!r})"
+
+    @property
+    def root(self) -> Path:
+        """The folder of this format version."""
+        return self.folder / f"v{FORMAT_VERSION}"
+
+    def read_states(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """{key: state (d,) float32} for those of `keys` that are kept, in the order of `keys`.
+
+        Rows that fail their checksum are left out; a StoreDamage warning names them. Raises
+        StoreError.
+        """
+        parts: dict[tuple[str, int], list[tuple[str, bytes]]] = defaultdict(list)
+        for key, (batch, data) in self._index["states"].fetch(keys).items():
+            parts[batch.dtype, len(data)].append((key, data))
+        found = {
+            key: state
+            for (dtype, _), rows in parts.items()
+            for (key, _), state in zip(
+                rows, decode_states([data for _, data in rows], dtype), strict=True
+            )
+        }
+        return {key: found[key] for key in dict.fromkeys(keys) if key in found}
+
+    def certificates(self, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """{key: parity certificates that a kept state was committed with}, as of the last read.
+
+        There are several where a row was committed twice, or where batches were compacted. Those of
+        another program are left out.
+        """
+        index, known = self._index["states"], dict[tuple[str, ...], list[dict[str, Any]]]()
+        found = {}
+        for key in keys:
+            if key in index.where:
+                batches = index.copies(key)
+                names = tuple(batch.path.name for batch in batches)
+                if names not in known:
+                    known[names] = certificates_of(batch.about for batch in batches)
+                found[key] = known[names]
+        return found
+
+    def write_states(
+        self, keys: Sequence[str], states: np.ndarray, *, dtype: str, about: Mapping[str, Any]
+    ) -> None:
+        """Commit one batch: states (n, d) float32, kept as `dtype`.
+
+        dtype: "bfloat16", "float16" or "float32". about (JSON) describes the batch for `ls` and
+        `prune`: model (fingerprint), model_name, prompts, layer, certificate. It does not take part
+        in finding rows. Raises ValueError where `dtype` cannot hold a value exactly, and StoreError
+        where the folder cannot be written. Nothing of the batch is kept then.
+        """
+        dtype = dtype.removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not kept; choose one of {', '.join(DTYPES)}")
+        array = isinstance(states, np.ndarray)
+        if not array or states.dtype != np.float32 or states.ndim != 2 or 0 in states.shape[1:]:
+            what = f"{states.dtype} {states.shape}" if array else type(states).__name__
+            raise ValueError(f"states must be a float32 array of shape (n, d), not {what}")
+        if _check_batch(keys, len(states)):
+            rows = encode_states(keys, states, dtype)
+            self._commit_batch("states", states_head(keys, rows, check_about(about), dtype), rows)
+
+    def read_responses(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """{key: row} for those of `keys` that are kept, in their order; else as `read_states`."""
+        found = self._index["responses"].fetch(keys)
+        return {key: found[key][1] for key in dict.fromkeys(keys) if key in found}
+
+    def write_responses(
+        self, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], *, about: Mapping[str, Any]
+    ) -> None:
+        """Commit one batch of JSON rows; `about` and errors as in `write_states`."""
+        if _check_batch(keys, len(rows)):
+            lines = [encode_response(key, row) for key, row in zip(keys, rows, strict=True)]
+            self._commit_batch("responses", responses_head(keys, lines, check_about(about)), lines)
+
+    def discard(self, keys: Iterable[str]) -> None:
+        """Remove the batches that hold nothing but these rows: steps to what is kept by now."""
+        gone = set(keys)
+        for index in self._index.values():
+            index.scan()
+            for batch in list(index.batches.values()):
+                if gone.issuperset(batch.keys):
+                    remove_unchanged(batch.path, batch.stat)
+
+    def read_checkpoint(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """(tensors, about) of a training's last checkpoint; None without a sound one.
+
+        A damaged one is told of by a StoreDamage warning.
+        """
+        check_key(key)
+        path = checkpoints.path_of(self.root, key)
+        try:
+            found = checkpoints.read(path)
+        except FileNotFoundError:
+            return None
+        except Damaged as reason:
+            warn(path, reason, [key])
+            return None
+        return dict(found.tensors), dict(found.about)
+
+    def write_checkpoint(
+        self, key: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]
+    ) -> None:
+        """Keep a training's checkpoint in place of its last one.
+
+        key: one for the training, made with `row_key`. tensors: float32 or float64 arrays of any
+        shape, which come back bit for bit. about (JSON) comes back too; `ls` and `prune` read its
+        model, model_name, prompts and layer. Raises ValueError for anything else, and StoreError
+        where the folder cannot be written. The last checkpoint stays then.
+        """
+        check_key(key)
+        content = checkpoints.encode(key, tensors, about)
+        self._commit(checkpoints.path_of(self.root, key), [content])
+
+    def drop_checkpoint(self, key: str) -> None:
+        """Remove a training's checkpoint, once its outcome is kept. Raises StoreError."""
+        check_key(key)
+        remove(checkpoints.path_of(self.root, key))
+
+    def _commit_batch(self, kind: str, head: bytes, rows: Sequence[bytes]) -> None:
+        self._commit(self.root / kind / (digest(head) + SUFFIX[kind]), [head, *rows])
+
+    def _commit(self, path: Path, parts: Sequence[bytes]) -> None:
+        commit(path, parts)
+
+
+def _check_batch(keys: Sequence[str], n: int) -> bool:
+    """Whether there is anything to write. Raises ValueError."""
+    if len(keys) != n:
+        raise ValueError(f"{len(keys)} keys for {n} rows; give one key per row")
+    for key in keys:
+        check_key(key)
+    if len(set(keys)) != n:
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"key {twice} occurs twice in one batch; write each row once")
+    return n > 0
