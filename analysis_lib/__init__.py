@@ -28,7 +28,7 @@ _ROOMS = {
     "model_judges": ["calibrate_refusal", "chat_judge", "classifier_judge", "next_token_loss", "refusal_probability"],
     "sampling": ["sample_responses"],
     "space": ["AnchorSpace", "Direction", "fit_direction", "mean_shifts"],
-    "store": ["Store"],
+    "store.store": ["Store"],
     "wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from .chat import ChatModel, Prompt, Rendered, SoftTokens
-from .store import Store, row_key
+from .store.batches import row_key
+from .store.store import Store
 
 # Largest accepted difference from the plain forward pass, relative to the states' own root mean square.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2.5e-1}

@@ -38,7 +38,8 @@ from .capture import (
 from .chat import ChatModel, ChatModelError, _read_template, study_models
 from .data import load_safety_prompts
 from .space import AnchorSpace, Direction
-from .store import Store, StoreError, row_key
+from .store.batches import StoreError, row_key
+from .store.store import Store
 
 CHECKPOINT_SECONDS = 30.0  # the least time between two checkpoints of a training
 # Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.

@@ -21,7 +21,7 @@ from .dro import DROConfig, OnStep, PromptTuningConfig, train_dro, train_prompt_
 from .judge import judge_responses
 from .sampling import sample_responses
 from .space import AnchorSpace, Direction
-from .store import Store
+from .store.store import Store
 
 PROBE_SECONDS = 0.5  # a probe of states grows until it took so long
 PROBE_TOKENS = 32  # new tokens of a probe of responses

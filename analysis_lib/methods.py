@@ -14,7 +14,7 @@ from .dro import DROConfig, PromptTuningConfig, SoftPrompt, train_dro, train_pro
 from .judge import judge_responses, refusal_rates, verdict_is_final
 from .sampling import sample_responses
 from .space import AnchorSpace, fit_direction, grouped_folds
-from .store import Store
+from .store.store import Store
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from .chat import ChatModel, ChatModelError, Prompt, Rendered, load_classifier
 from .judge import BatchJudge, Judge, _phrases
 from .sampling import Settings, sample_rows
 from .space import Direction, fit_direction
-from .store import Store, row_key
+from .store.batches import row_key
+from .store.store import Store
 
 ENOUGH = 10  # responses of which a guard must have a verdict on half
 VERDICTS: Mapping[str, bool] = {"safe": True, "unsafe": False}

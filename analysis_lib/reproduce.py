@@ -18,7 +18,8 @@ from .dro import DROConfig, PromptTuningConfig, SoftPrompt
 from .estimate import estimate
 from .export import export
 from .judge import verdict_is_final
-from .store import Store
+from .store.store import Store
+from .store.upkeep import info
 
 PACKAGES = ("analysis-lib", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "plotly")
 
@@ -97,7 +98,7 @@ def reproduce(
         "heldout": list(heldout or HELDOUT_SETS),
         "guard": guard,
         "seeds": {"sampling": 0, **{name: soft["config"].get("seed") for name, soft in exports.items()}},
-        "certificates": [c["certificate"] for c in Store().info()["certificates"] if c["model"] == model.fingerprint],
+        "certificates": [c["certificate"] for c in info(Store())["certificates"] if c["model"] == model.fingerprint],
         "soft_prompts": exports,
         "notebooks": [{"name": run.notebook.name, "seconds": round(run.seconds, 1), "error": run.error} for run in runs],
         "tables": sorted(str(path.relative_to(out)) for path in (out / "tables").glob("*.csv")),

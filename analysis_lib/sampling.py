@@ -38,7 +38,8 @@ from .capture import (
     usable,
 )
 from .chat import ChatModel, ChatModelError, Prompt, Rendered
-from .store import Store, row_key
+from .store.batches import row_key
+from .store.store import Store
 
 ROOM = 16  # tokens
 

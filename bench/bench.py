@@ -49,7 +49,7 @@ from analysis_lib import (
     train_dro,
 )
 from analysis_lib.capture import TOLERANCE
-from analysis_lib.store import Store
+from analysis_lib.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1e-3  # largest accepted difference of float32 results, relative to the root mean square of the plain ones

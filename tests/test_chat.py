@@ -35,7 +35,8 @@ from analysis_lib.data import ROOT, load_published
 from analysis_lib.dro import SoftPrompt
 from analysis_lib.model_judges import refusal_probability
 from analysis_lib.sampling import sample_responses
-from analysis_lib.store import Store
+from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import ls
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -708,14 +709,14 @@ def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
     clean = hidden_states(model, QUERIES, {"p": ""}, store=store).states
     model.model(torch.tensor([[1, 2]]), output_hidden_states=True)  # transformers' own hooks change nothing
     handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: output + 1)
-    kept = store.ls()
+    kept = ls(store)
     with pytest.warns(UserWarning, match=r"model.layers.1 of 'tiny qwen2' has a forward hook.*nothing is read .* nothing kept"):
         assert relative(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean) > 0.1
     with pytest.warns(UserWarning, match="has a forward hook"):
         sample_responses(model, QUERIES, {"q": SAFETY}, n_samples=1, max_new_tokens=2, store=store)
     with pytest.warns(UserWarning, match="has a forward hook"):
         refusal_probability(model, QUERIES, {"q": SAFETY}, store=store)
-    assert store.ls().equals(kept)
+    assert ls(store).equals(kept)
     handle.remove()
     assert np.array_equal(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean)
 

@@ -16,7 +16,9 @@ from analysis_lib.chat import ChatModel, ChatModelError
 from analysis_lib.dro import DROConfig, Geometry, PromptTuningConfig, SoftPrompt, dro_loss, train_dro, train_prompt_tuning
 from analysis_lib.sampling import sample_responses
 from analysis_lib.space import AnchorSpace, Direction
-from analysis_lib.store import Store, StoreDamage, StoreError
+from analysis_lib.store.batches import StoreDamage, StoreError
+from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import ls
 
 QUICK = DROConfig(epochs=2, batch_size=3, learning_rate=1e-3)
 
@@ -310,14 +312,14 @@ def test_a_training_under_a_forward_hook_is_neither_read_nor_kept(store):
     model = build("qwen2")
     geometry = geometry_for(model)
     clean = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store)
-    kept = store.ls()
+    kept = ls(store)
     handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: output * 1.5)
     for config in (QUICK, replace(QUICK, seed=1)):
         with pytest.warns(UserWarning, match="has a forward hook.*nothing is read from the store and nothing kept"):
             steered = train_dro(model, QUERIES, SAFETY, *geometry, config, store=store)
         assert not np.array_equal(steered.embeddings, clean.embeddings)
     handle.remove()
-    assert store.ls().equals(kept)
+    assert ls(store).equals(kept)
 
 
 def test_found_trainings_load_no_weights(tmp_path, monkeypatch):
@@ -365,14 +367,14 @@ def test_an_interrupted_training_goes_on_where_it_was(method, dtype, store, monk
         with pytest.raises(KeyboardInterrupt):
             train(at)
         assert seen[0] == first
-        assert store.ls().set_index("kind")["layers"].to_dict() == {"states": "checkpoint", "responses": "checkpoint"}
-        assert store.ls()["files"].tolist() == [1, 1]  # the last checkpoint alone
+        assert ls(store).set_index("kind")["layers"].to_dict() == {"states": "checkpoint", "responses": "checkpoint"}
+        assert ls(store)["files"].tolist() == [1, 1]  # the last checkpoint alone
     seen.clear()
     resumed = train()
     assert seen[0] == 2 * per_epoch + 1
     assert np.array_equal(resumed.embeddings, unbroken.embeddings)
     pd.testing.assert_frame_equal(resumed.history, unbroken.history, check_exact=True)
-    assert store.ls()["layers"].tolist() == ["soft tokens"] * 2 and store.ls()["files"].tolist() == [1, 1]
+    assert ls(store)["layers"].tolist() == ["soft tokens"] * 2 and ls(store)["files"].tolist() == [1, 1]
 
 
 def test_a_checkpoint_that_cannot_be_kept_ends_no_training(qwen, tmp_path, monkeypatch):
@@ -633,7 +635,7 @@ def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
     again = _Kept(Store(tmp_path), "DRO", model, SAFETY, DROConfig(), ["inputs"]).read("again")
     assert again.name == "again" and np.array_equal(again.embeddings, first.embeddings) and again.history.equals(first.history)
     assert (again.config, again.template, again.model) == (first.config, first.template, first.model)
-    assert "soft tokens" in Store(tmp_path).ls()["layers"].tolist()
+    assert "soft tokens" in ls(Store(tmp_path))["layers"].tolist()
     (states,) = tmp_path.rglob("*.safetensors")
     content = bytearray(states.read_bytes())
     content[-1] ^= 1

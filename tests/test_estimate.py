@@ -15,7 +15,8 @@ from analysis_lib.estimate import estimate
 from analysis_lib.judge import judge_responses
 from analysis_lib.sampling import sample_responses
 from analysis_lib.space import AnchorSpace, fit_direction
-from analysis_lib.store import Store
+from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import ls
 
 SAMPLING = {"n_samples": 3, "max_new_tokens": 40}
 CONFIG = DROConfig(epochs=5, batch_size=2)
@@ -82,10 +83,10 @@ def test_what_the_store_has_is_not_counted_and_nothing_is_kept(model, tmp_path):
     hidden_states(model, QUERIES.head(4), {"default": SAFETY}, layers=(1, -1), store=store)
     hidden_states(model, QUERIES.iloc[[4]], {"default": SAFETY}, layers=(-1,), store=store)  # one layer is not enough
     sample_responses(model, QUERIES.head(2), {"none": ""}, n_samples=1, max_new_tokens=40, store=store)
-    kept = Store(tmp_path).ls()["rows"].sum()
+    kept = ls(Store(tmp_path))["rows"].sum()
     told = estimate(model, QUERIES, PROMPTS, **options).set_index("step")
     assert told["found"]["states"] == 5 and told["found"]["responses"] == 2
-    assert Store(tmp_path).ls()["rows"].sum() == kept
+    assert ls(Store(tmp_path))["rows"].sum() == kept
     hidden_states(model, QUERIES, PROMPTS, layers=(1, -1), store=store)
     sample_responses(model, QUERIES, PROMPTS, **SAMPLING, store=store)
     told = estimate(model, QUERIES.drop(columns="harmful"), PROMPTS, **options)

@@ -26,6 +26,7 @@ from analysis_lib.dro import SoftPrompt
 from analysis_lib.judge import published_judge
 from analysis_lib.model_judges import calibrate_refusal, chat_judge, classifier_judge, next_token_loss, refusal_probability
 from analysis_lib.organism import true_refusal
+from analysis_lib.store.upkeep import ls
 
 # Classifiers
 
@@ -323,7 +324,7 @@ def test_log_probabilities_that_are_not_finite_are_not_kept(tmp_path):
             refusal_probability(model, QUERIES, PROMPTS, store=kept)
         with pytest.raises(ChatModelError, match="hold NaN"):
             next_token_loss(model, QUERIES, answers, PROMPTS, store=kept)
-    assert store.ls().empty
+    assert ls(store).empty
 
 
 def test_a_model_that_is_no_guard_is_told(guard):

@@ -26,7 +26,8 @@ from analysis_lib.data import ROOT, load_queries
 from analysis_lib.dro import SoftPrompt
 from analysis_lib.judge import is_refusal, verdict_is_final
 from analysis_lib.sampling import sample_responses
-from analysis_lib.store import Store
+from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import info, ls
 
 SHORT = {"n_samples": 4, "max_new_tokens": 8}
 
@@ -201,7 +202,7 @@ def test_one_folder_in_two_dtypes_shares_no_responses(store, tmp_path):
     for dtype in ("float32", "bfloat16", "float32"):
         loaded = ChatModel.load(str(tmp_path / "model"), device="cpu", dtype=dtype)
         sample_responses(loaded, QUERIES[:1], {"p": ""}, **SHORT, store=store)
-    assert store.info()["responses_rows"] == 8
+    assert info(store)["responses_rows"] == 8
 
 
 def test_other_stop_ids_find_no_old_responses(store):
@@ -227,7 +228,7 @@ def test_an_interrupted_run_keeps_finished_batches(store, monkeypatch):
     monkeypatch.setattr(sampling, "_sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_responses(model, QUERIES, {"p": SAFETY}, **SHORT, store=store)
-    assert store.info()["responses_rows"] == 12
+    assert info(store)["responses_rows"] == 12
     assert sample_responses(model, QUERIES, {"p": SAFETY}, **SHORT, store=store).equals(fresh)
     assert len(calls) == 4 + 2  # q3 and q4; q5 reads as q2
 
@@ -303,7 +304,7 @@ def test_another_stop_function_of_the_same_name_finds_nothing(store, tmp_path, m
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         found.append(sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=module.halt, **options))
-    assert store.ls()["rows"].sum() == 2 * 5 * 2  # distinct texts, samples, functions
+    assert ls(store)["rows"].sum() == 2 * 5 * 2  # distinct texts, samples, functions
     assert found[0].equals(found[2]) and not found[0].equals(found[1])
     assert sampling._identity(verdict_is_final).startswith("analysis_lib.judge.verdict_is_final:")
     with pytest.raises(ValueError, match="the source of stop_when .* cannot be read .* put it into a module"):
@@ -348,7 +349,7 @@ def test_logits_that_are_not_finite_are_no_responses(temperature, store):
         ChatModelError, match="logits of 'tiny qwen2' hold NaN or infinity in float32, and nothing of this batch is kept"
     ):
         sample_responses(model, QUERIES, {"p": SAFETY}, n_samples=2, max_new_tokens=4, temperature=temperature, store=store)
-    assert store.ls().empty
+    assert ls(store).empty
 
 
 def test_a_kept_response_without_its_text_is_sampled_again(store):

@@ -17,7 +17,7 @@ import pytest
 from analysis_lib import ChatModel, Store, figures
 from analysis_lib.dro import DROConfig, SoftPrompt, train_dro
 from analysis_lib.space import AnchorSpace, Direction, fit_direction
-from analysis_lib.store import StoreError
+from analysis_lib.store.batches import StoreError
 from analysis_lib.widgets import dro_console, explore, inspect_directions, panel, probe
 
 PROMPTS = ("none", "default", "short")

@@ -19,7 +19,7 @@ from ..dro import DROConfig, train_dro
 from ..judge import judge_responses, refusal_rates, verdict_is_final
 from ..sampling import sample_responses
 from ..space import AnchorSpace, cosines, fit_direction, mean_shifts, separation
-from ..store import Store
+from ..store.store import Store
 from . import DRO_LEARNING_RATE, FOLDER, true_refusal
 from .grammar import OUTLINE, REFUSALS
 
