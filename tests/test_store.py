@@ -239,6 +239,18 @@ def test_the_same_batch_is_the_same_file_whatever_it_was_called_before(store):
     assert len(files(store)) == 1
 
 
+def test_the_files_of_version_1_stay_as_they_are(store):
+    """A change here orphans what users keep: raise FORMAT_VERSION. A file's name covers it."""
+    store.write_states(keys(2), states(2), dtype="bfloat16", about=ABOUT)
+    rows = [{"response": "one"}, {"response": "two"}]
+    store.write_responses(keys(2), rows, about=ABOUT)
+    names = [path.name for kind in ("states", "responses") for path in files(store, kind)]
+    assert names == [
+        "c4261f6cfdf2184297abd11777db0c9d87ad478e1ce2f6d0f57381525a8cbfdb.safetensors",
+        "9aba03070eae568afbcf71db85d681eadf509ab09903c5eff2651eaaa2a79442.jsonl",
+    ]
+
+
 def test_4000_rows_of_a_7b_model_stay_below_40_mb(store):
     for part in range(10):
         store.write_states(
