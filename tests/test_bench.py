@@ -71,9 +71,9 @@ def test_dro_steps_equal_the_plain_ones_and_a_fault_is_told(organism, monkeypatc
     assert row.equal and row.floor > 0 and len(row.plain) == len(row.ours) == 2
     trained = bench.train_dro
     for part in ("weight_refusal", "weight_harmfulness", "weight_norm"):
-        weaker = lambda *args, p=part, **kw: trained(
+        weaker = lambda *args, p=part, **kw: trained(  # noqa: E731
             *args[:-1], replace(args[-1], **{p: 0.5}), **kw
-        )  # noqa: E731
+        )
         monkeypatch.setattr(bench, "train_dro", weaker)
         assert not next(bench.dro_row(organism, SIZE)).equal, part
 

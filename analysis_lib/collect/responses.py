@@ -26,7 +26,8 @@ from ..model.errors import ChatModelError
 from ..model.rendering import Prompt, Rendered
 from ..model.steps import CachedStep, PlainStep, steps_from_cache
 from ..model.tree import common_length
-from ..store.store import Store, row_key
+from ..store.batches import row_key
+from ..store.store import Store
 from .inputs import Progress, check_prompts, check_queries, usable
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from ..model.chat import ChatModel
 from ..model.forward import last_states, peak_bytes
 from ..model.rendering import Prompt, Rendered
-from ..store.store import Store, row_key
+from ..store.batches import row_key
+from ..store.store import Store
 from .certificates import certify, new_certificate, recall, widen
 from .inputs import Progress, check_prompts, check_queries, usable
 

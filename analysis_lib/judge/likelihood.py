@@ -15,7 +15,8 @@ from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.forward import log_probabilities
 from ..model.rendering import Prompt
-from ..store.store import Store, row_key
+from ..store.batches import row_key
+from ..store.store import Store
 from .strings import phrases
 
 

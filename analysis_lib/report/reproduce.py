@@ -19,6 +19,7 @@ from ..model.chat import ChatModel
 from ..model.loading import default_device, default_dtype
 from ..model.soft_prompt import SoftPrompt
 from ..store.store import Store
+from ..store.upkeep import info
 from ..train.dro import DROConfig
 from ..train.export import export
 from ..train.tuning import PromptTuningConfig
@@ -147,7 +148,7 @@ def _versions() -> dict[str, str]:
 
 
 def _certificates(model: ChatModel) -> list[Any]:
-    kept = Store().info()["certificates"]
+    kept = info(Store())["certificates"]
     return [c["certificate"] for c in kept if c["model"] == model.fingerprint]
 
 
