@@ -48,7 +48,7 @@ from analysis_lib import (
     sample_responses,
     train_dro,
 )
-from analysis_lib.model.forward import TOLERANCE
+from analysis_lib.model.passes import TOLERANCE
 from analysis_lib.model.soft_prompt import embed_text
 from analysis_lib.store.store import Store
 

@@ -133,7 +133,7 @@ def kills_in_training(
         _, _, used = os.wait4(child, 0)
     seconds = 4 * (used.ru_utime + used.ru_stime)
     trained_again = AssertionError("trained again")
-    untrained = mock.patch.object(dro, "_train", side_effect=trained_again)
+    untrained = mock.patch.object(dro, "train_soft_prompt", side_effect=trained_again)
     with untrained:
         expected = train(Store(folder / "unbroken"))
 

@@ -27,10 +27,10 @@ from analysis_lib.collect import states as capture
 from analysis_lib.collect.certificates import ParityError
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.collect.states import HiddenStates, hidden_states
-from analysis_lib.model import forward
+from analysis_lib.model import forward, passes
 from analysis_lib.model.architecture import text_config
 from analysis_lib.model.chat import ChatModel
-from analysis_lib.model.forward import last_states, shares_prefixes
+from analysis_lib.model.passes import last_states, shares_prefixes
 from analysis_lib.model.soft_prompt import SoftPrompt
 from analysis_lib.model.tree import plan_rows
 from analysis_lib.store.batches import row_key
@@ -257,9 +257,9 @@ def test_a_tree_without_its_mask_is_found_out(monkeypatch):
     """Every token of a pack sees every other: a model asked afterwards runs plainly, one asked before raises."""
     asked, fresh = build("llama"), build("llama")
     assert shares_prefixes(asked.forward)
-    right = forward.attention_mask
+    right = passes.attention_mask
     monkeypatch.setattr(
-        forward,
+        passes,
         "attention_mask",
         lambda config, see, *rest: right(config, torch.ones_like(see), *rest),
     )
@@ -606,7 +606,7 @@ def test_hidden_states_are_frozen():
 def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
     model = build("llama")
     whole = hidden_states(model, QUERIES, PROMPTS)
-    run, failures = forward.run_plan, [0]
+    run, failures = passes.run_plan, [0]
 
     def narrow(model, plan, *arguments, **options):
         if model.pack_tokens > 100:
@@ -614,7 +614,7 @@ def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
             raise torch.OutOfMemoryError("planted")
         yield from run(model, plan, *arguments, **options)
 
-    monkeypatch.setattr(forward, "run_plan", narrow)
+    monkeypatch.setattr(passes, "run_plan", narrow)
     again = hidden_states(model, QUERIES, PROMPTS)
     assert (
         failures[0] == 4

@@ -21,6 +21,7 @@ import torch
 
 from analysis_lib import __main__ as cli
 from analysis_lib.data.files import ROOT
+from analysis_lib.store import upkeep
 from analysis_lib.store.batches import row_key
 from analysis_lib.store.store import Store
 
@@ -907,7 +908,7 @@ def test_an_interrupted_run_says_how_to_go_on(call, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "ls", interrupted)
+    monkeypatch.setattr(upkeep, "ls", interrupted)
     fails(call("cache", "ls"), "the same command goes on from there", code=130)
 
 
@@ -932,10 +933,10 @@ def test_an_output_folder_that_cannot_be(call, tmp_path):
 
 def test_a_fault_of_the_program_keeps_its_traceback(call, monkeypatch):
     """Only errors of the library's own, and of the system, are messages to the user."""
-    monkeypatch.setattr(Store, "ls", lambda self: [][0])
+    monkeypatch.setattr(upkeep, "ls", lambda store: [][0])
     with pytest.raises(IndexError):
         call("cache", "ls")
-    monkeypatch.setattr(Store, "ls", lambda self: int("x"))
+    monkeypatch.setattr(upkeep, "ls", lambda store: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         call("cache", "ls")
 

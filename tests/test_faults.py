@@ -18,11 +18,11 @@ from analysis_lib import (
     ChatModel,
     Direction,
     DROConfig,
-    data,
     hidden_states,
     sample_responses,
     train_dro,
 )
+from analysis_lib.data import files as loaders
 from analysis_lib.data.prompts import load_safety_prompts
 from analysis_lib.data.queries import load_queries
 from analysis_lib.store import checkpoints, index, upkeep
@@ -192,21 +192,25 @@ def test_fuzzed_files_are_tables_or_refused(tmp_path):
     ("plant", "column"),
     [
         (
-            lambda monkeypatch: monkeypatch.setattr(data.os.path, "realpath", lambda path: "/same"),
+            lambda monkeypatch: monkeypatch.setattr(
+                os.path, "realpath", lambda path: "/same"
+            ),
             "wrong",
         ),  # links are followed
         (
-            lambda monkeypatch: monkeypatch.setattr(data, "_check_text", lambda text, where: None),
-            "wrong",
-        ),
-        (
             lambda monkeypatch: monkeypatch.setattr(
-                data.json, "loads", lambda text, **k: {"text": [][0]}
+                loaders, "check_text", lambda text, where: None
             ),
             "wrong",
         ),
         (
-            lambda monkeypatch: monkeypatch.setattr(data, "_shown", repr),
+            lambda monkeypatch: monkeypatch.setattr(
+                loaders.json, "loads", lambda text, **k: {"text": [][0]}
+            ),
+            "wrong",
+        ),
+        (
+            lambda monkeypatch: monkeypatch.setattr(loaders, "shown", repr),
             "undetected",
         ),  # messages of any length
     ],

@@ -20,9 +20,12 @@ import pytest
 from pandas.io.formats.html import HTMLFormatter
 from tiny_models import FAMILIES, chat
 
-from analysis_lib import figures, report
+from analysis_lib import figures
 from analysis_lib.data.files import ROOT
+from analysis_lib.figures import style
 from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.rendering import Renderer
+from analysis_lib.report import html
 from faults import samples
 from faults.files import hostile_files
 from faults.surfaces import surfaces
@@ -45,6 +48,10 @@ def test_there_are_twenty_and_each_does_harm_somewhere():
 # --------------------------------------------------------------------------------------- rendering
 
 
+def as_it_is(text, quote=True):
+    return text
+
+
 @pytest.mark.parametrize("name", SURFACES)
 def test_no_text_becomes_markup(name):
     more, there = markup(SURFACES[name], HOSTILE)
@@ -54,19 +61,19 @@ def test_no_text_becomes_markup(name):
 @pytest.mark.parametrize(
     ("name", "plant"),
     [
-        ("figures", lambda patch: patch.setattr(figures, "text", str)),
+        ("figures", lambda patch: patch.setattr(style, "escape", as_it_is)),
         (
             "saved figure",
             lambda patch: (
-                patch.setattr(figures, "text", str),
+                patch.setattr(style, "escape", as_it_is),
                 patch.setattr("plotly.io._json._safe", lambda text, swap: text),
             ),
         ),
         ("explorer", lambda patch: patch.setattr("analysis_lib.widgets.explorer.escape", str)),
-        ("inspector", lambda patch: patch.setattr(figures, "text", str)),
+        ("inspector", lambda patch: patch.setattr(style, "escape", as_it_is)),
         ("table", lambda patch: patch.setattr(HTMLFormatter, "_write_cell", write_cell)),
         ("stored outputs", lambda patch: patch.setattr(HTMLFormatter, "_write_cell", write_cell)),
-        ("report", lambda patch: patch.setattr(report, "escape", str)),
+        ("report", lambda patch: patch.setattr(html, "escape", as_it_is)),
     ],
 )
 def test_the_check_sees_a_surface_that_escapes_nothing(name, plant, monkeypatch):
@@ -150,7 +157,7 @@ def test_no_query_opens_a_role(name):
 
 
 def test_the_check_sees_a_template_that_takes_queries_as_they_are(monkeypatch):
-    monkeypatch.setattr(ChatModel, "_escape", lambda self, text, what: text)
+    monkeypatch.setattr(Renderer, "escape", lambda self, text, what: text)
     opened = [
         roles(chat(family), HOSTILE) for family in ("qwen2", "llama", "gemma2", "phi3", "gpt_neox")
     ]
@@ -170,7 +177,8 @@ def test_hostile_files_are_tables_or_refused(tmp_path):
 
 HUB = """
 import sys
-from analysis_lib.chat import ChatModel, ChatModelError
+from analysis_lib.model.chat import ChatModel
+from analysis_lib.model.errors import ChatModelError
 for name in sys.argv[1:]:
     try:
         model = ChatModel.load(name)

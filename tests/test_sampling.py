@@ -35,7 +35,7 @@ from analysis_lib.judge.strings import is_refusal, verdict_is_final
 from analysis_lib.model import steps
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
-from analysis_lib.model.forward import shares_prefixes
+from analysis_lib.model.passes import shares_prefixes
 from analysis_lib.model.soft_prompt import SoftPrompt
 from analysis_lib.model.steps import steps_from_cache
 from analysis_lib.store.store import Store

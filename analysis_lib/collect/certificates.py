@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..model.chat import ChatModel
-from ..model.forward import TOLERANCE, plain_states, relative_difference
+from ..model.passes import TOLERANCE, plain_states, relative_difference
 from ..model.rendering import Rendered
 from ..store.store import Store
 

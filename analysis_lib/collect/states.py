@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..model.chat import ChatModel
-from ..model.forward import last_states, peak_bytes
+from ..model.forward import peak_bytes
+from ..model.passes import last_states
 from ..model.rendering import Prompt, Rendered
 from ..store.batches import row_key
 from ..store.store import Store

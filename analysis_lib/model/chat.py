@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .architecture import text_config
+from .checks import weight_map
 from .errors import ChatModelError
 from .fingerprint import digest_in_memory, digest_of_source, state_of, weight_files
 from .forward import Forward
@@ -24,7 +25,6 @@ from .loading import (
     load_weights,
     read_generation,
     read_source,
-    weight_map,
 )
 from .rendering import Prompt, Rendered, Renderer
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from .architecture import attention_mask, text_config
-from .forward import TOLERANCE, Forward, relative_difference, run_plan, shares_prefixes
+from .forward import Forward
+from .passes import TOLERANCE, relative_difference, run_plan, shares_prefixes
 from .tree import plan_rows
 
 ROOM = 16  # tokens

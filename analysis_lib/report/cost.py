@@ -23,13 +23,8 @@ from ..collect.states import CHUNK_ROWS, missing_states
 from ..judge.verdicts import judge_responses
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import (
-    last_states,
-    peak_bytes,
-    shares_prefixes,
-    tokens_of_a_line,
-    tokens_of_a_pack,
-)
+from ..model.forward import peak_bytes, tokens_of_a_line, tokens_of_a_pack
+from ..model.passes import last_states, shares_prefixes
 from ..model.rendering import Prompt
 from ..model.tree import plan_rows
 from ..store.store import Store

@@ -170,10 +170,15 @@ def _output(output: NotebookNode, markdown: _Markdown) -> str:
     if "image/png" in data:
         return f'<div class="output"><img alt="" src="data:image/png;base64,{escape("".join(data["image/png"].split()))}"></div>'
     if "text/html" in data:
-        return f'<div class="output">{nh3.clean(data["text/html"], tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
+        return f'<div class="output">{nh3.clean(_whole(data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
     if "text/markdown" in data:
         return f'<div class="output">{markdown.convert(data["text/markdown"])}</div>'
     return _pre(data.get("text/plain", ""))
+
+
+def _whole(text: str) -> str:
+    """The text with half Unicode pairs, which no file can hold, as question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _figure(figure: Mapping) -> str:

@@ -18,7 +18,8 @@ from ..analysis.directions import Direction
 from ..analysis.space import AnchorSpace
 from ..collect.inputs import check_queries
 from ..model.chat import ChatModel
-from ..model.forward import Forward, last_states, run_plan, shares_prefixes
+from ..model.forward import Forward
+from ..model.passes import last_states, run_plan, shares_prefixes
 from ..model.soft_prompt import SoftPrompt
 from ..model.tree import plan_rows
 from ..store.store import Store

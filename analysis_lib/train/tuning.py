@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ..collect.inputs import check_queries
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import Forward, run_plan, shares_prefixes
+from ..model.forward import Forward
+from ..model.passes import run_plan, shares_prefixes
 from ..model.soft_prompt import SoftPrompt
 from ..model.tree import Pack, plan_rows
 from ..store.store import Store
