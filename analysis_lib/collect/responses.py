@@ -52,7 +52,7 @@ class Settings:
         }
 
 
-def _built_in(function: Callable) -> bool:
+def _built_in(function: Callable[..., Any]) -> bool:
     """Whether a stop function is one of this library's: its name then says what it does."""
     return str(function.__module__).partition(".")[0] == "analysis_lib"
 
@@ -96,7 +96,7 @@ def sample_responses(
         stop_when=stop_when,
     )
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
-    table: list[tuple] = []
+    table: list[tuple[Any, ...]] = []
     bar = Progress(len(prompts) * len(texts) * n_samples, "responses", progress)
     for name, prompt in prompts.items():
         rows = model.render(texts, prompt)
@@ -271,7 +271,7 @@ def _batches(
 
 def _sample_batch(
     model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings
-) -> dict[tuple[int, int], dict]:
+) -> dict[tuple[int, int], dict[str, str]]:
     """All samples of some rows; halves the batch when the device runs out of memory."""
     try:
         return _Tree(model, rows, jobs, settings).run()
@@ -299,9 +299,9 @@ class _Tree:
         )  # job -> position in row_of
         self.sample = np.concatenate([jobs[i] for i in self.row_of]).astype(int)
         self.uniform = np.concatenate([_uniforms(rows[i], jobs[i], settings) for i in self.row_of])
-        self.done: dict[tuple[int, int], dict] = {}
+        self.done: dict[tuple[int, int], dict[str, str]] = {}
 
-    def run(self) -> dict[tuple[int, int], dict]:
+    def run(self) -> dict[tuple[int, int], dict[str, str]]:
         node = self.owner.copy()  # job -> node
         jobs = np.arange(len(node))
         texts: list[tuple[int, ...]] = [()] * len(self.ids)
@@ -367,7 +367,7 @@ def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDAr
 
 
 def _choose(
-    logits: torch.Tensor, node: NDArray, uniform: NDArray, settings: Settings
+    logits: torch.Tensor, node: NDArray[Any], uniform: NDArray[Any], settings: Settings
 ) -> NDArray[np.int64]:
     """One token for each sample by inversion of its node's distribution: temperature, then top-k, then top-p."""
     logits = logits if logits.dtype == torch.float64 else logits.float()

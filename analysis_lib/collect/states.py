@@ -238,7 +238,9 @@ def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> 
     return [[row_key(ids=r.ids, soft=r.soft, layer=i, **common) for i in layers] for r in rows]
 
 
-def _fill(block: NDArray, keys: list[list[str]], store: Store) -> tuple[NDArray, set[str]]:
+def _fill(
+    block: NDArray[Any], keys: list[list[str]], store: Store
+) -> tuple[NDArray[Any], set[str]]:
     """Writes the stored states into block; returns the positions of rows with any layer missing, and the keys that are kept."""
     read = store.read_states([k for row in keys for k in row])
     found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}

@@ -55,10 +55,10 @@ class ChatModel:
         self.n_embeddings = self.renderer.n_embeddings
         self.lock = threading.RLock()  # of what changes how the model computes
         self._forward: Forward | None = None
-        self._loaded: tuple | None = (
+        self._loaded: tuple[Any, ...] | None = (
             None  # the state of the weights when they were read from `source`
         )
-        self._hashed: tuple[tuple | None, str] | None = None  # that state and its fingerprint
+        self._hashed: tuple[tuple[Any, ...] | None, str] | None = None  # that state and its fingerprint
         self._files: Any = {}  # of a folder, as they were when it was opened
 
     @classmethod

@@ -107,7 +107,7 @@ class Forward:
             torch.cuda.empty_cache()
 
     @contextmanager
-    def soft_tokens(self, embeddings: torch.Tensor | NDArray | None) -> Iterator[None]:
+    def soft_tokens(self, embeddings: torch.Tensor | NDArray[Any] | None) -> Iterator[None]:
         """Within this context, token ids from `n_embeddings` on stand for the rows of embeddings (length, d).
 
         A tensor that requires grad receives gradients. Model and tokenizer are left as found. Another thread that enters
@@ -140,7 +140,7 @@ class SoftEmbedding(torch.nn.Module):
     def __init__(self, base: torch.nn.Module, rows: torch.Tensor):
         super().__init__()
         self.base, self.rows = base, rows
-        self.n = int(base.weight.shape[0])  # type: ignore[arg-type, index]
+        self.n = int(base.weight.shape[0])  # type: ignore[index]
 
     @property
     def weight(self) -> torch.Tensor:

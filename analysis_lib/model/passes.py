@@ -143,7 +143,7 @@ class _recorded:
                 self.handles.append(modules[i - 1].register_forward_hook(self._keep_output(i)))
         return self.seen
 
-    def _keep_input(self, module: Any, args: tuple, kwargs: dict) -> None:
+    def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen[0] = args[0] if args else kwargs["hidden_states"]
 
     def _keep_output(self, i: int) -> Any:

@@ -63,7 +63,7 @@ class CachedStep:
         self.length = width
         return torch.stack(logits)  # type: ignore[arg-type]
 
-    def next(self, parents: NDArray, tokens: NDArray) -> torch.Tensor:
+    def next(self, parents: NDArray[Any], tokens: NDArray[Any]) -> torch.Tensor:
         from transformers import DynamicCache
 
         device = self.forward.device
@@ -226,6 +226,6 @@ class PlainStep:
                     out[i] = row
         return torch.stack(out)  # type: ignore[arg-type]
 
-    def next(self, parents: NDArray, tokens: NDArray) -> torch.Tensor:
+    def next(self, parents: NDArray[Any], tokens: NDArray[Any]) -> torch.Tensor:
         self.rows = [(*self.rows[p], int(t)) for p, t in zip(parents, tokens)]
         return self.first()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import mistune
 import nh3
@@ -181,7 +182,7 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _figure(figure: Mapping) -> str:
+def _figure(figure: Mapping[str, Any]) -> str:
     layout = figure.get("layout", {})
     height = int(layout.get("height") or 450)
     label = layout.get("title", {}).get("text") or "figure"

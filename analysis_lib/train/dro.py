@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -139,7 +140,7 @@ def train_dro(
     base = under_text[:, 0].to(dtype)
     rows = [row.ids for row in model.render(texts, start)]
 
-    def step(batch: NDArray) -> dict[str, float]:
+    def step(batch: NDArray[Any]) -> dict[str, float]:
         """Gradients of the batch's mean loss, part by part; returns its losses."""
         total: dict[str, float] = {}
         for members, states in _parts(forward, [rows[i] for i in batch]):

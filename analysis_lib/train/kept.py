@@ -23,7 +23,7 @@ from ..store.store import Store
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW knows of each number
 
 
-def array_digest(array: NDArray) -> str:
+def array_digest(array: NDArray[Any]) -> str:
     """SHA-256 of an array's float64 values."""
     return hashlib.sha256(np.ascontiguousarray(array, dtype=np.float64).tobytes()).hexdigest()
 

@@ -45,7 +45,7 @@ def train_soft_prompt(
     start: SoftPrompt,
     config: TrainingConfig,
     n: int,
-    step_of: Callable[[NDArray], dict[str, float]],
+    step_of: Callable[[NDArray[Any]], dict[str, float]],
     kept: KeptTraining,
     on_step: OnStep | None,
     progress: bool | None,
@@ -96,7 +96,9 @@ def _learned(soft: torch.Tensor) -> NDArray[np.float32]:
     return soft.detach().float().cpu().numpy()
 
 
-def _shuffled(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[tuple[int, NDArray]]:
+def _shuffled(
+    n: int, batch_size: int, epochs: int, seed: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
     """(epoch, indices) of each step; an epoch is split evenly into about n / batch_size batches."""
     rng = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):

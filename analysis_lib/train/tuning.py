@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -79,7 +80,7 @@ def train_prompt_tuning(
     if not names:
         raise ValueError("every judged response is empty; sample responses to train on first")
 
-    def step(batch: NDArray) -> dict[str, float]:
+    def step(batch: NDArray[Any]) -> dict[str, float]:
         rows, targets = [], []
         for i in batch:
             for (reply, is_good), count in replies[names[i]].items():
