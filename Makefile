@@ -4,12 +4,13 @@
 # make setup       the environment alone, in .venv  [PYTHON=python3.12]
 # make notebooks   execute the notebooks in place and store clean outputs  [NOTEBOOKS=...]
 # make bench       the speed and memory figures
+# make docs        the documentation's pages and the API reference, in docs/_build/html
 # make clean       remove reports and caches; the environment stays
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-notebooks notebooks lab bench clean
+.PHONY: help setup reproduce test test-notebooks notebooks lab bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +18,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NOTEBOOKS ?= $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 OUT ?= reports
+SITE ?= docs/_build/html
 SKIPPED := .pytest_cache/skipped
 
 help:
@@ -71,6 +73,10 @@ lab: setup
 bench: setup
 	$(RUN) bench/bench.py
 
+docs: setup
+	$(RUN) -m sphinx -W --keep-going -qaE docs '$(SITE)'
+	@echo "Documentation: $(SITE)/index.html"
+
 clean:
-	rm -rf reports .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf reports docs/_build docs/api .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
