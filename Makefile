@@ -1,4 +1,5 @@
 # make reproduce   run every notebook, write executed copies and reports/report.html  [MODEL= TEMPLATE= PROMPT= QUERIES= HELDOUT= GUARD= OUT= JOBS=]
+# make check       formatting, lint, types, import contract, habits and the fast tests: under a minute
 # make test        set-up, formatting, lint, types, tests, notebooks against their stored outputs
 # make lab         JupyterLab on notebooks/
 # make setup       the environment alone, in .venv  [PYTHON=python3.12]
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-notebooks notebooks lab bench docs clean
+.PHONY: help setup reproduce lint check test test-notebooks notebooks lab bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,7 +37,7 @@ $(STAMP): requirements.lock pyproject.toml
 	{ echo "Python 3.11 or later is needed, and $(PYTHON) is not: install it, then make setup PYTHON=python3.11"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.lock
-	$(RUN) -m pip install -qq --no-deps -e .
+	$(RUN) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 reproduce: setup
@@ -44,10 +45,18 @@ reproduce: setup
 		$(if $(QUERIES),--queries '$(QUERIES)') $(foreach set,$(HELDOUT),--heldout '$(set)') $(if $(GUARD),--guard '$(GUARD)') \
 		$(if $(JOBS),--jobs '$(JOBS)') --out '$(OUT)'
 
-test: setup
+lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy analysis_lib
+	$(RUN) -m tools.measure
+
+# What needs no model, and the examples of the rooms that need none.
+FAST := $(addprefix tests/test_,alpaca benchmark comparison data imports judge legal published setup space string_judge wrappers)
+check: lint
+	$(RUN) -m pytest -q -n 2 --dist=loadfile $(wildcard $(FAST:=.py))
+
+test: lint
 	$(RUN) -m pytest -n 2 --dist=loadfile --skipped-to=$(SKIPPED) tests
 	$(MAKE) test-notebooks
 	@cat $(SKIPPED)
