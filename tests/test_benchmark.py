@@ -10,13 +10,14 @@ import pytest
 from scipy import special
 from scipy.stats import binom
 
-from analysis_lib.analysis.benchmark import COLUMNS, METRICS, benchmark_table, metric_table
+from analysis_lib.analysis.benchmark import COLUMNS, benchmark_table, metric_table
 from analysis_lib.analysis.intervals import (
     bootstrap_interval,
     difference_interval,
     rate_interval,
     wilson_interval,
 )
+from analysis_lib.analysis.metrics import METRICS
 
 N = float("nan")
 

@@ -14,9 +14,9 @@ from analysis_lib.analysis.directions import (
     Direction,
     bootstrap_directions,
     fit_direction,
-    grouped_folds,
     separation,
 )
+from analysis_lib.analysis.estimators import grouped_folds
 from analysis_lib.analysis.space import AnchorSpace, FitError, cosines, mean_shifts
 
 PROMPTS = ("none", "default", "short")
