@@ -10,14 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from .estimators import (
-    Estimator,
-    find_estimator,
-    fit_data,
-    grouped_folds,
-    logistic,
-    run_estimator,
-)
+from .estimators import Estimator, fit_data, grouped_folds, logistic, run_estimator
 from .space import AnchorSpace, Array, FitError
 
 Groups = Sequence[object] | NDArray[Any] | pd.Series  # (n,): the query of each row
@@ -201,7 +194,6 @@ def fit_folds(
     [20, 20, 20]
     """
     Z, y, groups = fit_data(Z, y, groups, name)
-    estimator = find_estimator(estimator)
     n_groups = len(np.unique(groups.astype(str)))
     if not 2 <= n_splits <= n_groups:
         raise FitError(
@@ -309,7 +301,6 @@ def bootstrap_directions(
     ((5, 2), True)
     """
     Z, y, groups = fit_data(Z, y, groups, "the bootstrap")
-    estimator = find_estimator(estimator)
     rng, names = np.random.default_rng(seed), np.unique(groups)
     rows_of = {g: np.flatnonzero(groups == g) for g in names}
     draws: list[Array] = []
@@ -361,15 +352,13 @@ def separation(states: ArrayLike, rows: pd.DataFrame, *, k: int = 4) -> float:
     >>> separation(states, pd.DataFrame({"query_id": range(40), "harmful": harmful}))
     1.0
     """
-    known = rows["harmful"].notna().to_numpy()
+    known, groups = rows["harmful"].notna().to_numpy(), rows["query_id"]
     if "pair_id" in rows:
         pairs = rows["pair_id"].fillna("").astype(str)
-    else:
-        pairs = pd.Series("", index=rows.index)
-    groups = pairs.where(pairs != "", rows["query_id"])[known]
+        groups = pairs.where(pairs != "", groups)
     Z = AnchorSpace.fit(np.asarray(states)[known], k).transform(np.asarray(states)[known])
     labels = rows["harmful"][known].astype(float)
-    return fit_direction(Z, labels, name="harmfulness", groups=groups).scores["accuracy"]
+    return fit_direction(Z, labels, name="harmfulness", groups=groups[known]).scores["accuracy"]
 
 
 def calibrate_refusal(estimates: pd.DataFrame, rates: pd.DataFrame) -> Direction:
