@@ -321,7 +321,7 @@ def find_metrics(metrics: Sequence[Metric | str] | None) -> list[Metric]:
     """
     if metrics is None:
         return list(METRICS.values())
-    found = []
+    found: list[Metric] = []
     for metric in metrics:
         if not isinstance(metric, Metric):
             if metric not in METRICS:
