@@ -285,11 +285,11 @@ def paired_differences(
 
     Returns
     -------
-    DataFrame with query_set, metric, first, second, model, difference, low, high, p, p_holm, p_max, n
-        One row a query set, comparison and model, the model "average" last. low, high:
-        `difference_interval` over n queries. p: a sign-flip test in which all models of a query
-        flip together. p_holm and p_max (the greatest studentized difference, flipped jointly)
-        adjust for all rows of the same level: averages among themselves, models among themselves.
+    DataFrame, one row a query set, comparison and model; the model "average" last
+        query_set, metric, first, second, model, difference. low, high: `difference_interval` over
+        n queries. p: a sign-flip test in which all models of a query flip together. p_holm and
+        p_max (the greatest studentized difference, flipped jointly) adjust for all rows of the
+        same level: averages among themselves, models among themselves. n.
 
     Raises
     ------
