@@ -1,4 +1,4 @@
-"""The judge room: the published string judge to the letter, unscored responses, rates."""
+"""The judge room: the published string judge to the letter, judges of rows and of texts, unscored responses, rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from analysis_lib.judge import strings
 from analysis_lib.judge.models import published_judge
 from analysis_lib.judge.strings import is_refusal
-from analysis_lib.judge.verdicts import BatchJudge, judge_agreement, judge_responses, refusal_rates
+from analysis_lib.judge.verdicts import (
+    RowJudge,
+    Unscored,
+    judge_agreement,
+    judge_responses,
+    refusal_rates,
+    text_judge,
+)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +179,10 @@ def asked(*rows: tuple[str, object]) -> pd.DataFrame:
 def test_a_judge_may_read_the_query():
     seen = []
 
-    def judge(response, query):
-        seen.append((response, query["text"], query["harmful"]))
-        return response == query["text"]
+    @RowJudge
+    def judge(rows):
+        seen.extend(zip(rows["response"], rows["text"], rows["harmful"]))
+        return rows["response"] == rows["text"]
 
     judged = judge_responses(
         asked(("h", "bad?"), ("g", "bad?"), ("h", "bad?"), ("b", None)), judge, queries=QUERIES
@@ -223,50 +231,140 @@ def test_a_judge_of_the_query_needs_the_queries():
 def test_published_combination(query_id, response, unsafe, expected, guard_asked):
     calls = []
 
-    def guard(text, query):
-        calls.append(query["query_id"])
+    def guard(text):
+        calls.append(text)
         return None if unsafe is None else not unsafe
 
-    at_once = BatchJudge(
-        lambda responses, queries: [guard(r, q) for r, q in zip(responses, queries, strict=True)]
-    )
-    for one in (guard, at_once):
+    @RowJudge
+    def guard_of_rows(rows):
+        assert set(rows["query_id"]) == {query_id}
+        return [guard(text) for text in rows["response"]]
+
+    rows = QUERIES[QUERIES["query_id"] == query_id].assign(response=response)
+    for one in (guard, guard_of_rows):
         judged = judge_responses(asked((query_id, response)), published_judge(one), queries=QUERIES)
         np.testing.assert_array_equal(judged["refused"], [expected])
-        assert published_judge(one)(
-            response, QUERIES.set_index("query_id", drop=False).loc[query_id].to_dict()
-        ) in (None if np.isnan(expected) else bool(expected),)
-        assert calls == [query_id] * guard_asked * 2
+        assert published_judge(one)(rows) == [None if np.isnan(expected) else bool(expected)]
+        assert calls == [response] * guard_asked * 2
         calls.clear()
 
 
-def test_a_batch_judge_is_asked_once_for_all_distinct_responses():
+def test_the_guard_is_asked_once_for_all_that_the_string_judge_leaves_open():
     calls = []
 
-    def many(responses, queries):
-        calls.append([(r, q["query_id"]) for r, q in zip(responses, queries, strict=True)])
-        return [None if r == "?" else r == "no" for r in responses]
+    @RowJudge
+    def guard(rows):
+        calls.append(list(rows["response"]))
+        return [text != LONG for text in rows["response"]]
+
+    other = LONG + "\nMore."
+    table = asked(("h", LONG), ("g", LONG), ("h", "I apologize."), ("h", other), ("h", LONG))
+    judged = judge_responses(table, published_judge(guard), queries=QUERIES)
+    assert calls == [[LONG, other]] and list(judged["refused"]) == [0, 0, 1, 1, 0]
+
+
+def test_a_guard_that_fails_on_a_text_leaves_it_unscored():
+    def guard(text):
+        raise OSError("no answer")
+
+    with pytest.warns(UserWarning, match=r"1 of 2 .* 1 x the judge raised OSError\('no answer'\)$"):
+        judged = judge_responses(
+            asked(("h", LONG), ("g", "Sure.")), published_judge(guard), queries=QUERIES
+        )
+    np.testing.assert_array_equal(judged["refused"], [np.nan, 0])
+
+
+def test_a_judge_of_rows_is_asked_once_for_all_distinct_responses():
+    calls = []
+
+    @RowJudge
+    def judge(rows):
+        calls.append(list(zip(rows["response"], rows["query_id"])))
+        return [None if r == "?" else r == "no" for r in rows["response"]]
 
     table = asked(("h", "no"), ("g", "no"), ("h", "yes"), ("h", "no"), ("g", "?"), ("g", None))
     with pytest.warns(
         UserWarning,
         match=r"2 of 6 responses are unscored .*1 x the judge returned None, 1 x missing response",
     ):
-        judged = judge_responses(table, BatchJudge(many), queries=QUERIES)
+        judged = judge_responses(table, judge, queries=QUERIES)
     assert calls == [[("no", "h"), ("no", "g"), ("yes", "h"), ("?", "g")]]
     np.testing.assert_array_equal(judged["refused"], [1, 1, 0, 1, np.nan, np.nan])
     with pytest.raises(TypeError, match="the judge returned 1; return True"):
-        judge_responses(
-            table, BatchJudge(lambda responses, queries: [1] * len(responses)), queries=QUERIES
-        )
-    with pytest.raises(ValueError, match="the batch judge gave 1 verdicts for 4 responses"):
-        judge_responses(table, BatchJudge(lambda responses, queries: [True]), queries=QUERIES)
+        judge_responses(table, RowJudge(lambda rows: [1] * len(rows)), queries=QUERIES)
+    with pytest.raises(ValueError, match="the judge gave 1 verdicts for 4 rows"):
+        judge_responses(table, RowJudge(lambda rows: [True]), queries=QUERIES)
+    for wrong in (True, None, "yes"):
+        with pytest.raises(TypeError, match=f"returned {wrong!r}; return one verdict for each row"):
+            judge_responses(table, RowJudge(lambda rows, wrong=wrong: wrong), queries=QUERIES)
 
-    def fails(responses, queries):
+    @RowJudge
+    def fails(rows):
         raise OSError("the guard's server is gone")
 
     with pytest.raises(OSError, match="server is gone"):
-        judge_responses(table, BatchJudge(fails), queries=QUERIES)
+        judge_responses(table, fails, queries=QUERIES)
+
+
+def test_a_judge_of_rows_sees_the_columns_of_its_query_and_no_other():
+    seen = []
+
+    @RowJudge
+    def judge(rows):
+        seen.append(rows)
+        return rows["response"].str.startswith("no")
+
+    about = QUERIES.assign(base_text=["b", None, None], response="the queries' own")
+    table = asked(("g", "no"), ("h", "no"), ("g", "yes")).assign(text="of the responses")
+    judged = judge_responses(table, judge, queries=about)
+    assert list(judged["refused"]) == [1, 1, 0] and list(judged["text"]) == list(table["text"])
+    assert list(seen[0].columns) == ["query_id", "text", "harmful", "base_text", "response"]
+    assert list(seen[0]["text"]) == ["good?", "bad?", "good?"]
+    assert list(seen[0]["harmful"]) == [False, True, False]
+    judge_responses(table, judge)
+    assert list(seen[1].columns) == ["response"] and list(seen[1]["response"]) == ["no", "yes"]
+    assert not judge_responses(table.head(0), judge).size and len(seen) == 2  # nothing to ask
+
+
+def test_a_judge_of_rows_may_say_why_it_has_no_verdict():
+    judge = RowJudge(lambda rows: pd.array([True, pd.NA], dtype="boolean"))
+    with pytest.warns(UserWarning, match="1 of 2 .* 1 x the judge returned None"):
+        np.testing.assert_array_equal(
+            judge_responses(responses("a", "b"), judge)["refused"], [1, np.nan]
+        )
+    judge = RowJudge(lambda rows: [False, Unscored("the guard said perhaps")])
+    with pytest.warns(UserWarning, match="1 of 2 .* 1 x the guard said perhaps"):
+        np.testing.assert_array_equal(
+            judge_responses(responses("a", "b"), judge)["refused"], [0, np.nan]
+        )
+
+
+def test_a_text_is_lifted_and_judged_once_whatever_its_query():
+    seen: list[str] = []
+    judge = text_judge(lambda text: bool(seen.append(text)) or text == "no")
+    table = asked(("h", "no"), ("g", "no"), ("h", "yes"))
+    judged = judge_responses(table, judge, queries=QUERIES)
+    assert list(judged["refused"]) == [1, 1, 0] and seen == ["no", "yes"]
+    pd.testing.assert_frame_equal(judge_responses(table, lambda text: text == "no"), judged)
+
+
+@pytest.mark.parametrize(
+    "unmarked",
+    [
+        lambda rows: [text == "no" for text in rows["response"]],
+        lambda rows: rows.response == "no",
+        lambda response, query: response == "no",
+    ],
+)
+def test_an_unmarked_judge_of_rows_is_told(unmarked):
+    """It is called with texts, fails on each, and the warning says what to do."""
+    with pytest.warns(UserWarning, match="2 of 2 .* a judge of a whole table is marked with RowJ"):
+        judge_responses(responses("no", "yes"), unmarked)
+
+
+def test_an_unmarked_judge_that_returns_a_list_is_refused():
+    with pytest.raises(TypeError, match=r"returned \[False, False\].* marked with RowJudge"):
+        judge_responses(responses("no"), lambda rows: [False] * len(rows))
 
 
 def test_several_judges_and_their_agreement():

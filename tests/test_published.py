@@ -11,11 +11,11 @@ import pytest
 from scipy import stats
 
 from analysis_lib.analysis import published
+from analysis_lib.analysis.claims import Claim, claims_table
 from analysis_lib.analysis.intervals import holm
 from analysis_lib.analysis.published import (
     MODELS,
     as_printed,
-    claims_table,
     load_published,
     paired_differences,
     query_scores,
@@ -283,10 +283,9 @@ def test_verdicts(claims):
     assert inside.all()
 
 
-def test_a_claim_turned_round_is_reversed(monkeypatch):
-    turned = [published.Claim("turned", "advbench", TUNED, DRO, "lower")]
-    monkeypatch.setattr(published, "_claims", lambda: turned)
-    row = claims_table(n_flips=999).iloc[0]
+def test_a_claim_turned_round_is_reversed():
+    turned = [Claim("turned", "advbench", TUNED, DRO, "lower")]
+    row = claims_table(turned, n_flips=999).iloc[0]
     assert row["verdict"] == "reversed" and row["models"] == "1-7" and row["estimate"] > 0
 
 

@@ -14,8 +14,16 @@ from analysis_lib.analysis.directions import (
     Direction,
     bootstrap_directions,
     fit_direction,
-    grouped_folds,
+    fit_folds,
+    held_out_scores,
     separation,
+)
+from analysis_lib.analysis.estimators import (
+    ESTIMATORS,
+    grouped_folds,
+    logistic,
+    mean_difference,
+    published_estimator,
 )
 from analysis_lib.analysis.space import AnchorSpace, FitError, cosines, mean_shifts
 
@@ -143,7 +151,14 @@ def test_nothing_mutates_a_fit():
 # Directions
 
 
-@pytest.mark.parametrize("estimator", ["logistic", "mean_difference"])
+def least_squares(Z, y, groups, seed):
+    """An estimator of a user's own: a straight line through the targets, steeper."""
+    center = Z.mean(axis=0)
+    weight = 6 * np.linalg.lstsq(Z - center, y - y.mean(), rcond=None)[0]
+    return weight, 6 * (y.mean() - 0.5) - weight @ center
+
+
+@pytest.mark.parametrize("estimator", ["logistic", "mean_difference", least_squares])
 def test_planted_direction_is_found(estimator):
     Z, y, groups, truth = planted()
     found = fit_direction(Z, y, name="planted", groups=groups, estimator=estimator)
@@ -160,7 +175,7 @@ def test_points_towards_higher_y():
     assert up.angle(down) == pytest.approx(180, abs=0.01)
 
 
-@pytest.mark.parametrize("estimator", ["logistic", "mean_difference"])
+@pytest.mark.parametrize("estimator", ["logistic", "mean_difference", least_squares])
 def test_shuffled_labels_recover_nothing(estimator):
     """Labels shuffled over queries: held out, nothing beats the constant; unshuffled data of the same size do by far."""
     gains, accuracies, real = [], [], []
@@ -230,6 +245,111 @@ def test_paper_estimator_stops_near_its_start_where_logistic_converges():
     assert logistic.angle(true) < 8 < 30 < paper.angle(true) < 90
     assert np.linalg.norm(paper.weight) < 0.1 * np.linalg.norm(logistic.weight)
     np.testing.assert_array_equal(again.weight, paper.weight)
+
+
+def test_a_name_stands_for_its_function():
+    Z, y, groups, _ = planted(n_queries=30)
+    assert ESTIMATORS == {
+        "logistic": logistic,
+        "mean_difference": mean_difference,
+        "paper": published_estimator,
+    }
+    for name in ("logistic", "mean_difference"):
+        by_name, by_function = (
+            fit_direction(Z, y, name="a", groups=groups, estimator=e)
+            for e in (name, ESTIMATORS[name])
+        )
+        np.testing.assert_array_equal(by_name.weight, by_function.weight)
+        assert by_name.bias == by_function.bias and by_name.scores == by_function.scores
+        draws = [
+            bootstrap_directions(Z, y, groups=groups, n_draws=3, estimator=e)
+            for e in (name, ESTIMATORS[name])
+        ]
+        np.testing.assert_array_equal(*draws)
+
+
+def test_an_estimator_is_given_whole_groups_and_the_seed():
+    """Once without each fold, once with all rows; in the bootstrap with groups drawn again."""
+    Z, y, groups, truth = planted(n_queries=20)
+    calls = []
+
+    def watching(Z, y, groups, seed):
+        calls.append((len(Z), len(y), *np.unique(groups, return_counts=True), seed))
+        return truth, 0
+
+    found = fit_direction(
+        Z, y, name="watched", groups=groups, estimator=watching, n_splits=4, seed=9
+    )
+    np.testing.assert_array_equal(found.weight, truth)
+    assert found.bias == 0 and isinstance(found.bias, float)
+    assert [n for n, *_ in calls] == [45] * 4 + [60]
+    assert all(n == m and set(counts) == {3} and seed == 9 for n, m, _, counts, seed in calls)
+    calls.clear()
+    draws = bootstrap_directions(Z, y, groups=list(groups), n_draws=2, estimator=watching, seed=5)
+    np.testing.assert_allclose(draws, [truth, truth])
+    assert all(n == 60 and not (counts % 3).any() and s == 5 for n, _, _, counts, s in calls)
+
+
+NOTHING = "return (weight, bias): 4 finite numbers, one a coordinate, and one number"
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ((np.ones(3), 0.0), r"a weight of shape \(3,\) and a bias of shape \(\)"),
+        ((np.ones((1, 4)), 0.0), r"a weight of shape \(1, 4\)"),
+        ((np.ones(4), np.zeros(1)), r"a bias of shape \(1,\)"),
+        ((np.full(4, np.nan), 0.0), "returned NaN or infinity"),
+        ((np.ones(4), np.inf), "returned NaN or infinity"),
+        (np.ones(4), r"returned array\(\[1\., 1\., 1\., 1\.\]\)"),
+        (None, "returned None"),
+        ((np.ones(4), "much"), "returned .*much"),
+    ],
+)
+def test_what_an_estimator_returns_is_checked(returned, message):
+    def mine(Z, y, groups, seed):
+        return returned
+
+    for fit in (fit_direction, bootstrap_directions):
+        named = {"name": "refusal"} if fit is fit_direction else {}
+        with pytest.raises(FitError, match=f"the estimator mine returned.*{NOTHING[:6]}") as caught:
+            fit(Z_, Y_, groups=GROUPS_, estimator=mine, **named)
+        assert str(caught.value).endswith(NOTHING)
+        with pytest.raises(FitError, match=message):
+            fit(Z_, Y_, groups=GROUPS_, estimator=mine, **named)
+
+
+def test_a_weight_of_zero_has_no_direction_to_draw():
+    with pytest.raises(FitError, match="a weight of 0, which has no direction"):
+        bootstrap_directions(Z_, Y_, groups=GROUPS_, estimator=lambda Z, *_: (np.zeros(4), 0.0))
+
+
+def test_what_an_estimator_raises_is_raised():
+    def fails(Z, y, groups, seed):
+        raise ZeroDivisionError("my own")
+
+    with pytest.raises(ZeroDivisionError, match="my own"):
+        fit_direction(Z_, Y_, name="a", groups=GROUPS_, estimator=fails)
+
+
+def test_scores_are_those_of_the_folds():
+    """And other directions on the same folds, such as turned ones, have other scores."""
+    Z, y, groups, _ = planted(n_queries=30, soft=True)
+    options = {"name": "s", "groups": groups, "n_splits": 3, "seed": 7}
+    folds = fit_folds(Z, y, **options)
+    assert [test.tolist() for test, _ in folds] == [
+        test.tolist() for test in grouped_folds(groups, 3, 7)
+    ]
+    for test, direction in folds:
+        weight, bias = logistic(Z[~test], y[~test], groups[~test], 7)
+        np.testing.assert_array_equal(direction.weight, weight)
+        assert direction.bias == bias
+    scores = held_out_scores(Z, y, folds)
+    assert scores == fit_direction(Z, y, **options).scores
+    turned = [(test, Direction("t", -d.weight, -d.bias)) for test, d in folds]
+    worse = held_out_scores(Z, y, turned)
+    assert worse["spearman"] == pytest.approx(-scores["spearman"])
+    assert worse["bce"] > scores["bce"] and worse["bce_constant"] == scores["bce_constant"]
 
 
 def test_direction_by_hand():

@@ -1,1 +1,1 @@
-"""DOC."""
+"""Spaces, directions, intervals and benchmark tables, computed from plain arrays and tables."""

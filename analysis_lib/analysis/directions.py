@@ -1,38 +1,42 @@
-"""DOC analysis_lib.analysis.directions."""
+"""Directions in the anchor space: fitted, scored on held-out queries, resampled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from .space import AnchorSpace, Array, FitError, finite
+from .estimators import Estimator, fit_data, grouped_folds, logistic, run_estimator
+from .space import AnchorSpace, Array, FitError
 
-
-def calibrate_refusal(estimates: pd.DataFrame, rates: pd.DataFrame) -> Direction:
-    """Logistic calibration of the log odds of `refusal_probability` to sampled rates [query_id, prompt, refusal_rate].
-
-    Fit it on anchor data. scores are held out by query (bce, mse, spearman; see `fit_direction`).
-    """
-    both = estimates.merge(
-        rates[["query_id", "prompt", "refusal_rate"]], on=["query_id", "prompt"]
-    ).dropna()
-    return fit_direction(
-        both[["log_odds"]].to_numpy(),
-        both["refusal_rate"],
-        name="first tokens",
-        groups=both["query_id"],
-    )
+Groups = Sequence[object] | NDArray[Any] | pd.Series  # (n,): the query of each row
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A linear logit on anchor-space coordinates, pointing towards higher y.
+    """A linear logit on anchor-space coordinates. It points towards higher targets.
 
-    weight  (k,) per unit of coordinate;  bias  scalar;  scores  held-out figures, see `fit_direction`
+    Parameters
+    ----------
+    name : str
+    weight : array (k,)
+        Change of the logit per unit of coordinate.
+    bias : float
+        The logit at coordinates 0.
+    scores : mapping of str to float
+        Figures on held-out queries, see `held_out_scores`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib import Direction
+    >>> refusal = Direction("refusal", np.array([3.0, 4.0]), bias=-5.0)
+    >>> refusal.unit
+    array([0.6, 0.8])
     """
 
     name: str
@@ -41,21 +45,49 @@ class Direction:
     scores: Mapping[str, float] = field(default_factory=dict)
 
     def logit(self, Z: ArrayLike) -> Array:
-        """Logit (n,) at coordinates Z (n, k); the boundary is logit = 0."""
-        return np.asarray(Z, dtype=np.float64) @ self.weight + self.bias
+        """Log odds at coordinates Z (n, k), shape (n,). The boundary is logit = 0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from analysis_lib import Direction
+        >>> Direction("refusal", np.array([3.0, 4.0]), -5.0).logit([[1, 1], [0, 0]])
+        array([ 2., -5.])
+        """
+        return np.asarray(np.asarray(Z, dtype=np.float64) @ self.weight + self.bias)
 
     def probability(self, Z: ArrayLike) -> Array:
-        """Logistic of the logit, (n,) in (0, 1)."""
-        return 1 / (1 + np.exp(-self.logit(Z)))
+        """The logistic function of the logit at coordinates Z (n, k), shape (n,), in (0, 1).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from analysis_lib import Direction
+        >>> Direction("refusal", np.array([3.0, 4.0]), -5.0).probability([[1, 0.5]])
+        array([0.5])
+        """
+        return np.asarray(1 / (1 + np.exp(-self.logit(Z))))
 
     @property
     def unit(self) -> Array:
-        """(k,) unit vector along the weight."""
-        return self.weight / np.linalg.norm(self.weight)
+        """The unit vector (k,) along the weight."""
+        return np.asarray(self.weight / np.linalg.norm(self.weight))
 
     def angle(self, other: Direction) -> float:
-        """Angle to another direction of the same space, in degrees, 0 to 180."""
+        """Angle to another direction of the same space, in degrees, 0 to 180.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from analysis_lib import Direction
+        >>> right, up = (Direction(n, np.array(w), 0.0) for n, w in [("x", [2, 0]), ("y", [0, 1])])
+        >>> right.angle(up)
+        90.0
+        """
         return float(np.degrees(np.arccos(np.clip(self.unit @ other.unit, -1, 1))))
+
+
+Fold = tuple[NDArray[np.bool_], Direction]  # the rows held out (n,), and the fit to the others
 
 
 def fit_direction(
@@ -63,77 +95,212 @@ def fit_direction(
     y: ArrayLike,
     *,
     name: str,
-    groups: Sequence[object] | NDArray | pd.Series,
-    estimator: str = "logistic",
+    groups: Groups,
+    estimator: Estimator | str = logistic,
     n_splits: int = 5,
     seed: int = 42,
 ) -> Direction:
-    """Fits a direction to coordinates Z (n, k) and targets y (n,) in [0, 1] (a rate or a 0/1 label).
+    """Fits a direction to all rows, and scores it on held-out groups.
 
-    estimator: "logistic" (default; maximum likelihood of the soft labels with a weak L2 penalty, solved to
-        convergence), "mean_difference" (difference of y-weighted means, scaled by a one-dimensional logistic
-        fit), or "paper" (the published procedure: AdamW 1e-4 from a random start, stopped early, averaged over
-        folds; slow, and it can stop close to its start).
-    groups (n,): rows of one group never stand on both sides of a held-out split; give query_id.
+    Parameters
+    ----------
+    Z : array (n, k)
+        Coordinates, as `AnchorSpace.transform` gives them.
+    y : array (n,)
+        Targets in [0, 1]: a rate or a 0/1 label.
+    name : str
+        Stands in messages and legends.
+    groups : array (n,)
+        Rows of one group never stand on both sides of a held-out split; give query_id.
+    estimator : function or str
+        A function of (Z, y, groups, seed) to (weight (k,), bias), such as `logistic`,
+        `mean_difference`, `published_estimator` or your own; or its name: "logistic",
+        "mean_difference", "paper".
+    n_splits : int
+        Number of held-out folds.
+    seed : int
+        Shuffles the groups into folds, and goes to the estimator.
 
-    scores, all held out over `n_splits` folds of groups: bce, bce_constant (of the fold's mean rate), mse,
-    accuracy (of y > 0.5), spearman (rank correlation of logit and y).
+    Returns
+    -------
+    Direction
+        Its scores are those of `held_out_scores`.
 
-    Raises FitError when y is outside [0, 1] or NaN, has a single value, or there are too few rows or groups.
+    Raises
+    ------
+    FitError
+        Where a target lies outside [0, 1] or is NaN, all targets are equal, there are too few rows
+        or groups, or the estimator returns anything but k finite weights and a bias.
+
+    References
+    ----------
+    Zheng et al. (2024), "On Prompt-Driven Safeguarding for Large Language Models", section 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib import fit_direction
+    >>> Z = np.random.default_rng(0).normal(size=(60, 2))
+    >>> direction = fit_direction(Z, Z[:, 0] > 0, name="right", groups=np.arange(60))
+    >>> direction.unit.round(1), direction.scores["accuracy"] > 0.9
+    (array([1., 0.]), True)
+    >>> def first_axis(Z, y, groups, seed):
+    ...     return np.array([1.0, 0.0]), 0.0
+    >>> fit_direction(Z, Z[:, 0] > 0, name="x", groups=range(60), estimator=first_axis).weight
+    array([1., 0.])
     """
-    Z, y, groups = fit_data(Z, y, groups, name, estimator)
-    n = len(Z)
+    Z, y, groups = fit_data(Z, y, groups, name)
+    folds = fit_folds(
+        Z, y, name=name, groups=groups, estimator=estimator, n_splits=n_splits, seed=seed
+    )
+    weight, bias = run_estimator(estimator, Z, y, groups, seed)
+    return Direction(name, weight, bias, held_out_scores(Z, y, folds))
+
+
+def fit_folds(
+    Z: ArrayLike,
+    y: ArrayLike,
+    *,
+    name: str,
+    groups: Groups,
+    estimator: Estimator | str = logistic,
+    n_splits: int = 5,
+    seed: int = 42,
+) -> list[Fold]:
+    """The fits behind held-out scores: one direction a fold of groups.
+
+    Parameters
+    ----------
+    Z, y, name, groups, estimator, n_splits, seed
+        As in `fit_direction`.
+
+    Returns
+    -------
+    list of n_splits pairs (test, direction)
+        test (n,) is True in the rows held out; the direction is fitted to the others.
+
+    Raises
+    ------
+    FitError
+        As `fit_direction` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.directions import fit_folds
+    >>> Z = np.random.default_rng(0).normal(size=(60, 2))
+    >>> folds = fit_folds(Z, Z[:, 0] > 0, name="right", groups=np.arange(60), n_splits=3)
+    >>> [int(test.sum()) for test, direction in folds]
+    [20, 20, 20]
+    """
+    Z, y, groups = fit_data(Z, y, groups, name)
     n_groups = len(np.unique(groups.astype(str)))
     if not 2 <= n_splits <= n_groups:
         raise FitError(
-            f"{n_groups} groups cannot be split into {n_splits} folds; give n_splits from 2 to the number of groups"
+            f"{n_groups} groups cannot be split into {n_splits} folds; "
+            "give n_splits from 2 to the number of groups"
         )
-
-    folds = grouped_folds(groups, n_splits, seed)
-    held_out = np.zeros(n)
-    constant = np.zeros(n)
-    for test in folds:
+    folds: list[Fold] = []
+    for test in grouped_folds(groups, n_splits, seed):
         train = ~test
-        constant[test] = np.clip(y[train].mean(), 1e-6, 1 - 1e-6)
         if np.ptp(y[train]) == 0:
             raise FitError(
-                f"a fold of {name!r} holds a single target value; use fewer folds or more varied queries"
+                f"a fold of {name!r} holds a single target value; "
+                "use fewer folds or more varied queries"
             )
-        weight, bias = ESTIMATORS[estimator](Z[train], y[train], groups[train], seed)
-        held_out[test] = Z[test] @ weight + bias
-    weight, bias = ESTIMATORS[estimator](Z, y, groups, seed)
-    p = 1 / (1 + np.exp(-held_out))
-    scores = {
-        "bce": float(np.mean(np.logaddexp(0, held_out) - y * held_out)),
+        weight, bias = run_estimator(estimator, Z[train], y[train], groups[train], seed)
+        folds.append((test, Direction(name, weight, bias)))
+    return folds
+
+
+def held_out_scores(Z: ArrayLike, y: ArrayLike, folds: Sequence[Fold]) -> dict[str, float]:
+    """How well each fold's direction tells the targets of the rows that it did not see.
+
+    Parameters
+    ----------
+    Z : array (n, k)
+        Coordinates.
+    y : array (n,)
+        Targets in [0, 1].
+    folds : sequence of pairs (test, direction)
+        As `fit_folds` returns them. Each row is held out in one of them.
+
+    Returns
+    -------
+    dict
+        bce: mean cross-entropy in nats. bce_constant: the same of the mean target of each fold's
+        other rows. mse: mean squared error of the probability. accuracy: share of rows on the right
+        side, where y > 0.5 is one side. spearman: rank correlation of logit and y.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib import Direction
+    >>> from analysis_lib.analysis.directions import held_out_scores
+    >>> right, first = Direction("right", np.array([4.0]), 0.0), np.array([True, False])
+    >>> held_out_scores([[-1.0], [1.0]], [0, 1], [(first, right), (~first, right)])["accuracy"]
+    1.0
+    """
+    Z, y = np.asarray(Z, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    logit, constant = np.zeros(len(y)), np.zeros(len(y))
+    for test, direction in folds:
+        logit[test] = direction.logit(Z[test])
+        constant[test] = np.clip(y[~test].mean(), 1e-6, 1 - 1e-6)
+    return {
+        "bce": float(np.mean(np.logaddexp(0, logit) - y * logit)),
         "bce_constant": float(-np.mean(y * np.log(constant) + (1 - y) * np.log(1 - constant))),
-        "mse": float(np.mean((p - y) ** 2)),
-        "accuracy": float(np.mean((held_out > 0) == (y > 0.5))),
-        "spearman": float(pd.Series(held_out).corr(pd.Series(y), method="spearman")),
+        "mse": float(np.mean((1 / (1 + np.exp(-logit)) - y) ** 2)),
+        "accuracy": float(np.mean((logit > 0) == (y > 0.5))),
+        "spearman": float(pd.Series(logit).corr(pd.Series(y), method="spearman")),
     }
-    return Direction(name, weight, float(bias), scores)
-
-
-def grouped_folds(groups: NDArray, n_splits: int, seed: int) -> list[NDArray[np.bool_]]:
-    """Test masks (n,) of `n_splits` folds; all rows of a group fall into one fold, groups shuffled by `seed`."""
-    names, inverse = np.unique(groups.astype(str), return_inverse=True)
-    fold_of = np.random.default_rng(seed).permutation(len(names)) % n_splits
-    return [fold_of[inverse] == i for i in range(n_splits)]
 
 
 def bootstrap_directions(
     Z: ArrayLike,
     y: ArrayLike,
     *,
-    groups: Sequence[object] | NDArray | pd.Series,
+    groups: Groups,
     n_draws: int = 200,
-    estimator: str = "logistic",
+    estimator: Estimator | str = logistic,
     seed: int = 0,
 ) -> Array:
-    """Unit directions (n_draws, k) refitted on resampled groups: how far the direction itself is known.
+    """Directions refitted on resampled groups: how far the direction itself is known.
 
-    Draws of a single target value are drawn again. Raises FitError as `fit_direction` does.
+    Parameters
+    ----------
+    Z : array (n, k)
+        Coordinates.
+    y : array (n,)
+        Targets in [0, 1].
+    groups : array (n,)
+        What is drawn with replacement; give query_id.
+    n_draws : int
+        Number of refits. Draws with a single target value are drawn again.
+    estimator : function or str
+        As in `fit_direction`.
+    seed : int
+        Fixes the draws, and goes to the estimator.
+
+    Returns
+    -------
+    array (n_draws, k)
+        Unit vectors.
+
+    Raises
+    ------
+    FitError
+        As `fit_direction` does, and where the estimator returns a weight of 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib import bootstrap_directions
+    >>> Z = np.random.default_rng(0).normal(size=(60, 2))
+    >>> draws = bootstrap_directions(Z, Z[:, 0] > 0, groups=np.arange(60), n_draws=5)
+    >>> draws.shape, bool((draws[:, 0] > 0.9).all())
+    ((5, 2), True)
     """
-    Z, y, groups = fit_data(Z, y, groups, "the bootstrap", estimator)
+    Z, y, groups = fit_data(Z, y, groups, "the bootstrap")
     rng, names = np.random.default_rng(seed), np.unique(groups)
     rows_of = {g: np.flatnonzero(groups == g) for g in names}
     draws: list[Array] = []
@@ -141,132 +308,92 @@ def bootstrap_directions(
         rows = np.concatenate([rows_of[g] for g in rng.choice(names, len(names))])
         if np.ptp(y[rows]) == 0:
             continue
-        weight, _ = ESTIMATORS[estimator](Z[rows], y[rows], groups[rows], seed)
+        weight, _ = run_estimator(estimator, Z[rows], y[rows], groups[rows], seed)
+        if not weight.any():
+            raise FitError(
+                "the estimator returned a weight of 0, which has no direction; "
+                "use more varied queries or another estimator"
+            )
         draws.append(weight / np.linalg.norm(weight))
     return np.stack(draws)
 
 
 def separation(states: ArrayLike, rows: pd.DataFrame, *, k: int = 4) -> float:
-    """Held-out accuracy, in [0, 1], of a linear boundary between harmful and harmless queries in k principal components.
+    """Held-out accuracy of a linear boundary between harmful and harmless queries.
 
-    states (n, d) with rows [query_id, harmful] and perhaps pair_id: a pair stays on one side of a split, else the label of
-    one twin would tell that of the other. The components see all states, but no label. Queries without a label are left
-    out. Errors as in `fit_direction`.
+    The boundary lies in k principal components. They see all states, but no label.
+
+    Parameters
+    ----------
+    states : array (n, d)
+        Hidden states.
+    rows : DataFrame with query_id, harmful and perhaps pair_id
+        Rows without a label are left out. A pair stays on one side of a split: the label of one
+        twin would tell that of the other.
+    k : int
+        Number of components.
+
+    Returns
+    -------
+    float
+        In [0, 1]; 0.5 is chance where both classes have as many queries.
+
+    Raises
+    ------
+    FitError
+        As `AnchorSpace.fit` and `fit_direction` do.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from analysis_lib import separation
+    >>> harmful = np.arange(40) % 2 == 0
+    >>> states = np.random.default_rng(0).normal(size=(40, 6)) + 9 * harmful[:, None]
+    >>> separation(states, pd.DataFrame({"query_id": range(40), "harmful": harmful}))
+    1.0
     """
-    known = rows["harmful"].notna().to_numpy()
-    pairs = (
-        rows["pair_id"].fillna("").astype(str)
-        if "pair_id" in rows
-        else pd.Series("", index=rows.index)
-    )
-    groups = pairs.where(pairs != "", rows["query_id"])[known]
+    known, groups = rows["harmful"].notna().to_numpy(), rows["query_id"]
+    if "pair_id" in rows:
+        pairs = rows["pair_id"].fillna("").astype(str)
+        groups = pairs.where(pairs != "", groups)
     Z = AnchorSpace.fit(np.asarray(states)[known], k).transform(np.asarray(states)[known])
     labels = rows["harmful"][known].astype(float)
-    return fit_direction(Z, labels, name="harmfulness", groups=groups).scores["accuracy"]
+    return fit_direction(Z, labels, name="harmfulness", groups=groups[known]).scores["accuracy"]
 
 
-def _logistic(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float]:
-    """Soft labels as two weighted hard rows; standardised coordinates, so that the penalty has no unit."""
-    from sklearn.linear_model import LogisticRegression
+def calibrate_refusal(estimates: pd.DataFrame, rates: pd.DataFrame) -> Direction:
+    """A logistic calibration of `refusal_probability` to sampled rates. Fit it on anchor data.
 
-    center, scale = Z.mean(axis=0), np.maximum(Z.std(axis=0), 1e-12)
-    S = (Z - center) / scale
-    fit = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10, max_iter=200)
-    labels = np.concatenate([np.ones(len(y)), np.zeros(len(y))])
-    fit.fit(np.vstack([S, S]), labels, sample_weight=np.concatenate([y, 1 - y]))
-    weight = fit.coef_[0] / scale
-    return weight, float(fit.intercept_[0] - weight @ center)
+    Parameters
+    ----------
+    estimates : DataFrame with query_id, prompt, log_odds
+        As `refusal_probability` gives them.
+    rates : DataFrame with query_id, prompt, refusal_rate
+        As `refusal_rates` gives them. Rows without a rate are left out.
 
+    Returns
+    -------
+    Direction
+        On one coordinate, the log odds. Give it to `refusal_probability(calibration=...)`. Its
+        scores are held out by query.
 
-def _mean_difference(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float]:
-    difference = np.average(Z, axis=0, weights=y) - np.average(Z, axis=0, weights=1 - y)
-    if not np.linalg.norm(difference) > 0:
-        raise FitError(
-            "both means coincide, so no direction exists; use more varied queries or prompts"
-        )
-    unit = difference / np.linalg.norm(difference)
-    slope, bias = _logistic(Z @ unit[:, None], y, groups, seed)
-    return slope[0] * unit, bias
+    Raises
+    ------
+    FitError
+        As `fit_direction` does.
 
-
-def _paper(Z: Array, y: Array, groups: NDArray, seed: int) -> tuple[Array, float]:
-    """The published fit (Zheng et al. 2024), except that a query stays on one side of a fold.
-
-    AdamW acts on each number by itself, so all folds are trained at once, one column each.
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> from analysis_lib import calibrate_refusal
+    >>> keys = {"query_id": [f"q{i}" for i in range(20)], "prompt": "none"}
+    >>> odds = np.linspace(-3, 3, 20)
+    >>> rates = pd.DataFrame(keys).assign(refusal_rate=1 / (1 + np.exp(-odds - 1)))
+    >>> calibration = calibrate_refusal(pd.DataFrame(keys).assign(log_odds=odds), rates)
+    >>> bool(calibration.bias > 0.5)
+    True
     """
-    import torch
-
-    torch.manual_seed(seed)
-    X, Y = torch.tensor(Z, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)[:, None]
-    test = torch.from_numpy(
-        np.stack(grouped_folds(groups, min(10, len(np.unique(groups.astype(str)))), seed), axis=1)
-    ).float()
-    n_folds = test.shape[1]
-    starts = [torch.nn.Linear(X.shape[1], 1) for _ in range(n_folds)]
-    weight = torch.cat([m.weight.detach() for m in starts]).T.clone().requires_grad_()
-    bias = torch.cat([m.bias.detach() for m in starts]).clone().requires_grad_()
-    optimizer = torch.optim.AdamW([weight, bias], lr=1e-4, fused=True)
-    best, kept_weight, kept_bias = (
-        torch.full((n_folds,), torch.inf),
-        weight.detach().clone(),
-        bias.detach().clone(),
-    )
-    worse = torch.zeros(n_folds)
-    for _ in range(10_000):
-        logit = X @ weight + bias
-        loss = torch.nn.functional.softplus(logit) - Y * logit
-        held_out = (loss.detach() * test).sum(0) / test.sum(0)  # of the weights before this step
-        better = (held_out < best - 1e-4) & (worse < 3)
-        best = torch.where(better, held_out, best)
-        kept_weight, kept_bias = (
-            torch.where(better, weight.detach(), kept_weight),
-            torch.where(better, bias.detach(), kept_bias),
-        )
-        worse = torch.where(better, 0.0, torch.where(worse < 3, worse + 1, worse))
-        if bool((worse >= 3).all()):
-            break
-        optimizer.zero_grad()
-        ((loss * (1 - test)).sum(0) / (1 - test).sum(0)).sum().backward()
-        optimizer.step()
-    return kept_weight.mean(1).double().numpy(), float(kept_bias.mean())
-
-
-ESTIMATORS = {"logistic": _logistic, "mean_difference": _mean_difference, "paper": _paper}
-
-
-def fit_data(
-    Z: ArrayLike, y: ArrayLike, groups: object, name: str, estimator: str
-) -> tuple[Array, Array, NDArray]:
-    """The checked arrays (n, k), (n,), (n,) of a fit."""
-    Z, y, groups = finite(Z, "coordinates"), np.asarray(y, dtype=np.float64), np.asarray(groups)
-    n, k = Z.shape
-    if len(y) != n or len(groups) != n:
-        raise FitError(
-            f"{n} rows of coordinates, {len(y)} targets and {len(groups)} groups: give one of each per row"
-        )
-    bad = np.flatnonzero(~((y >= 0) & (y <= 1)))
-    if len(bad):
-        raise FitError(
-            f"targets of {name!r} must lie in [0, 1]; {_name_rows(bad, groups)} do not: drop unscored rows first"
-        )
-    if n <= k:
-        raise FitError(
-            f"{n} rows cannot fix a direction in {k} components; give more queries or fewer components"
-        )
-    if len(flat := np.flatnonzero(np.ptp(Z, axis=0) == 0)):
-        raise FitError(
-            f"coordinate {flat[0] + 1} of {k} is {Z[0, flat[0]]:g} in all {n} rows, so {name!r} has no slope along it; give rows that "
-            "vary in it, or fewer components"
-        )
-    if np.ptp(y) == 0:
-        raise FitError(
-            f"all targets of {name!r} equal {y[0]:g}, so no direction exists; use more varied queries or prompts"
-        )
-    if estimator not in ESTIMATORS:
-        raise FitError(f"unknown estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-    return Z, y, groups
-
-
-def _name_rows(bad: NDArray, groups: NDArray) -> str:
-    shown = ", ".join(f"row {i} ({groups[i]})" for i in bad[:5])
-    return shown + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    keys = ["query_id", "prompt"]
+    both = estimates.merge(rates[[*keys, "refusal_rate"]], on=keys).dropna()
+    Z, y = both[["log_odds"]].to_numpy(), both["refusal_rate"]
+    return fit_direction(Z, y, name="first tokens", groups=both["query_id"])

@@ -1,17 +1,48 @@
-"""DOC analysis_lib.analysis.intervals."""
+"""Intervals of means over queries, and p-values of paired differences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+Numbers = NDArray[Any]
+
 
 def wilson_interval(k: float, n: float, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share k / n; 95 % by default. It stays open at 0 of n, where a bootstrap closes."""
+    """Wilson's score interval of a share. It stays open at 0 of n, where a bootstrap closes.
+
+    Parameters
+    ----------
+    k, n : float
+        k of n units, 0 <= k <= n and n >= 1. They need not be whole.
+    z : float
+        Quantile of the normal distribution; the default makes it 95 %.
+
+    Returns
+    -------
+    low, high : float
+        In [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Where k of n is no share.
+
+    References
+    ----------
+    Wilson (1927), Journal of the American Statistical Association 22:209-212.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.intervals import wilson_interval
+    >>> [round(end, 3) for end in wilson_interval(0, 100)]
+    [0.0, 0.037]
+    """
     if not 0 <= k <= n or n < 1:
         raise ValueError(f"{k} of {n} is no share")
     p, z2 = k / n, z * z
@@ -28,21 +59,58 @@ SMALL = 25  # queries; of fewer the bootstrap's interval covered 83 to 93 %
 
 
 def rate_interval(
-    values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
+    values: Numbers, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean of values (n,) in [0, 1], one rate a query.
+    """Interval of the mean of rates, one rate a query.
 
-    Wilson's where every query counts as 0 or 1, else a studentized bootstrap of arcsin sqrt: percentile and bias-corrected
-    bootstraps are too short for rates near 0. Where fewer than FEW queries differ from 0 (or from 1) it is Wilson's on the
-    effective number of queries, that at which a share would vary as these rates do. Coverage of the 95 % interval, by
-    simulation with 100 queries: 93 to 97 % where six queries or more differ, about 91 % where four do at widely varying rates.
-    With fewer than SMALL queries their spread is not known well enough: it is Wilson's as if each counted 0 or 1, which is
-    wider, and covers more than 95 %.
+    Wilson's where every query counts as 0 or 1, else a studentized bootstrap of arcsin sqrt:
+    percentile and bias-corrected bootstraps are too short for rates near 0. Where fewer than FEW
+    queries differ from 0 (or from 1) it is Wilson's on the effective number of queries, that at
+    which a share would vary as these rates do. With fewer than SMALL queries their spread is not
+    known well enough: it is Wilson's as if each counted 0 or 1, which is wider.
+
+    Coverage of the 95 % interval, by simulation with 100 queries: 93 to 97 % where six queries or
+    more differ, about 91 % where four do at widely varying rates. With fewer than SMALL queries it
+    covers more than 95 %.
+
+    Parameters
+    ----------
+    values : array (n,)
+        Rates in [0, 1].
+    n_boot : int
+        Number of resamples.
+    level : float
+        Coverage aimed at, in (0, 1).
+    seed : int
+        Fixes the resamples.
+
+    Returns
+    -------
+    low, high : float
+        In [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Where a value is NaN or no rate, or there is none.
+
+    References
+    ----------
+    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 12.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.intervals import rate_interval
+    >>> low, high = rate_interval(np.tile([0.0, 0.25, 0.5, 1.0], 25))
+    >>> round(low, 1), round(high, 1)
+    (0.4, 0.5)
     """
     values = _checked(values)
     if values.min() < 0 or values.max() > 1:
         raise ValueError(
-            "a rate lies in [0, 1]; take bootstrap_interval for other values, difference_interval for differences"
+            "a rate lies in [0, 1]; take bootstrap_interval for other values, "
+            "difference_interval for differences"
         )
     n, mean, variance = len(values), values.mean(), values.var()
     if n < SMALL or variance < 1e-12:  # equal rates leave the rounding of their mean
@@ -60,12 +128,40 @@ def rate_interval(
 
 
 def difference_interval(
-    values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
+    values: Numbers, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean of paired differences (n,), one a query.
+    """Interval of the mean of paired differences, one difference a query.
 
-    That of `bootstrap_interval`. Where queries count as 0 or 1, or fewer than FEW differ at all, it is the interval of Agresti
-    and Min (2005): a half is added to each cell of the two-by-two table, so that it stays open where no query differs.
+    That of `bootstrap_interval`. Where queries count as 0 or 1, or fewer than FEW differ at all, it
+    is the interval of Agresti and Min: a half is added to each cell of the two-by-two table, so
+    that it stays open where no query differs.
+
+    Parameters
+    ----------
+    values : array (n,)
+        Differences, in any unit.
+    n_boot, level, seed
+        As in `rate_interval`.
+
+    Returns
+    -------
+    low, high : float
+
+    Raises
+    ------
+    ValueError
+        Where a value is NaN, or there is none.
+
+    References
+    ----------
+    Agresti and Min (2005), Statistics in Medicine 24:729-740.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.intervals import difference_interval
+    >>> [round(end, 3) for end in difference_interval(np.zeros(100))]
+    [-0.019, 0.019]
     """
     values = _checked(values)
     few = np.count_nonzero(values) < FEW and np.abs(values).max() <= 1
@@ -78,12 +174,40 @@ def difference_interval(
 
 
 def bootstrap_interval(
-    values: NDArray, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
+    values: Numbers, *, n_boot: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean over queries; values (n,), one number a query, in any unit.
+    """Interval of the mean over queries, one number a query.
 
-    On each side the farther end of Student's and of the studentized bootstrap's interval: the first fails where values are
-    skewed, the second where they have heavy tails on both sides.
+    On each side the farther end of Student's and of the studentized bootstrap's interval: the first
+    fails where values are skewed, the second where they have heavy tails on both sides.
+
+    Parameters
+    ----------
+    values : array (n,)
+        In any unit.
+    n_boot, level, seed
+        As in `rate_interval`.
+
+    Returns
+    -------
+    low, high : float
+
+    Raises
+    ------
+    ValueError
+        Where a value is NaN, or there is none.
+
+    References
+    ----------
+    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 12.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.intervals import bootstrap_interval
+    >>> low, high = bootstrap_interval(np.arange(100.0))
+    >>> low < 49.5 < high
+    True
     """
     values = _checked(values)
     low, high = _studentized(values, lambda mean: mean, np.ones_like, n_boot, level, seed)
@@ -92,7 +216,7 @@ def bootstrap_interval(
     return float(min(low, values.mean() - half)), float(max(high, values.mean() + half))
 
 
-def _checked(values: NDArray) -> NDArray:
+def _checked(values: Numbers) -> Numbers:
     values = np.asarray(values, dtype=float)
     if not len(values) or not np.isfinite(values).all():
         raise ValueError(
@@ -106,14 +230,14 @@ def _z(level: float) -> float:
 
 
 def _studentized(
-    values: NDArray,
-    scale: Callable[[NDArray], NDArray],
-    slope: Callable[[NDArray], NDArray],
+    values: Numbers,
+    scale: Callable[[Numbers], Numbers],
+    slope: Callable[[Numbers], Numbers],
     n_boot: int,
     level: float,
     seed: int,
 ) -> tuple[float, float]:
-    """Ends on the scale: the estimate minus quantiles of (resampled - estimate) / its error, times the error."""
+    """Ends on the scale: the estimate minus quantiles of the studentized error, times the error."""
     times, center = _times_drawn(len(values), n_boot, seed), values.mean()
     first, second = (times @ np.stack([values - center, (values - center) ** 2], axis=1)).T / len(
         values
@@ -132,7 +256,7 @@ def _studentized(
 
 
 @lru_cache(maxsize=4)
-def _times_drawn(n: int, n_boot: int, seed: int) -> NDArray:
+def _times_drawn(n: int, n_boot: int, seed: int) -> Numbers:
     """(n_boot, n): how often each of n queries is drawn; the same for every cell of a table."""
     drawn = (
         np.random.default_rng(seed).integers(n, size=(n_boot, n)) + n * np.arange(n_boot)[:, None]
@@ -140,8 +264,29 @@ def _times_drawn(n: int, n_boot: int, seed: int) -> NDArray:
     return np.bincount(drawn.ravel(), minlength=n_boot * n).reshape(n_boot, n).astype(float)
 
 
-def holm(p: NDArray) -> NDArray:
-    """P-values (n,) adjusted for all n by Holm's step-down procedure (1979)."""
+def holm(p: Numbers) -> Numbers:
+    """P-values adjusted for their number by Holm's step-down procedure.
+
+    Parameters
+    ----------
+    p : array (n,)
+
+    Returns
+    -------
+    array (n,)
+        In [0, 1], never below p.
+
+    References
+    ----------
+    Holm (1979), Scandinavian Journal of Statistics 6:65-70.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.intervals import holm
+    >>> holm(np.array([0.01, 0.04])).round(3)
+    array([0.02, 0.04])
+    """
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
@@ -150,9 +295,40 @@ def holm(p: NDArray) -> NDArray:
 
 
 def sign_flips(
-    columns: Sequence[NDArray], sets: Sequence[str], n_flips: int, seed: int
-) -> tuple[NDArray, NDArray]:
-    """P-values of mean differences, singly and by the greatest of all; queries of one set flip together in all columns."""
+    columns: Sequence[Numbers], sets: Sequence[str], n_flips: int, seed: int
+) -> tuple[Numbers, Numbers]:
+    """Sign-flip tests of mean differences, singly and by the greatest of all.
+
+    Under the null a query's two conditions may change places, so that its differences change sign.
+
+    Parameters
+    ----------
+    columns : sequence of m arrays (n,)
+        The paired differences of n queries, in one column a comparison.
+    sets : sequence of m str
+        The query set of each column. A set's queries flip together in all its columns.
+    n_flips : int
+        Number of random flips.
+    seed : int
+        Fixes them.
+
+    Returns
+    -------
+    singly, jointly : arrays (m,)
+        P-values; the second are adjusted for all columns by their greatest studentized difference.
+
+    References
+    ----------
+    Westfall and Young (1993), "Resampling-Based Multiple Testing".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.intervals import sign_flips
+    >>> singly, jointly = sign_flips([np.ones(10), np.tile([1.0, -1.0], 5)], ["s", "s"], 999, 0)
+    >>> bool(singly[0] < 0.01), bool(singly[1] < 0.01)
+    (True, False)
+    """
     d = np.stack(columns, axis=1)  # (queries, columns)
     d = d / np.sqrt(np.maximum((d**2).sum(axis=0), 1e-12))
     reached = np.abs(d.sum(axis=0)) - 1e-9

@@ -1,31 +1,46 @@
-"""DOC analysis_lib.analysis.published."""
+"""The published results of Zheng et al. 2024: their tables, scores by query, paired differences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
+from scipy import special
 
 from ..data.files import ROOT
 from .intervals import difference_interval, holm, rate_interval, sign_flips
 
 
 def load_published() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The published results of Zheng et al. 2024: (summary, complied).
+    """The published results of the study: counts by cell, and verdicts by query.
 
-    summary, one row per cell: kind (harmful, harmless, alpaca), query_set, model, method (text, vpt =
-    vanilla prompt tuning, dro, dro_without_<loss>), safety_prompt (the text, or the one the soft prompt
-    started from), count, n_queries, source. count is the queries with at least one of 20 samples judged
-    compliant (harmful), those with at least one refusal (harmless), or the wins (alpaca).
+    Returns
+    -------
+    summary : DataFrame, one row a cell
+        kind (harmful, harmless, alpaca), query_set, model, method (text, vpt = vanilla prompt
+        tuning, dro, dro_without_<loss>), safety_prompt (the text, or the one the soft prompt
+        started from), count, n_queries, source. count is the queries with at least one of 20
+        samples judged compliant (harmful), those with at least one refusal (harmless), or the wins
+        (alpaca).
+    complied : DataFrame, one row a query
+        kind, query_set, model, method, safety_prompt, query (position in its set, from 0), complied
+        (how many of 20 samples were judged compliant). The query set heldout_harmless of both
+        tables is the study's, here `harmless_testset`.
 
-    complied, one row per query: kind, query_set, model, method, safety_prompt, query (position in its set,
-    from 0), complied (how many of 20 samples were judged compliant). The query set heldout_harmless of
-    both tables is the study's, here `harmless_testset`.
+    References
+    ----------
+    Zheng et al. (2024), "On Prompt-Driven Safeguarding for Large Language Models", tables 2 and 3;
+    chujiezheng/LLM-Safeguard_data. See data/SOURCES.md.
+
+    Examples
+    --------
+    >>> from analysis_lib import load_published
+    >>> summary, complied = load_published()
+    >>> len(summary), len(complied), int(complied["complied"].max())
+    (464, 28800, 20)
     """
     summary = pd.read_csv(ROOT / "published" / "summary.csv")
     wide = pd.read_csv(ROOT / "published" / "complied_of_20.csv")
@@ -78,16 +93,23 @@ METRICS = {"harmful": "compliance_any", "harmless": "false_refusal_any", "alpaca
 
 AVERAGE = "average"
 
-MARGIN = 0.05  # the loss of wins that "costs no wins" still allows
-
 KEYS = ["model", "method", "prompt", "query_set", "metric"]
 
 
 def published_table() -> pd.DataFrame:
-    """The cells of the paper's tables: model, method, prompt, query_set, metric, value in [0, 1], n queries.
+    """The cells of the paper's tables.
 
-    Metrics: compliance_any and false_refusal_any (at least one of 20 samples), wins. The study's held-out harmless queries
-    are `harmless_testset`, as in OFFICIAL_SETS.
+    Returns
+    -------
+    DataFrame with model, method, prompt, query_set, metric, value, n
+        value in [0, 1], of n queries. Metrics: compliance_any and false_refusal_any (at least one
+        of 20 samples), wins. The study's held-out harmless queries are `harmless_testset`.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.published import published_table
+    >>> published_table()["metric"].unique().tolist()
+    ['compliance_any', 'false_refusal_any', 'wins']
     """
     summary, _ = load_published()
     table = _conditions(summary).assign(
@@ -97,7 +119,31 @@ def published_table() -> pd.DataFrame:
 
 
 def as_printed(table: pd.DataFrame, query_set: str) -> pd.DataFrame:
-    """One query set as the paper prints it: per cent, conditions in rows, models and their average (halves up) in columns."""
+    """One query set as the paper prints it.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `published_table` gives it.
+    query_set : str
+
+    Returns
+    -------
+    DataFrame
+        Per cent; conditions in rows, models and their average (halves up) in columns.
+
+    Raises
+    ------
+    ValueError
+        Where the table has no such query set.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.published import as_printed, published_table
+    >>> table = as_printed(published_table(), "advbench")
+    >>> float(table.loc[("DRO", "default"), "average"])
+    1.4
+    """
     part = table[table["query_set"] == query_set]
     if part.empty:
         raise ValueError(
@@ -114,25 +160,63 @@ def as_printed(table: pd.DataFrame, query_set: str) -> pd.DataFrame:
 
 
 def halves_up(values: pd.DataFrame | pd.Series) -> Any:
-    """Values to one decimal, halves up as the paper rounds: 10.25 is 10.3 (pandas' own `round` takes it to the even 10.2)."""
+    """Values to one decimal, halves up as the paper rounds.
+
+    Parameters
+    ----------
+    values : DataFrame or Series
+
+    Returns
+    -------
+    DataFrame or Series
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from analysis_lib.analysis.published import halves_up
+    >>> halves_up(pd.Series([10.25, 10.24])).tolist()
+    [10.3, 10.2]
+    """
     return np.floor(10 * values.round(6) + 0.5) / 10
 
 
 ANY = {f"any of {m}": m for m in range(1, N_SAMPLES + 1)}
-
 AT_LEAST = {f"at least {m} of {N_SAMPLES}": m for m in range(1, N_SAMPLES + 1)}
 
-# From the mean rate (one sample drawn) to the strictest: the study's metric is "any of 20", the same as "at least 1 of 20".
+# From the mean rate, one sample drawn, to the strictest. "any of 20" is also "at least 1 of 20".
 METRIC_STEPS = [*ANY, *list(AT_LEAST)[1:]]
 
 
 def query_scores(metric: str = "any of 20") -> pd.DataFrame:
-    """Every published verdict row by query: KEYS, query (position in its set, from 0), value in [0, 1].
+    """Every published verdict row by query.
 
-    An event is a sample judged compliant (harmful sets) or refused (harmless sets); k of 20 are events. "at least m of 20"
-    is 1 where k >= m. "any of m" is the chance that m of the 20 samples, drawn without replacement, hold an event:
-    1 - C(20 - k, m) / C(20, m), the hypergeometric expectation. "any of 1" is the mean rate.
-    Query i of a set is the id "{query_set}-{i + 1:04d}" of the downloaded official set.
+    An event is a sample judged compliant (harmful sets) or refused (harmless sets); k of 20 are
+    events. "at least m of 20" is 1 where k >= m. "any of m" is the chance that m of the 20 samples,
+    drawn without replacement, hold an event: 1 - C(20 - k, m) / C(20, m). "any of 1" is the mean
+    rate, "any of 20" the study's metric.
+
+    Parameters
+    ----------
+    metric : str
+        "any of m" or "at least m of 20", m from 1 to 20.
+
+    Returns
+    -------
+    DataFrame with KEYS, query, value
+        query is the position in its set, from 0: query i is the id "{query_set}-{i + 1:04d}" of the
+        downloaded official set. value in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Where the metric is another one.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.published import query_scores
+    >>> scores = query_scores("at least 2 of 20")
+    >>> sorted(scores["value"].unique().tolist()), len(scores)
+    ([0.0, 1.0], 28800)
     """
     complied = _complied()
     events = (
@@ -148,13 +232,32 @@ def query_scores(metric: str = "any of 20") -> pd.DataFrame:
         value = (events >= AT_LEAST[metric]).astype(float)
     else:
         raise ValueError(
-            f"no metric {metric!r}; take 'any of m' or 'at least m of {N_SAMPLES}', m from 1 to {N_SAMPLES}"
+            f"no metric {metric!r}; take 'any of m' or 'at least m of {N_SAMPLES}', "
+            f"m from 1 to {N_SAMPLES}"
         )
     return complied.assign(metric=metric, value=value)[[*KEYS, "query", "value"]]
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Means of `query_scores` with 95 % intervals over queries: KEYS, value, low, high, n; model "average" too."""
+    """Means of `query_scores` with 95 % intervals over queries; of the model "average" too.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        As `query_scores` gives them, of one metric or several.
+
+    Returns
+    -------
+    DataFrame with KEYS, value, low, high, n
+        In [0, 1]; n queries.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.published import query_scores, score_table
+    >>> table = score_table(query_scores().query("query_set == 'advbench' and method == 'DRO'"))
+    >>> len(table), bool((table["low"] <= table["value"]).all())
+    (27, True)
+    """
     rows = []
     for key, part in _with_average(scores).groupby(KEYS, sort=False):
         low, high = rate_interval(part["value"].to_numpy())
@@ -169,12 +272,38 @@ def paired_differences(
     n_flips: int = 9999,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """First minus second condition, paired by query, wherever a query set has both; per model and for the "average" model.
+    """First minus second condition, paired by query, wherever a query set has both.
 
-    Columns: query_set, metric, first, second, model, difference, low, high, p, p_holm, p_max, n. low, high:
-    `difference_interval` over queries. p: a sign-flip test (under the null a query's two conditions change places; all
-    models of a query flip together). p_holm and p_max (the greatest studentized difference, flipped jointly) adjust for all
-    rows of the same level: averages among themselves, models among themselves.
+    Parameters
+    ----------
+    scores : DataFrame
+        As `query_scores` gives them, of one metric.
+    comparisons : iterable of (first, second)
+        Each a condition (method, prompt).
+    n_flips, seed : int
+        Number of sign flips, and what fixes them.
+
+    Returns
+    -------
+    DataFrame, one row a query set, comparison and model; the model "average" last
+        query_set, metric, first, second, model, difference. low, high: `difference_interval` over
+        n queries. p: a sign-flip test in which all models of a query flip together. p_holm and
+        p_max (the greatest studentized difference, flipped jointly) adjust for all rows of the
+        same level: averages among themselves, models among themselves. n.
+
+    Raises
+    ------
+    ValueError
+        Where no query set has both conditions, or scores of several metrics are given.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.published import paired_differences, query_scores
+    >>> pair = [(("DRO", "default"), ("text", "default"))]
+    >>> scores = query_scores().query("query_set == 'advbench'")
+    >>> table = paired_differences(scores, pair, n_flips=99).set_index("model")
+    >>> round(float(table.loc["average", "difference"]), 3)
+    -0.089
     """
     wide = _with_average(scores).pivot_table(
         "value", ["query_set", "query"], ["method", "prompt", "model"], sort=False
@@ -182,6 +311,7 @@ def paired_differences(
     metric = _only(scores["metric"])
     rows, columns = [], []
     for first, second in comparisons:
+        named = {"first": " / ".join(first), "second": " / ".join(second)}
         for query_set, part in wide.groupby(level="query_set", sort=False):
             part = part.dropna(axis=1)
             if not {first, second} <= {(c[0], c[1]) for c in part.columns}:
@@ -189,171 +319,38 @@ def paired_differences(
             for model in (*MODELS.values(), AVERAGE):
                 d = (part[(*first, model)] - part[(*second, model)]).to_numpy()
                 low, high = difference_interval(d)
-                rows.append(
-                    (
-                        query_set,
-                        metric,
-                        " / ".join(first),
-                        " / ".join(second),
-                        model,
-                        d.mean(),
-                        low,
-                        high,
-                        len(d),
-                    )
-                )
+                row = {"query_set": query_set, "metric": metric, **named, "model": model}
+                rows.append(row | {"difference": d.mean(), "low": low, "high": high, "n": len(d)})
                 columns.append(d)
     if not rows:
         raise ValueError(
-            "no query set holds both conditions of a comparison; conditions: " + _listed(scores)
+            f"no query set holds both conditions of a comparison; conditions: {_listed(scores)}"
         )
-    names = ["query_set", "metric", "first", "second", "model", "difference", "low", "high", "n"]
-    table = pd.DataFrame(rows, columns=names)
+    table = pd.DataFrame(rows)
     table[["p", "p_holm", "p_max"]] = np.nan
     for level in (table["model"] == AVERAGE, table["model"] != AVERAGE):
         chosen = table.index[level]
-        p, p_max = sign_flips(
-            [columns[i] for i in chosen], list(table.loc[chosen, "query_set"]), n_flips, seed
-        )
-        table.loc[chosen, "p"], table.loc[chosen, "p_max"], table.loc[chosen, "p_holm"] = (
-            p,
-            p_max,
-            holm(p),
-        )
-    return table[[*names[:-1], "p", "p_holm", "p_max", "n"]]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A difference that the paper's tables show: first against second is "lower", "higher" or "not lower"."""
-
-    text: str
-    query_set: str
-    first: Condition
-    second: Condition
-    direction: str
-
-
-def _claims() -> list[Claim]:
-    none, prompts = ("no prompt", "none"), PROMPTS[1:]
-    harmful = [(s, p) for p in prompts for s in ("malicious_instruct", "advbench")] + [
-        ("advbench_gcg", "default")
-    ]
-    claims = []
-    for query_set, prompt in harmful:
-        text, tuned, dro = ("text", prompt), ("prompt tuning", prompt), ("DRO", prompt)
-        claims += [
-            Claim("a text prompt lowers compliance", query_set, text, none, "lower"),
-            Claim("prompt tuning lowers it further", query_set, tuned, text, "lower"),
-            Claim("DRO lowers it further", query_set, dro, text, "lower"),
-            Claim("DRO lowers it more than prompt tuning", query_set, dro, tuned, "lower"),
-        ]
-    text, tuned, dro = ("text", "default"), ("prompt tuning", "default"), ("DRO", "default")
-    claims += [
-        Claim("a text prompt raises false refusals", "harmless_testset", text, none, "higher"),
-        Claim("prompt tuning lowers false refusals", "harmless_testset", tuned, text, "lower"),
-        Claim("DRO lowers false refusals", "harmless_testset", dro, text, "lower"),
-    ]
-    for prompt in prompts:
-        text, tuned, dro = ("text", prompt), ("prompt tuning", prompt), ("DRO", prompt)
-        claims += [
-            Claim("prompt tuning costs wins", "alpaca_eval", tuned, text, "lower"),
-            Claim("DRO costs no wins", "alpaca_eval", dro, text, "not lower"),
-            Claim("DRO wins more than prompt tuning", "alpaca_eval", dro, tuned, "higher"),
-        ]
-    dro = ("DRO", "default")
-    without = {
-        loss: (f"DRO without {loss}", "default") for loss in ("norm", "refusal", "harmfulness")
-    }
-    return claims + [
-        Claim("the norm loss keeps wins", "alpaca_eval", without["norm"], dro, "lower"),
-        Claim(
-            "the refusal loss lowers compliance",
-            "malicious_instruct",
-            without["refusal"],
-            dro,
-            "higher",
-        ),
-        Claim("the refusal loss lowers compliance", "advbench", without["refusal"], dro, "higher"),
-        Claim(
-            "the harmfulness loss keeps wins", "alpaca_eval", without["harmfulness"], dro, "lower"
-        ),
-    ]
-
-
-def claims_table(*, n_flips: int = 99_999, seed: int = 0, level: float = 0.05) -> pd.DataFrame:
-    """What the paper's tables claim, and what holds, over the average of the eight models.
-
-    Columns: claim, query_set, first, second, estimate (a difference of shares), low, high, unit, p, p_holm (over all claims),
-    p_max, models ("for-against", ties left out), without (the estimate least in favour when one model is left out),
-    verdict. unit "queries": verdicts by query are published, and the test is that of `paired_differences`. unit "models":
-    only counts are, and eight paired models make a t-interval and a t-test. "not lower" is tested against -MARGIN, one-sided.
-    verdict: "survives" or "reversed" where p_holm < level, else "not separable".
-    """
-    claims, cells = (
-        _claims(),
-        published_table()
-        .set_index(["query_set", "method", "prompt", "model"])["value"]
-        .sort_index(),
-    )
-    pairs = list(dict.fromkeys((c.first, c.second) for c in claims))
-    by_query = paired_differences(query_scores(), pairs, n_flips=n_flips, seed=seed)
-    averages = by_query[by_query["model"] == AVERAGE]
-    tested = dict(
-        zip(
-            averages[["query_set", "first", "second"]].itertuples(index=False, name=None),
-            averages.index,
-            strict=True,
-        )
-    )
-    rows = []
-    for claim in claims:
-        first, second = (" / ".join(c) for c in (claim.first, claim.second))
-        models = (
-            cells.loc[(claim.query_set, *claim.first)] - cells.loc[(claim.query_set, *claim.second)]
-        ).to_numpy()
-        mean, sign = models.mean(), -1 if claim.direction == "lower" else 1
-        p_max = np.nan
-        if (at := tested.get((claim.query_set, first, second))) is not None:
-            unit, (low, high, p, p_max) = "queries", averages.loc[at, ["low", "high", "p", "p_max"]]
-        else:
-            least = -MARGIN if claim.direction == "not lower" else 0.0
-            test = stats.ttest_1samp(models, least, alternative="greater" if least else "two-sided")
-            low, high = stats.ttest_1samp(models, 0).confidence_interval()
-            unit, p = "models", float(test.pvalue)
-        agreeing = [int((sign * models > 0).sum()), int((sign * models < 0).sum())]
-        left_out = (models.sum() - models) / (len(models) - 1)
-        rows.append(
-            {
-                "claim": claim.text,
-                "query_set": claim.query_set,
-                "first": first,
-                "second": second,
-                "estimate": mean,
-                "low": low,
-                "high": high,
-                "unit": unit,
-                "p": p,
-                "p_max": p_max,
-                "models": "{}-{}".format(*agreeing),
-                "without": left_out[np.argmin(sign * left_out)],
-                "as_claimed": claim.direction == "not lower" or sign * mean > 0,
-            }
-        )
-    table = pd.DataFrame(rows)
-    table["p_holm"] = holm(table["p"].to_numpy())
-    separable = np.where(table["as_claimed"], "survives", "reversed")
-    table["verdict"] = np.where(table["p_holm"] < level, separable, "not separable")
-    order = "claim query_set first second estimate low high unit p p_holm p_max models without verdict".split()
-    return table[order]
+        sets = list(table.loc[chosen, "query_set"])
+        p, p_max = sign_flips([columns[i] for i in chosen], sets, n_flips, seed)
+        table.loc[chosen, ["p", "p_max", "p_holm"]] = np.column_stack([p, p_max, holm(p)])
+    return table[[c for c in table if c != "n"] + ["n"]]
 
 
 def string_judge_sample() -> pd.DataFrame:
     """How refusals found by the string judge go on: two models, `harmless_testset`, default prompt.
 
-    One row a model and query: model, query (its position in the set, from 0), n answers, refused (by
-    the string judge), then_listed (refused, yet a line starts a list, as an answer in steps does; so
-    may a list of alternatives). Counted from the published answers.
+    Returns
+    -------
+    DataFrame with model, query, n, refused, then_listed
+        One row a model and query (its position in the set, from 0): n answers, those refused by
+        the string judge, and those refused that go on to a line which starts a list, as an answer
+        in steps does. So may a list of alternatives. Counted from the published answers.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.published import string_judge_sample
+    >>> string_judge_sample().groupby("model")["n"].sum().to_dict()
+    {'codellama-instruct': 2000, 'mistral-instruct-v0.2': 2000}
     """
     counts = pd.read_csv(ROOT / "published" / "refused_then_listed.csv")
     return counts.assign(model=counts["model"].map(MODELS))
@@ -365,7 +362,7 @@ def _complied() -> pd.DataFrame:
 
 
 def _conditions(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows under our names (no system message is a method of its own), in the order of QUERY_SETS, PROMPTS, METHODS, MODELS."""
+    """The rows under our names, in our order. No system message is a method of its own."""
     table = rows.assign(
         model=rows["model"].map(MODELS),
         method=rows["method"].map(METHODS).mask(rows["safety_prompt"] == "none", "no prompt"),
@@ -385,25 +382,19 @@ def _conditions(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_average(scores: pd.DataFrame) -> pd.DataFrame:
-    average = (
-        scores.groupby([*KEYS[1:], "query"], sort=False)["value"]
-        .mean()
-        .reset_index()
-        .assign(model=AVERAGE)
-    )
-    return pd.concat([scores, average], ignore_index=True)
+    means = scores.groupby([*KEYS[1:], "query"], sort=False)["value"].mean().reset_index()
+    return pd.concat([scores, means.assign(model=AVERAGE)], ignore_index=True)
 
 
 def _only(values: pd.Series) -> str:
     if len(found := values.unique()) != 1:
         raise ValueError(
-            f"scores of one metric are compared, these hold {', '.join(map(str, found))}; call it once for each"
+            f"scores of one metric are compared, these hold {', '.join(map(str, found))}; "
+            "call it once for each"
         )
     return str(found[0])
 
 
 def _listed(scores: pd.DataFrame) -> str:
-    return ", ".join(
-        f"({m!r}, {p!r})"
-        for m, p in scores[["method", "prompt"]].drop_duplicates().itertuples(index=False)
-    )
+    conditions = scores[["method", "prompt"]].drop_duplicates()
+    return ", ".join(f"({m!r}, {p!r})" for m, p in conditions.itertuples(index=False))

@@ -1,6 +1,6 @@
-"""The anchor space: principal components of hidden states, and directions in it.
+"""The anchor space: principal components of hidden states, and how states move in it.
 
-All functions are pure numpy / scikit-learn in float64 and deterministic.
+All functions are pure numpy in float64, and repeat exactly.
 """
 
 from __future__ import annotations
@@ -15,17 +15,48 @@ Array = NDArray[np.float64]
 
 
 class FitError(ValueError):
-    """The data cannot carry the fit; the message says why and what to change."""
+    """The data cannot carry the fit. The message says why and what to change.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib import AnchorSpace
+    >>> AnchorSpace.fit(np.eye(3), k=4)
+    Traceback (most recent call last):
+    ...
+    analysis_lib.analysis.space.FitError: k = 4 components asked of states with 3 dimensions; \
+choose 1 <= k <= 3
+    """
 
 
 @dataclass(frozen=True)
 class AnchorSpace:
-    """Principal components of the anchor states, completed to an orthonormal basis of the whole space.
+    """Principal components of the anchor states, completed to an orthonormal basis.
 
-    mean       (d,) mean of the fitted states
-    basis      (d, d) orthonormal columns; the first k are the principal components
-    k          number of components kept by `transform`
-    explained  (k,) share of variance along each component, in [0, 1]
+    Parameters
+    ----------
+    mean : array (d,)
+        Mean of the fitted states.
+    basis : array (d, d)
+        Orthonormal columns. The first k are the principal components.
+    k : int
+        Number of components that `transform` keeps.
+    explained : array (k,)
+        Share of variance along each component, in [0, 1].
+
+    References
+    ----------
+    Zheng et al. (2024), "On Prompt-Driven Safeguarding for Large Language Models", section 2:
+    4 components of the last token's state.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib import AnchorSpace
+    >>> states = np.random.default_rng(0).normal(size=(20, 6))
+    >>> space = AnchorSpace.fit(states, k=2)
+    >>> space.basis.shape, space.transform(states).shape
+    ((6, 6), (20, 2))
     """
 
     mean: Array
@@ -35,12 +66,36 @@ class AnchorSpace:
 
     @classmethod
     def fit(cls, states: ArrayLike, k: int = 4, *, like: ArrayLike | None = None) -> AnchorSpace:
-        """PCA of states (n, d) with a full SVD; each component's largest loading is positive, so that it repeats.
+        """Fits the space by a full singular value decomposition.
 
-        like (n, j >= k): coordinates of the same rows in another space, such as another layer's, where loadings mean something
-        else; each component's sign is then the one that correlates positively with the same column of `like`.
-        Raises FitError for NaN or infinite rows (named), fewer than k + 1 rows, states without k independent directions,
-        and a `like` of other rows or fewer columns.
+        Parameters
+        ----------
+        states : array (n, d)
+            Hidden states, one row a query and prompt; n > k.
+        k : int
+            Number of components to keep.
+        like : array (n, j) with j >= k, optional
+            Coordinates of the same rows in another space, such as another layer's. Each component
+            then takes the sign that correlates positively with the same column of `like`.
+            Without it each component's largest loading is positive. Either way the signs repeat.
+
+        Returns
+        -------
+        AnchorSpace
+
+        Raises
+        ------
+        FitError
+            Where rows hold NaN or infinity, there are fewer than k + 1 rows, the states vary in
+            fewer than k directions, or `like` has other rows or too few columns.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from analysis_lib import AnchorSpace
+        >>> space = AnchorSpace.fit([[0, 0], [3, 4], [6, 8]], k=1)
+        >>> space.basis[:, 0].round(3)
+        array([0.6, 0.8])
         """
         X = finite(states, "states")
         n, d = X.shape
@@ -55,7 +110,8 @@ class AnchorSpace:
         if singular[k - 1] <= 1e-9 * max(1.0, singular[0]):
             rank = int(np.sum(singular > 1e-9 * max(1.0, singular[0])))
             raise FitError(
-                f"the states vary in {rank} directions only, {k} components were asked; are all states equal?"
+                f"the states vary in {rank} directions only, {k} components were asked; "
+                "are all states equal?"
             )
         basis = rows.T
         basis = basis * np.where(basis[np.abs(basis).argmax(axis=0), np.arange(d)] < 0, -1.0, 1.0)
@@ -63,27 +119,90 @@ class AnchorSpace:
             like = finite(like, "coordinates to be like")
             if len(like) != n or like.shape[1] < k:
                 raise FitError(
-                    f"like has shape {like.shape}; give the coordinates of the same {n} rows, {k} columns or more"
+                    f"like has shape {like.shape}; give the coordinates of the same {n} rows, "
+                    f"{k} columns or more"
                 )
-            basis[:, :k] *= np.where(
-                np.sum(like[:, :k] * ((X - mean) @ basis[:, :k]), axis=0) < 0, -1.0, 1.0
-            )
+            agreement = np.sum(like[:, :k] * ((X - mean) @ basis[:, :k]), axis=0)
+            basis[:, :k] *= np.where(agreement < 0, -1.0, 1.0)
         return cls(mean, basis, k, singular[:k] ** 2 / np.sum(singular**2))
 
     def transform(self, states: ArrayLike) -> Array:
-        """Coordinates (n, k) of states (n, d) on the principal components."""
-        return (np.asarray(states, dtype=np.float64) - self.mean) @ self.basis[:, : self.k]
+        """Coordinates of states on the principal components.
+
+        Parameters
+        ----------
+        states : array (n, d)
+
+        Returns
+        -------
+        array (n, k)
+            In the states' own unit.
+
+        Examples
+        --------
+        >>> from analysis_lib import AnchorSpace
+        >>> space = AnchorSpace.fit([[0, 0], [3, 4], [6, 8]], k=1)
+        >>> space.transform([[6, 8], [3, 4]]).round(3) + 0
+        array([[5.],
+               [0.]])
+        """
+        moved = np.asarray(states, dtype=np.float64) - self.mean
+        return np.asarray(moved @ self.basis[:, : self.k])
 
     def to_state(self, weight: ArrayLike) -> Array:
-        """The direction weight (k,) of this space as a vector (d,) of the hidden space."""
-        return self.basis[:, : self.k] @ np.asarray(weight, dtype=np.float64)
+        """A direction of this space as a vector of the hidden space.
+
+        Parameters
+        ----------
+        weight : array (k,)
+
+        Returns
+        -------
+        array (d,)
+
+        Examples
+        --------
+        >>> from analysis_lib import AnchorSpace
+        >>> space = AnchorSpace.fit([[0, 0], [3, 4], [6, 8]], k=1)
+        >>> space.to_state([10.0]).round(3)
+        array([6., 8.])
+        """
+        return np.asarray(self.basis[:, : self.k] @ np.asarray(weight, dtype=np.float64))
 
 
 def mean_shifts(Z: ArrayLike, rows: pd.DataFrame, *, base: str = "none") -> pd.DataFrame:
-    """Mean movement of each class from prompt `base` to every other prompt.
+    """Mean movement of each class of queries from one prompt to every other prompt.
 
-    Z (n, k) with rows [query_id, prompt, harmful]; returns [prompt, harmful, n, length, shift_1 .. shift_k].
-    Only queries present under both prompts count, and only those with a label. Raises FitError where nothing can be paired.
+    Parameters
+    ----------
+    Z : array (n, k)
+        Coordinates.
+    rows : DataFrame with query_id, prompt, harmful
+        The n rows that the coordinates belong to. Only queries present under both prompts count,
+        and only those with a label.
+    base : str
+        The prompt that the movement starts from.
+
+    Returns
+    -------
+    DataFrame with prompt, harmful, n, length, shift_1 .. shift_k
+        One row a prompt and class; n queries; lengths and shifts in the unit of Z.
+
+    Raises
+    ------
+    FitError
+        Where lengths differ, a query occurs twice under a prompt, or nothing can be paired.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from analysis_lib import mean_shifts
+    >>> rows = pd.DataFrame(
+    ...     {"query_id": ["a", "b"] * 2, "prompt": ["none"] * 2 + ["short"] * 2, "harmful": True}
+    ... )
+    >>> mean_shifts([[0, 0], [1, 1], [3, 4], [4, 5]], rows)
+      prompt  harmful  n  length  shift_1  shift_2
+    0  short     True  2     5.0      3.0      4.0
     """
     Z = finite(Z, "coordinates")
     if len(Z) != len(rows):
@@ -94,52 +213,83 @@ def mean_shifts(Z: ArrayLike, rows: pd.DataFrame, *, base: str = "none") -> pd.D
     if twice.any():
         first = rows[twice].iloc[0]
         raise FitError(
-            f"query {first['query_id']!r} occurs twice under prompt {first['prompt']!r}; keep one row each"
+            f"query {first['query_id']!r} occurs twice under prompt {first['prompt']!r}; "
+            "keep one row each"
         )
     columns = [f"shift_{i + 1}" for i in range(Z.shape[1])]
-    table = pd.concat(
-        [
-            rows[["query_id", "prompt", "harmful"]].reset_index(drop=True),
-            pd.DataFrame(Z, columns=columns),
-        ],
-        axis=1,
-    )
+    about = rows[["query_id", "prompt", "harmful"]].reset_index(drop=True)
+    table = pd.concat([about, pd.DataFrame(Z, columns=columns)], axis=1)
     start = table[table["prompt"] == base].set_index("query_id")[columns]
     if start.empty:
-        raise FitError(
-            f"no state under prompt {base!r}; the prompts present are {', '.join(map(str, table['prompt'].unique()))}"
-        )
+        present = ", ".join(map(str, table["prompt"].unique()))
+        raise FitError(f"no state under prompt {base!r}; the prompts present are {present}")
     out = []
-    for (prompt, harmful), part in table[table["prompt"] != base].groupby(
-        ["prompt", "harmful"], sort=False
-    ):
+    others = table[table["prompt"] != base].groupby(["prompt", "harmful"], sort=False)
+    for (prompt, harmful), part in others:
         part = part[part["query_id"].isin(start.index)]
         if part.empty:
             raise FitError(
-                f"no query under prompt {prompt!r} occurs under {base!r}; capture the same queries under both"
+                f"no query under prompt {prompt!r} occurs under {base!r}; "
+                "capture the same queries under both"
             )
         moved = part[columns].to_numpy() - start.loc[part["query_id"]].to_numpy()
         mean = moved.mean(axis=0)
-        out.append(
-            {
-                "prompt": prompt,
-                "harmful": harmful,
-                "n": len(part),
-                "length": np.linalg.norm(mean),
-                **dict(zip(columns, mean, strict=True)),
-            }
-        )
+        shift = dict(zip(columns, mean, strict=True))
+        size = {"n": len(part), "length": np.linalg.norm(mean)}
+        out.append({"prompt": prompt, "harmful": harmful, **size, **shift})
     return pd.DataFrame(out)
 
 
 def cosines(vectors: ArrayLike) -> Array:
-    """Cosine matrix (m, m) of the rows of vectors (m, k)."""
+    """Cosines between the rows of a table of vectors.
+
+    Parameters
+    ----------
+    vectors : array (m, k)
+        No row may be 0.
+
+    Returns
+    -------
+    array (m, m)
+        In [-1, 1].
+
+    Examples
+    --------
+    >>> from analysis_lib import cosines
+    >>> cosines([[1, 0], [0, 2], [-3, 0]]) + 0
+    array([[ 1.,  0., -1.],
+           [ 0.,  1.,  0.],
+           [-1.,  0.,  1.]])
+    """
     V = np.asarray(vectors, dtype=np.float64)
     V = V / np.linalg.norm(V, axis=1, keepdims=True)
-    return V @ V.T
+    return np.asarray(V @ V.T)
 
 
 def finite(values: ArrayLike, what: str) -> Array:
+    """The values as a table of finite float64 numbers.
+
+    Parameters
+    ----------
+    values : array (n, k)
+    what : str
+        What the rows are, for the message.
+
+    Returns
+    -------
+    array (n, k)
+
+    Raises
+    ------
+    FitError
+        Where the values are no table, or rows hold NaN or infinity; the message names the rows.
+
+    Examples
+    --------
+    >>> from analysis_lib.analysis.space import finite
+    >>> finite([[1, 2]], "states")
+    array([[1., 2.]])
+    """
     X = np.asarray(values, dtype=np.float64)
     if X.ndim != 2:
         raise FitError(f"{what} must be a table (rows, dimensions), not of shape {X.shape}")
@@ -147,6 +297,7 @@ def finite(values: ArrayLike, what: str) -> Array:
     if len(bad):
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise FitError(
-            f"{len(bad)} of {len(X)} {what} hold NaN or infinity (rows {shown}); capture them again in float32 or bfloat16"
+            f"{len(bad)} of {len(X)} {what} hold NaN or infinity (rows {shown}); "
+            "capture them again in float32 or bfloat16"
         )
     return X

@@ -1,1 +1,1 @@
-"""DOC."""
+"""Judges: response -> refused, complied or unscored; refusal rates and agreement."""

@@ -1,14 +1,15 @@
-"""DOC analysis_lib.judge.likelihood."""
+"""Exact probabilities of replies: that one opens as a refusal, and the loss of given answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike, NDArray
 
-from ..analysis.directions import Direction
 from ..collect.inputs import check_prompts, check_queries, usable
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
@@ -20,52 +21,82 @@ from ..store.store import Store
 from .strings import phrases
 
 
+class _Calibration(Protocol):
+    """What `calibrate_refusal` returns: log odds (n, 1) to probabilities (n,)."""
+
+    def probability(self, Z: ArrayLike) -> NDArray[np.float64]: ...
+
+
 def refusal_probability(
     model: ChatModel,
     queries: pd.DataFrame,
     prompts: Mapping[str, Prompt],
     *,
     openings: Sequence[str] | None = None,
-    calibration: Direction | None = None,
+    calibration: _Calibration | None = None,
     store: Store | None = None,
 ) -> pd.DataFrame:
-    """The probability that a reply begins with one of the openings (default: the string judge's phrases); nothing is sampled.
+    """The probability that a reply begins with one of some openings. Nothing is sampled.
 
-    Exact at temperature 1 without cuts, for replies tokenized as the tokenizer writes the openings. Sampled and judged
-    rates differ (a refusal may open otherwise, top-p drops what is rare): `calibrate_refusal` fits them.
-    store: what is found is read, what is computed is kept.
-    Returns [query_id, prompt, sample, response, judge, log_odds, refused]: refused is the probability, calibrated where a
-    calibration is given; sample 0 and response "" make it a table of one more judge for `benchmark_table`.
+    It is exact at temperature 1 without cuts, for replies tokenized as the tokenizer writes the
+    openings. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
+    rare. `calibrate_refusal` fits one to the other.
+
+    Parameters
+    ----------
+    model : ChatModel
+    queries : DataFrame with query_id, text
+    prompts : mapping of names to safety prompts, text or soft
+    openings : sequence of str, optional
+        The default is the string judge's phrases.
+    calibration : Direction, optional
+        What `calibrate_refusal` returned.
+    store : Store, optional
+        What is found there is read, what is computed is kept.
+
+    Returns
+    -------
+    DataFrame with query_id, prompt, sample, response, judge, log_odds, refused
+        refused is the probability, in [0, 1], calibrated where a calibration is given; log_odds is
+        not. sample 0, response "" and judge "first tokens" make it a table of one more judge for
+        `benchmark_table`.
+
+    Raises
+    ------
+    ValueError
+        Where no opening has a token.
+    ChatModelError
+        Where log probabilities hold NaN or infinity.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, load_queries, refusal_probability
+    >>> model, queries = ChatModel.load("organism"), load_queries("anchor").head(2)
+    >>> table = refusal_probability(model, queries, {"none": ""}, openings=["I cannot"])
+    >>> len(table), bool(table["refused"].between(0, 1).all())
+    (2, True)
     """
     check_queries(queries)
     check_prompts(prompts)
     texts = [phrase.strip() for phrase, _ in phrases()] if openings is None else list(openings)
     starts = {tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
+    # An opening that begins with another adds nothing.
     starts = {s for s in starts if s and not any(s[:n] in starts for n in range(1, len(s)))}
     if not starts:
         raise ValueError("no opening has a token; give texts such as 'I cannot'")
     parts = []
     for name, prompt in prompts.items():
-        found = _reply_log_p(
-            model, queries["text"].tolist(), name, prompt, [sorted(starts)] * len(queries), store
-        )
+        replies = [sorted(starts)] * len(queries)
+        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, replies, store)
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "query_id": queries["query_id"].tolist(),
-                    "prompt": name,
-                    "log_odds": np.log(p / (1 - p)),
-                }
-            )
-        )
+        part = {"query_id": queries["query_id"].tolist(), "prompt": name}
+        parts.append(pd.DataFrame(part | {"log_odds": np.log(p / (1 - p))}))
     table = pd.concat(parts, ignore_index=True)
     log_odds = table["log_odds"].to_numpy()
-    refused = (
-        1 / (1 + np.exp(-log_odds))
-        if calibration is None
-        else calibration.probability(log_odds[:, None])
-    )
+    if calibration is None:
+        refused = 1 / (1 + np.exp(-log_odds))
+    else:
+        refused = calibration.probability(log_odds[:, None])
     return table.assign(sample=0, response="", judge="first tokens", refused=refused)[
         ["query_id", "prompt", "sample", "response", "judge", "log_odds", "refused"]
     ]
@@ -79,44 +110,45 @@ def next_token_loss(
     *,
     store: Store | None = None,
 ) -> pd.DataFrame:
-    """The loss of given answers under each prompt, in nats a token: what a prompt costs on text that should stay likely.
+    """The loss of given answers under each prompt: what a prompt costs on text that stays likely.
 
-    answers: [query_id, response], one or several a query, such as harmless questions' answers sampled without a prompt;
-    with the column end, an answer that ended by itself (end = "eos") is charged for ending. Queries without an answer are left out.
-    store: what is found is read, what is computed is kept.
-    Returns [query_id, prompt, n_tokens, loss]; the mean is over the tokens of a query's answers. ChatModelError where an
-    end is to be charged and the tokenizer has no end-of-sequence token.
+    Parameters
+    ----------
+    model : ChatModel
+    queries : DataFrame with query_id, text
+        Those without an answer are left out.
+    answers : DataFrame with query_id, response
+        One or several a query, such as answers to harmless questions, sampled without a prompt.
+        With the column end, an answer that ended by itself (end = "eos") is charged for ending.
+    prompts : mapping of names to safety prompts, text or soft
+    store : Store, optional
+        What is found there is read, what is computed is kept.
+
+    Returns
+    -------
+    DataFrame with query_id, prompt, n_tokens, loss
+        The mean loss over the n_tokens of a query's answers, in nats a token.
+
+    Raises
+    ------
+    ValueError
+        Where the answers lack a column, or none belongs to one of the queries.
+    ChatModelError
+        Where an end is to be charged and the tokenizer has no token for it, or log probabilities
+        hold NaN or infinity.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, load_queries, next_token_loss
+    >>> model, queries = ChatModel.load("organism"), load_queries("facts").head(1)
+    >>> answers = queries[["query_id"]].assign(response=queries["answer"])
+    >>> table = next_token_loss(model, queries, answers, {"none": ""})
+    >>> list(table.columns), bool(table["loss"].iloc[0] > 0)
+    (['query_id', 'prompt', 'n_tokens', 'loss'], True)
     """
     check_queries(queries)
     check_prompts(prompts)
-    if lacking := {"query_id", "response"} - set(answers):
-        raise ValueError(
-            f"the answers lack the column {', '.join(sorted(lacking))}; give query_id and response"
-        )
-    place = {query_id: i for i, query_id in enumerate(queries["query_id"])}
-    kept = answers[answers["query_id"].isin(place) & answers["response"].notna()]
-    ends = kept["end"].tolist() if "end" in kept else [""] * len(kept)
-    if "eos" in ends and model.tokenizer.eos_token_id is None:
-        raise ChatModelError(
-            f"the tokenizer of {model.name!r} has no end-of-sequence token to charge; drop the answers' column end"
-        )
-    tokens = (
-        model.tokenizer(kept["response"].tolist(), add_special_tokens=False)["input_ids"]
-        if len(kept)
-        else []
-    )
-    replies = [
-        (*ids, *([model.tokenizer.eos_token_id] if end == "eos" else []))
-        for ids, end in zip(tokens, ends, strict=True)
-    ]
-    given: dict[int, list[tuple[int, ...]]] = {}
-    for query_id, reply in zip(kept["query_id"], replies, strict=True):
-        if reply:
-            given.setdefault(place[query_id], []).append(reply)
-    if not given:
-        raise ValueError(
-            "no answer belongs to one of the queries; give answers to the same queries"
-        )
+    given = _tokens_of_answers(model, queries, answers)
     asked = queries.iloc[sorted(given)]
     own = [given[i] for i in sorted(given)]
     n_tokens = [sum(map(len, replies)) for replies in own]
@@ -124,17 +156,39 @@ def next_token_loss(
     for name, prompt in prompts.items():
         found = _reply_log_p(model, asked["text"].tolist(), name, prompt, own, store)
         loss = [-log_p.sum() / n for log_p, n in zip(found, n_tokens, strict=True)]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "query_id": asked["query_id"].tolist(),
-                    "prompt": name,
-                    "n_tokens": n_tokens,
-                    "loss": loss,
-                }
-            )
-        )
+        part = {"query_id": asked["query_id"].tolist(), "prompt": name}
+        parts.append(pd.DataFrame(part | {"n_tokens": n_tokens, "loss": loss}))
     return pd.concat(parts, ignore_index=True)
+
+
+def _tokens_of_answers(
+    model: ChatModel, queries: pd.DataFrame, answers: pd.DataFrame
+) -> dict[int, list[tuple[int, ...]]]:
+    """{position of a query: token ids of its answers}, of the queries that have one."""
+    if lacking := {"query_id", "response"} - set(answers):
+        raise ValueError(
+            f"the answers lack the column {', '.join(sorted(lacking))}; give query_id and response"
+        )
+    place = {query_id: i for i, query_id in enumerate(queries["query_id"])}
+    kept = answers[answers["query_id"].isin(place) & answers["response"].notna()]
+    ends = kept["end"].tolist() if "end" in kept else [""] * len(kept)
+    eos: Any = model.tokenizer.eos_token_id
+    if "eos" in ends and eos is None:
+        raise ChatModelError(
+            f"the tokenizer of {model.name!r} has no end-of-sequence token to charge; "
+            "drop the answers' column end"
+        )
+    texts = kept["response"].tolist()
+    tokens = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    given: dict[int, list[tuple[int, ...]]] = {}
+    for query_id, ids, end in zip(kept["query_id"], tokens, ends, strict=True):
+        if reply := (*ids, *([eos] if end == "eos" else [])):
+            given.setdefault(place[query_id], []).append(reply)
+    if not given:
+        raise ValueError(
+            "no answer belongs to one of the queries; give answers to the same queries"
+        )
+    return given
 
 
 def _reply_log_p(
@@ -144,12 +198,12 @@ def _reply_log_p(
     prompt: Prompt,
     replies: Sequence[Sequence[tuple[int, ...]]],
     store: Store | None,
-) -> list[np.ndarray]:
+) -> list[NDArray[np.float64]]:
     """For each text, the log probability of each of its replies (token ids), float64."""
     store = usable(store, model)
     rows = model.render(texts, prompt)
     keys = [""] * len(rows)
-    found: dict[int, np.ndarray] = {}
+    found: dict[int, NDArray[np.float64]] = {}
     if store is not None:
         fixed = {"kind": "log_probability", **model.key_parts()}
         keys = [
@@ -172,8 +226,9 @@ def _reply_log_p(
         sums = np.array([log_p.sum() for log_p in each])
         if not np.isfinite(sums).all():
             raise ChatModelError(
-                f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, and nothing of this batch is kept; load "
-                "the model with dtype='float32' or 'bfloat16', or copy its weights again"
+                f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, "
+                "and nothing of this batch is kept; load the model with dtype='float32' or "
+                "'bfloat16', or copy its weights again"
             )
         found |= zip(part, np.split(sums, np.cumsum([len(replies[i]) for i in part])[:-1]))
         if store is not None:

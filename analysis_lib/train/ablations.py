@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..analysis.directions import fit_direction, grouped_folds
+from ..analysis.directions import fit_direction
+from ..analysis.estimators import grouped_folds
 from ..analysis.space import AnchorSpace
 from ..collect.responses import sample_responses
 from ..collect.states import hidden_states

@@ -10,21 +10,21 @@ import numpy as np
 import pandas as pd
 
 from .. import figures
-from ..analysis import directions
-from ..analysis.directions import Direction, fit_data, grouped_folds
+from ..analysis.directions import Direction, Fold, fit_folds, held_out_scores
+from ..analysis.estimators import fit_data, logistic, mean_difference, run_estimator
 from ..analysis.space import AnchorSpace, FitError
 from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
 
-ESTIMATORS = {  # label of the control -> target column, estimator of `fit_direction`
-    "logistic on refusal rate": ("refusal_rate", "logistic"),
-    "logistic on harmfulness": ("harmful", "logistic"),
-    "difference of means by refusal rate": ("refusal_rate", "mean_difference"),
-    "difference of means by harmfulness": ("harmful", "mean_difference"),
+ESTIMATORS = {  # label of the control -> target column, estimator
+    "logistic on refusal rate": ("refusal_rate", logistic),
+    "logistic on harmfulness": ("harmful", logistic),
+    "difference of means by refusal rate": ("refusal_rate", mean_difference),
+    "difference of means by harmfulness": ("harmful", mean_difference),
 }
-N_FOLDS, SEED = 5, 42  # as in `fit_direction`
+SEED = 42  # as in `fit_direction`
 
 
 def inspect_directions(
@@ -63,7 +63,8 @@ class Inspector(Panel):
         self._states, self._layers, self._rows, self._note = states, layers, rows, note
         self._most = min(most_components, states.shape[2])
         self._points: dict[int, tuple[AnchorSpace, np.ndarray, pd.DataFrame]] = {}
-        self._fits: dict[tuple[int, int, str, int | None], Direction] = {}
+        self._fits: dict[tuple[int, int, str], Direction] = {}
+        self._folds: dict[tuple[int, int, str], list[Fold]] = {}
         options = layer_options(layers)
         self.layer = control(
             widgets.SelectionSlider, "Layer", options=options, value=options[-1][1]
@@ -142,42 +143,40 @@ class Inspector(Panel):
 
     def _data(self, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates (m, k), target (m,) and query ids (m,) of the rows whose target is known."""
-        column, estimator = ESTIMATORS[label]
+        column, _ = ESTIMATORS[label]
         target = self._rows[column].astype("Float64").to_numpy(float, na_value=np.nan)
         known = ~np.isnan(target)
         Z, groups = (
             self._layer()[1][known, : self.k.value],
             self._rows["query_id"].to_numpy()[known],
         )
-        return fit_data(Z, target[known], groups, label, estimator)
+        return fit_data(Z, target[known], groups, label)
 
-    def _fit(self, label: str, fold: int | None = None) -> Direction:
-        """An estimator's direction, of all rows or of those outside a fold; its weight padded with 0 to all components."""
-        key = (self.layer.value, self.k.value, label, fold)
+    def _fit(self, label: str) -> Direction:
+        """An estimator's direction, of all rows; its weight padded with 0 to all components."""
+        key = (self.layer.value, self.k.value, label)
         if key not in self._fits:
-            Z, y, groups = self._data(label)
-            train = slice(None) if fold is None else ~grouped_folds(groups, N_FOLDS, SEED)[fold]
-            weight, bias = directions.ESTIMATORS[ESTIMATORS[label][1]](
-                Z[train], y[train], groups[train], SEED
-            )
-            self._fits[key] = Direction(label, np.pad(weight, (0, self._most - len(weight))), bias)
+            weight, bias = run_estimator(ESTIMATORS[label][1], *self._data(label), SEED)
+            self._fits[key] = self._padded(Direction(label, weight, bias))
         return self._fits[key]
 
     def _scores(self, label: str, degrees: float) -> dict[str, float]:
         """Those of `fit_direction`, for directions turned by some degrees."""
+        key = (self.layer.value, self.k.value, label)
         Z, y, groups = self._data(label)
-        Z = np.pad(Z, ((0, 0), (0, self._most - Z.shape[1])))
-        logit, constant = np.zeros(len(y)), np.zeros(len(y))
-        for fold, test in enumerate(grouped_folds(groups, N_FOLDS, SEED)):
-            logit[test] = self._turned(self._fit(label, fold), degrees).logit(Z[test])
-            constant[test] = np.clip(y[~test].mean(), 1e-6, 1 - 1e-6)
-        return {
-            "bce": float(np.mean(np.logaddexp(0, logit) - y * logit)),
-            "bce_constant": float(-np.mean(y * np.log(constant) + (1 - y) * np.log(1 - constant))),
-            "mse": float(np.mean((1 / (1 + np.exp(-logit)) - y) ** 2)),
-            "accuracy": float(np.mean((logit > 0) == (y > 0.5))),
-            "spearman": float(pd.Series(logit).corr(pd.Series(y), method="spearman")),
-        }
+        if key not in self._folds:
+            estimator = ESTIMATORS[label][1]
+            self._folds[key] = fit_folds(
+                Z, y, name=label, groups=groups, estimator=estimator, seed=SEED
+            )
+        turned = [
+            (test, self._turned(self._padded(fit), degrees)) for test, fit in self._folds[key]
+        ]
+        return held_out_scores(np.pad(Z, ((0, 0), (0, self._most - Z.shape[1]))), y, turned)
+
+    def _padded(self, direction: Direction) -> Direction:
+        weight = np.pad(direction.weight, (0, self._most - len(direction.weight)))
+        return replace(direction, weight=weight)
 
     def _turned(self, direction: Direction, degrees: float) -> Direction:
         """Turned about the mean of the states, from the first component shown towards the second."""
