@@ -69,7 +69,7 @@ lab: setup
 	$(RUN) -m jupyterlab --notebook-dir=notebooks
 
 bench: setup
-	$(RUN) bench/bench.py
+	$(RUN) -m bench
 
 clean:
 	rm -rf reports .pytest_cache .ruff_cache .mypy_cache .hypothesis
