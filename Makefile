@@ -1,15 +1,17 @@
 # make reproduce   run every notebook, write executed copies and reports/report.html  [MODEL= TEMPLATE= PROMPT= QUERIES= HELDOUT= GUARD= OUT= JOBS=]
+# make check       formatting, lint, types, import contract, habits and the fast tests: under a minute
 # make test        set-up, formatting, lint, types, tests, notebooks against their stored outputs
 # make lab         JupyterLab on notebooks/
 # make setup       the environment alone, in .venv  [PYTHON=python3.12]
 # make notebooks   execute the notebooks in place and store clean outputs  [NOTEBOOKS=...]
 # make bench       the speed and memory figures
+# make docs        the documentation's pages and the API reference, in docs/_build/html
 # make clean       remove reports and caches; the environment stays
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-notebooks notebooks lab bench clean
+.PHONY: help setup reproduce lint check test test-notebooks notebooks lab bench docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +19,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 NOTEBOOKS ?= $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 OUT ?= reports
+SITE ?= docs/_build/html
 SKIPPED := .pytest_cache/skipped
 
 help:
@@ -34,7 +37,7 @@ $(STAMP): requirements.lock pyproject.toml
 	{ echo "Python 3.11 or later is needed, and $(PYTHON) is not: install it, then make setup PYTHON=python3.11"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.lock
-	$(RUN) -m pip install -qq --no-deps -e .
+	$(RUN) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 reproduce: setup
@@ -42,10 +45,18 @@ reproduce: setup
 		$(if $(QUERIES),--queries '$(QUERIES)') $(foreach set,$(HELDOUT),--heldout '$(set)') $(if $(GUARD),--guard '$(GUARD)') \
 		$(if $(JOBS),--jobs '$(JOBS)') --out '$(OUT)'
 
-test: setup
+lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy analysis_lib
+	$(RUN) -m tools.measure
+
+# What needs no model, and the examples of the rooms that need none.
+FAST := $(addprefix tests/test_,alpaca benchmark comparison data imports judge legal published setup space string_judge wrappers)
+check: lint
+	$(RUN) -m pytest -q -n 2 --dist=loadfile $(wildcard $(FAST:=.py))
+
+test: lint
 	$(RUN) -m pytest -n 2 --dist=loadfile --skipped-to=$(SKIPPED) tests
 	$(MAKE) test-notebooks
 	@cat $(SKIPPED)
@@ -71,6 +82,10 @@ lab: setup
 bench: setup
 	$(RUN) -m bench
 
+docs: setup
+	$(RUN) -m sphinx -W --keep-going -qaE docs '$(SITE)'
+	@echo "Documentation: $(SITE)/index.html"
+
 clean:
-	rm -rf reports .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf reports docs/_build docs/api .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

@@ -30,7 +30,7 @@ _ROOMS = {
     "judge.strings": ["is_refusal", "verdict_is_final"],
     "judge.verdicts": ["BatchJudge", "judge_agreement", "judge_responses", "refusal_rates"],
     "model.chat": ["ChatModel"],
-    "model.soft_prompt": ["SoftPrompt"],
+    "model.soft_prompt": ["SoftPrompt", "embed_text", "nearest_tokens"],
     "model.templates": ["study_models"],
     "store.store": ["Store"],
     "train.ablations": ["ablations", "cross_validate_unlikelihood", "train_methods"],

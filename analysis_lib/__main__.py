@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .store.store import parse_bytes, parse_days
+from .store.upkeep import DAY, parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
@@ -42,21 +42,34 @@ def _reproduce(args: argparse.Namespace) -> int:
         from .judge.models import chat_judge
         from .model.chat import ChatModel
 
-        chat_judge(ChatModel.load(args.guard, device=args.device, dtype=args.dtype))  # loads no weights
+        chat_judge(
+            ChatModel.load(args.guard, device=args.device, dtype=args.dtype)
+        )  # loads no weights
     from .report.reproduce import plan, reproduce
 
-    asked = {"prompt": args.prompt, "queries": args.queries, "heldout": args.heldout, "guard": args.guard}
+    asked = {
+        "prompt": args.prompt,
+        "queries": args.queries,
+        "heldout": args.heldout,
+        "guard": args.guard,
+    }
     if args.dry_run:
         table = plan(model, args.out, **asked)
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
-        print(f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included")
+        print(
+            f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included"
+        )
         print(
             "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles (05, 07), the notebooks' own work"
             + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
-    return 0 if reproduce(model, args.out, **asked, template=args.template, forms=args.form, jobs=jobs) else 1
+    return (
+        0
+        if reproduce(model, args.out, **asked, template=args.template, forms=args.form, jobs=jobs)
+        else 1
+    )
 
 
 def _model(args: argparse.Namespace) -> Any:
@@ -78,26 +91,43 @@ def _export(args: argparse.Namespace) -> int:
     for form, folder in written.items():
         print(f"{form:<6} {folder / 'README.md'}")
     if args.form is None and "plain" not in written:
-        print(f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain writes it")
+        print(
+            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain writes it"
+        )
     return 0
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from .store.store import Store, StoreError
+    from .store import upkeep
+    from .store.batches import StoreError
+    from .store.store import Store
 
     store = Store(args.store)
     if args.store is not None and not store.folder.exists():
-        raise StoreError(f"there is no store at {args.store}; check the path, or leave --store out for the default")
+        raise StoreError(
+            f"there is no store at {args.store}; check the path, or leave --store out for the default"
+        )
     if args.action == "info":
-        print(_printable("\n".join(f"{key:<16} {value}" for key, value in store.info().items())))
+        lines = [f"{key:<17} {value}" for key, value in upkeep.info(store).items()]
+        print(_printable("\n".join(lines)))
         return 0
     if args.action == "prune":
         limits = {name: getattr(args, name) for name in ("older_than", "model", "max_bytes")}
-        table = store.prune(older_formats=args.older_formats, dry_run=args.dry_run, **limits)
+        table = upkeep.prune(store, spare=0.0 if args.now else DAY, dry_run=args.dry_run, **limits)
+    elif args.action == "compact":
+        table = upkeep.compact(store, spare=0.0 if args.now else DAY)
     else:
-        table = {"ls": store.ls, "verify": store.verify, "compact": store.compact}[args.action]()
-    text = table.to_string(index=False) if len(table) else f"{args.action}: nothing to report in {store.folder}"
+        table = {"ls": upkeep.ls, "verify": upkeep.verify}[args.action](store)
+    text = (
+        table.to_string(index=False)
+        if len(table)
+        else f"{args.action}: nothing to report in {store.folder}"
+    )
     print(_printable(text))
+    if "younger than a day" in text or ("spared" in table and table["spared"].any()):
+        print(
+            "files younger than a day stay; --now takes them too, when nothing else uses the store"
+        )
     return int(args.action == "verify" and bool((table["status"] != "ok").any()))
 
 
@@ -168,127 +198,146 @@ def _jobs(text: str) -> int:
     return int(text)
 
 
+STORE_HELP = "default: ANALYSIS_LIB_STORE, else the user's cache folder"
+
+
 def _parser() -> argparse.ArgumentParser:
+    as_script = Path(sys.argv[0]).stem == "analysis-lib"
     parser = argparse.ArgumentParser(
-        prog="python -m analysis_lib",
+        prog="analysis-lib" if as_script else "python -m analysis_lib",
         description="Representation analysis of safety prompts for chat language models.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, (run, text, options) in {
+        "reproduce": (_reproduce, "run every notebook; write tables and one report", _of_reproduce),
+        "export": (_export, "write a soft prompt for PEFT, vLLM or transformers", _of_export),
+        "cache": (_cache, "look at, check and clean the store", _of_cache),
+        "organism": (_organism, "train the embedded model, or measure it", _of_organism),
+        "download": (_download, "fetch the study's query sets, pinned by SHA-256", _of_download),
+    }.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        options(command)
+    return parser
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        return sub
 
-    def model_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--model", default="organism", help="a hub id or a model folder; default: the embedded organism")
-        sub.add_argument("--revision", help="a branch, tag or commit of the hub id; --model ID@REVISION says the same")
-        sub.add_argument(
-            "--dtype",
-            help="float32, bfloat16, float16, float64; default: float32 on a CPU (the organism: float64), else bfloat16",
-        )
-        sub.add_argument("--device", help="cpu, cuda, cuda:1, auto for all GPUs; default: cuda where there is one")
-        sub.add_argument(
-            "--template", metavar="FILE", help="a chat template in place of the tokenizer's own: a .jinja file or a name"
-        )
-        sub.add_argument(
-            "--form",
-            "--to",
-            action="append",
-            type=lambda form: {"safetensors": "plain"}.get(form, form),
-            choices=["peft", "vllm", "plain"],
-            help="may be repeated; default: peft, vllm, and plain where it copies less than 1 GB of weights",
-        )
-
-    sub = command("reproduce", _reproduce, "run every notebook and write executed copies, tables and one HTML report")
-    model_options(sub)
-    sub.add_argument("--prompt", type=Path, help="a text file with your own safety prompt")
-    sub.add_argument("--queries", help="a .csv or .jsonl file with your own labelled queries")
-    sub.add_argument(
-        "--heldout", action="append", metavar="SET", help="a query set, or a file, to compare prompts on; may be repeated"
+def _of_model(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", default="organism", help="a hub id or a model folder; default: organism")
+    add("--revision", help="a branch, tag or commit of the hub id, as in --model ID@REVISION")
+    dtypes = "float32, bfloat16, float16 or float64"
+    add("--dtype", help=f"{dtypes}; default: float32 on a CPU (organism: float64), else bfloat16")
+    add(
+        "--device", help="cpu, cuda, cuda:1, or auto for all GPUs; default: cuda where there is one"
     )
-    sub.add_argument(
-        "--guard", metavar="MODEL", help="a chat model that judges replies to harmful queries as well, as Llama Guard"
-    )
-    sub.add_argument("--store", type=_argument(_place), help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
-    sub.add_argument("--out", type=Path, default=Path("reports"), help="default: reports")
-    sub.add_argument("--dry-run", action="store_true", help="say what would be done and what it costs, run nothing")
-    sub.add_argument(
-        "--jobs", type=_argument(_jobs), help="notebooks run at a time (default 2 on the organism, 1 on any other model)"
+    add("--template", metavar="FILE", help="a chat template in place of the tokenizer's")
+    add(
+        "--form",
+        "--to",
+        action="append",
+        type=lambda form: {"safetensors": "plain"}.get(form, form),
+        choices=["peft", "vllm", "plain"],
+        help="may be repeated; default: peft, vllm, and plain where it copies less than 1 GB",
     )
 
-    sub = command("export", _export, "write a soft prompt as a PEFT adapter, vLLM prompt embeddings or a plain model folder")
-    sub.add_argument(
-        "soft_prompt", type=Path, metavar="SOFT_PROMPT", help="a .safetensors file of SoftPrompt.save, or of the study"
-    )
-    model_options(sub)
-    sub.add_argument("--out", type=Path, required=True, help="the folder that gets one folder a form")
 
-    cache = command("cache", _cache, "look at, check and clean the store of hidden states and responses")
-    actions = cache.add_subparsers(dest="action", required=True)
-    for action, text in {
+def _of_reproduce(command: argparse.ArgumentParser) -> None:
+    _of_model(command)
+    add = command.add_argument
+    add("--prompt", type=Path, help="a text file with your own safety prompt")
+    add("--queries", help="a .csv or .jsonl file with your own labelled queries")
+    heldout = "a query set or a file to compare prompts on; may be repeated"
+    add("--heldout", action="append", metavar="SET", help=heldout)
+    guard = "a chat model that also judges replies to harmful queries, such as Llama Guard"
+    add("--guard", metavar="MODEL", help=guard)
+    add("--store", type=_argument(_place), help=STORE_HELP)
+    add("--out", type=Path, default=Path("reports"), help="default: reports")
+    add("--dry-run", action="store_true", help="say what it would cost; run nothing")
+    jobs = "notebooks run at a time; default: 2 on the organism, 1 on other models"
+    add("--jobs", type=_argument(_jobs), help=jobs)
+
+
+def _of_export(command: argparse.ArgumentParser) -> None:
+    soft = "a .safetensors file of SoftPrompt.save, or of the study"
+    command.add_argument("soft_prompt", type=Path, metavar="SOFT_PROMPT", help=soft)
+    _of_model(command)
+    out = "the folder that gets one folder for each form"
+    command.add_argument("--out", type=Path, required=True, help=out)
+
+
+def _of_cache(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True)
+    young = "files younger than a day stay"
+    actions_of = {
         "ls": "what is kept, by kind, model and dtype",
         "info": "folder, format, counts, parity certificates",
         "verify": "read every byte; exit status 1 where a file is damaged",
-        "prune": "remove the files that meet every condition given, and what killed processes left",
-        "compact": "merge small files and drop damaged rows",
-    }.items():
-        sub = actions.add_parser(action, help=text, description=text)
-        sub.add_argument("--store", type=_argument(_place), help="default: ANALYSIS_LIB_STORE, else the user's cache folder")
-        if action == "prune":
-            sub.add_argument(
-                "--older-than", type=_argument(parse_days), metavar="AGE", help="files older than this: 12h, 30d, 4w"
-            )
-            sub.add_argument("--model", type=_argument(_name), help="files of this model (name, or beginning of its fingerprint)")
-            sub.add_argument(
-                "--max-bytes", type=_argument(parse_bytes), metavar="SIZE", help="oldest files until the rest fits: 500MB, 2GB"
-            )
-            sub.add_argument("--older-formats", action="store_true", help="rows of earlier format versions instead")
-            sub.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
+        "prune": f"remove the files that meet every condition, and what killed processes left; {young}",
+        "compact": f"merge small files and drop damaged rows; {young}",
+    }
+    made = {name: actions.add_parser(name, help=t, description=t) for name, t in actions_of.items()}
+    for action in made.values():
+        action.add_argument("--store", type=_argument(_place), help=STORE_HELP)
+    add = made["prune"].add_argument
+    age = "files older than this: 12h, 30d, 4w"
+    add("--older-than", type=_argument(parse_days), metavar="AGE", help=age)
+    add("--model", type=_argument(_name), help="files of this model: its name or fingerprint")
+    size = "the oldest files, until the rest fits: 500MB, 2GB"
+    add("--max-bytes", type=_argument(parse_bytes), metavar="SIZE", help=size)
+    add("--dry-run", action="store_true", help="say what would go; remove nothing")
+    now = "also files younger than a day; only when nothing else uses the store"
+    for name in ("prune", "compact"):
+        made[name].add_argument("--now", action="store_true", help=now)
 
-    organism = command("organism", _organism, "train the embedded model, or measure it and write its card")
-    actions = organism.add_subparsers(dest="action", required=True)
-    sub = actions.add_parser("train", help="train it from its generated corpus, in minutes")
-    sub.add_argument("--out", type=Path, help="the model folder; default: the embedded model's own")
-    sub.add_argument("--seed", type=int, default=2024)
+
+def _of_organism(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True)
+    train = actions.add_parser("train", help="train it from its generated corpus, in minutes")
+    train.add_argument("--out", type=Path, help="the model folder; default: the organism's own")
+    train.add_argument("--seed", type=int, default=2024, help="of corpus and training")
     actions.add_parser("card", help="measure it and write its CARD.md")
 
-    sub = command("download", _download, "fetch the official query sets, pinned by SHA-256")
-    sub.add_argument("--out", type=Path, help="default: ANALYSIS_LIB_DATA, else the user's cache folder")
-    return parser
+
+def _of_download(command: argparse.ArgumentParser) -> None:
+    out = "default: ANALYSIS_LIB_DATA, else the user's cache folder"
+    command.add_argument("--out", type=Path, help=out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if (args.command, getattr(args, "action", "")) == ("cache", "prune"):
-        if args.older_than is None and args.model is None and args.max_bytes is None and not args.older_formats:
-            parser.error("say what to prune: --older-than 30d, --max-bytes 2GB, --model NAME or --older-formats")
-        if args.older_formats and not (args.older_than is None and args.model is None and args.max_bytes is None):
-            parser.error("--older-formats goes alone: it removes whole formats; prune by the other conditions in a second call")
+        if args.older_than is None and args.model is None and args.max_bytes is None:
+            parser.error("say what to prune: --older-than 30d, --max-bytes 2GB or --model NAME")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda text, kind, *where: print(_printable(f"{kind.__name__}: {text}"), file=sys.stderr)
+            warnings.showwarning = lambda text, kind, *where: _tell(f"{kind.__name__}: {text}")
             status = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("interrupted; what was computed is kept in the store, and the same command goes on from there", file=sys.stderr)
+        _tell("interrupted; the store keeps what was done, and the same command goes on from there")
         return 130
-    except BrokenPipeError:  # `| head` has read enough; what is still buffered must not raise again at exit
+    except BrokenPipeError:  # `| head` has read enough; what is buffered must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{where}{error.strerror or error}; check the path, its permissions and the space left", file=sys.stderr)
+        _tell(
+            f"{where}{error.strerror or error}; check the path, its permissions and the space left"
+        )
         return 2
     except Exception as error:
-        if not type(error).__module__.startswith("analysis_lib"):  # no error of ours is a fault: show where it lies
+        if not type(error).__module__.startswith("analysis_lib"):  # a fault: show where it lies
             raise
-        print(_printable(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        _tell(f"{type(error).__name__}: {error}")
         return 2
+
+
+def _tell(text: str) -> None:
+    print(_printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

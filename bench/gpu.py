@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from analysis_lib import ChatModel, hidden_states, load_safety_prompts
-from analysis_lib.model.forward import TOLERANCE
+from analysis_lib.model.passes import TOLERANCE
 
 from .measure import (
     RAREST,

@@ -24,15 +24,18 @@ from tiny_models import (
 )
 
 from analysis_lib.collect import states as capture
+from analysis_lib.collect.certificates import ParityError
 from analysis_lib.collect.responses import sample_responses
-from analysis_lib.collect.states import HiddenStates, ParityError, hidden_states
-from analysis_lib.model import forward
+from analysis_lib.collect.states import HiddenStates, hidden_states
+from analysis_lib.model import forward, passes
 from analysis_lib.model.architecture import text_config
 from analysis_lib.model.chat import ChatModel
-from analysis_lib.model.forward import last_states, shares_prefixes
+from analysis_lib.model.passes import last_states, shares_prefixes
 from analysis_lib.model.soft_prompt import SoftPrompt
 from analysis_lib.model.tree import plan_rows
-from analysis_lib.store.store import Store, row_key
+from analysis_lib.store.batches import row_key
+from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import compact, info, ls
 
 families = pytest.mark.parametrize("family", FAMILIES)
 LAYERS = (0, 1, 2, 3, -1)
@@ -245,7 +248,7 @@ def test_wrong_states_raise_and_nothing_is_stored(store, monkeypatch):
         ParityError, match=r"differ from the plain forward pass by 0\.0.*nothing was stored"
     ):
         hidden_states(model, QUERIES, PROMPTS, store=store)
-    assert store.info()["states_rows"] == 0
+    assert info(store)["states_rows"] == 0
     monkeypatch.undo()
     assert hidden_states(model, QUERIES, PROMPTS, store=store).certificate["computed"] == 18
 
@@ -254,9 +257,9 @@ def test_a_tree_without_its_mask_is_found_out(monkeypatch):
     """Every token of a pack sees every other: a model asked afterwards runs plainly, one asked before raises."""
     asked, fresh = build("llama"), build("llama")
     assert shares_prefixes(asked.forward)
-    right = forward.attention_mask
+    right = passes.attention_mask
     monkeypatch.setattr(
-        forward,
+        passes,
         "attention_mask",
         lambda config, see, *rest: right(config, torch.ones_like(see), *rest),
     )
@@ -272,7 +275,7 @@ def test_nan_weights_are_named(store):
     model.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ParityError, match="NaN or infinity"):
         hidden_states(model, QUERIES, {"p": SAFETY}, store=store)
-    assert store.info()["states_rows"] == 0
+    assert info(store)["states_rows"] == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
@@ -368,7 +371,7 @@ def test_half_precision_states_round_trip(dtype, store):
     again = hidden_states(model, QUERIES, PROMPTS, layers=LAYERS, store=store)
     assert again.certificate["computed"] == 0 and np.array_equal(first.states, again.states)
     assert np.array_equal(torch.tensor(first.states).to(dtype).float().numpy(), first.states)
-    assert store.ls()["dtype"].tolist() == [str(dtype).removeprefix("torch.")]
+    assert ls(store)["dtype"].tolist() == [str(dtype).removeprefix("torch.")]
 
 
 def test_the_store_knows_what_was_checked(store):
@@ -377,13 +380,13 @@ def test_the_store_knows_what_was_checked(store):
         model, QUERIES, {"a": SAFETY, "b": ""}, layers=(0, -1), n_check=4, store=store
     )
     assert got.certificate["checked"] == 4
-    table = store.ls()
+    table = ls(store)
     assert (
         table["prompts"].item() == "a, b"
         and table["layers"].item() == "0, -1"
         and table["rows"].item() == 20
     )  # two queries are alike
-    certificates = [c["certificate"] for c in store.info()["certificates"]]
+    certificates = [c["certificate"] for c in info(store)["certificates"]]
     assert sum(c["checked"] for c in certificates) == 4 and {c["way"] for c in certificates} == {
         "tree"
     }
@@ -392,7 +395,7 @@ def test_the_store_knows_what_was_checked(store):
 def test_every_prompt_that_is_stored_was_checked(store):
     prompts = {f"p{i}": f"Prompt number {i}" for i in range(5)}
     got = hidden_states(chat("qwen2"), QUERIES, prompts, store=store)
-    assert all(c["certificate"]["checked"] >= 1 for c in store.info()["certificates"])
+    assert all(c["certificate"]["checked"] >= 1 for c in info(store)["certificates"])
     assert got.certificate["checked"] >= 5
 
 
@@ -408,7 +411,7 @@ def test_found_states_come_with_the_certificates_they_were_kept_with(store, tmp_
         == ["tree", first["max_abs"], first["max_rel"], 0]
     )
     assert first["max_rel"] > 0 and (again["checked"], again["computed"]) == (0, 0)
-    store.compact()
+    compact(store, spare=0)
     compacted = hidden_states(
         model, QUERIES, PROMPTS, layers=LAYERS, store=Store(store.folder)
     ).certificate
@@ -419,7 +422,7 @@ def test_found_states_come_with_the_certificates_they_were_kept_with(store, tmp_
         "way"
     ] == "tree"
     hidden_states(model, QUERIES, {"one": "y"}, store=store)
-    store.compact()  # checked and unchecked rows in one file: which are which is no longer known
+    compact(store, spare=0)  # checked and unchecked rows in one file: which are which is no longer known
     mixed = hidden_states(model, QUERIES, {"more": "x"}, store=store).certificate
     assert (mixed["found"], mixed["unchecked"]) == (6, 6)
     keys = [row_key(other=i) for i in range(2)]
@@ -434,7 +437,7 @@ def test_one_more_layer_keeps_no_row_twice(store):
     both = hidden_states(chat("qwen2"), QUERIES[:5], {"p": ""}, layers=(-1, 1), store=store)
     assert both.certificate["computed"] == 5
     files = list((store.folder / "v1" / "states").iterdir())
-    assert sum(len(load_file(file)["states"]) for file in files) == 10 == store.ls()["rows"].sum()
+    assert sum(len(load_file(file)["states"]) for file in files) == 10 == ls(store)["rows"].sum()
 
 
 def test_a_kept_row_of_another_width_is_computed_again(store):
@@ -603,7 +606,7 @@ def test_hidden_states_are_frozen():
 def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
     model = build("llama")
     whole = hidden_states(model, QUERIES, PROMPTS)
-    run, failures = forward.run_plan, [0]
+    run, failures = passes.run_plan, [0]
 
     def narrow(model, plan, *arguments, **options):
         if model.pack_tokens > 100:
@@ -611,7 +614,7 @@ def test_out_of_memory_halves_the_packs_and_changes_no_state(monkeypatch):
             raise torch.OutOfMemoryError("planted")
         yield from run(model, plan, *arguments, **options)
 
-    monkeypatch.setattr(forward, "run_plan", narrow)
+    monkeypatch.setattr(passes, "run_plan", narrow)
     again = hidden_states(model, QUERIES, PROMPTS)
     assert (
         failures[0] == 4

@@ -43,6 +43,7 @@ from analysis_lib.model.soft_prompt import SoftPrompt, embed_text, nearest_token
 from analysis_lib.model.templates import TEMPLATES, read_template, study_models
 from analysis_lib.report.reproduce import environment_of
 from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import ls
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -854,7 +855,7 @@ def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
     handle = model.forward.blocks[1].register_forward_hook(
         lambda module, inputs, output: output + 1
     )
-    kept = store.ls()
+    kept = ls(store)
     with pytest.warns(
         UserWarning,
         match=r"model.layers.1 of 'tiny qwen2' has a forward hook.*nothing is read .* nothing kept",
@@ -864,7 +865,7 @@ def test_a_forward_hook_keeps_the_model_out_of_the_store(tmp_path):
         sample_responses(model, QUERIES, {"q": SAFETY}, n_samples=1, max_new_tokens=2, store=store)
     with pytest.warns(UserWarning, match="has a forward hook"):
         refusal_probability(model, QUERIES, {"q": SAFETY}, store=store)
-    assert store.ls().equals(kept)
+    assert ls(store).equals(kept)
     handle.remove()
     assert np.array_equal(hidden_states(model, QUERIES, {"p": ""}, store=store).states, clean)
 

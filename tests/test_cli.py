@@ -21,7 +21,9 @@ import torch
 
 from analysis_lib import __main__ as cli
 from analysis_lib.data.files import ROOT
-from analysis_lib.store.store import Store, row_key
+from analysis_lib.store import upkeep
+from analysis_lib.store.batches import row_key
+from analysis_lib.store.store import Store
 
 
 def run(*arguments):
@@ -119,7 +121,7 @@ def test_every_command_has_help(call, command):
         ("cache list", ["invalid choice: 'list'"]),
         (
             "cache prune",
-            ["say what to prune", "--older-than", "--max-bytes", "--model", "--older-formats"],
+            ["say what to prune", "--older-than", "--max-bytes", "--model"],
         ),
         ("cache prune --dry-run", ["say what to prune"]),
         (
@@ -130,7 +132,7 @@ def test_every_command_has_help(call, command):
             "cache prune --max-bytes much",
             ["--max-bytes", "'much' is not a size; write 500MB or 2GB"],
         ),
-        ("cache prune --older-formats --max-bytes 0", ["--older-formats goes alone"]),
+        ("cache prune --older-formats", ["unrecognized arguments: --older-formats"]),
         ("cache prune --model=", ["--model", "the model's name is empty"]),
         (
             "cache compact --dry-run",
@@ -228,7 +230,7 @@ def test_cache_verify_finds_damage(call, store):
 def test_cache_compact_drops_damage(call, store):
     damaged = files(store)[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")
-    assert call("cache", "compact", "--store", store.folder)[0] == 0
+    assert call("cache", "compact", "--now", "--store", store.folder)[0] == 0
     assert len(files(store)) == 2
     assert call("cache", "verify", "--store", store.folder)[0] == 0
 
@@ -249,14 +251,17 @@ def test_cache_prune_dry_run_removes_nothing(call, store):
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        (["--older-than", "5w"], 2),
-        (["--older-than", "6w"], 3),
-        (["--older-than", "0"], 0),
-        (["--model", "aaa"], 1),
-        (["--model", "aaa", "--older-than", "24h"], 2),
-        (["--max-bytes", "0"], 0),
-        (["--max-bytes", "1GB"], 3),
-        (["--max-bytes", "one and a half"], 1),
+        (["--now", "--older-than", "5w"], 2),
+        (["--now", "--older-than", "6w"], 3),
+        (["--now", "--older-than", "0"], 0),
+        (["--now", "--model", "aaa"], 1),
+        (["--now", "--model", "aaa", "--older-than", "24h"], 2),
+        (["--now", "--max-bytes", "0"], 0),
+        (["--now", "--max-bytes", "1GB"], 3),
+        (["--now", "--max-bytes", "one and a half"], 1),
+        (["--older-than", "0"], 2),
+        (["--model", "aaa"], 2),
+        (["--max-bytes", "0"], 2),
     ],
 )
 def test_cache_prune(call, store, options, left):
@@ -269,6 +274,26 @@ def test_cache_prune(call, store, options, left):
     assert len(files(store)) == left
 
 
+def test_cache_says_what_is_younger_than_a_day_and_how_to_take_it_as_well(call, store):
+    told = "files younger than a day stay; --now takes them too, when nothing else uses the store"
+    code, out, _ = call("cache", "prune", "--max-bytes", "0", "--store", store.folder)
+    *table, last = out.splitlines()
+    assert code == 0 and last == told
+    assert [line.count("kept: younger than a day") for line in table[1:]] == [0, 1, 1]
+    code, out, _ = call("cache", "compact", "--store", store.folder)
+    assert code == 0 and out.splitlines()[-1] == told and len(files(store)) == 2
+    assert (
+        told not in call("cache", "prune", "--now", "--max-bytes", "0", "--store", store.folder)[1]
+    )
+    assert not files(store)
+    for action in ("prune", "compact"):
+        page = " ".join(call("cache", action, "--help")[1].split())
+        assert (
+            "files younger than a day stay" in page
+            and "--now also files younger than a day" in page
+        )
+
+
 @pytest.mark.parametrize("more", [[], ["--dry-run"], ["--older-than", "0"]])
 def test_cache_prune_of_a_model_that_is_not_there(call, store, more):
     result = call("cache", "prune", "--model", "ccc", *more, "--store", store.folder)
@@ -279,19 +304,6 @@ def test_cache_prune_of_a_model_that_is_not_there(call, store, more):
         call("cache", "prune", "--model", "bbb", "--older-than", "24h", "--store", store.folder)[0]
         == 0
     )
-
-
-def test_cache_of_an_older_format(call, store):
-    """The message of the store names the command that helps, and the command does."""
-    old = store.folder / "v0" / "states"
-    old.mkdir(parents=True)
-    (old / "x").write_bytes(b"1234")
-    result = call("cache", "ls", "--store", store.folder)
-    fails(result, "StoreFormatError", "cache prune --older-formats --store")
-    command = result[2].partition("`python -m analysis_lib ")[2].partition("`")[0].split()
-    assert call(*command)[0] == 0
-    assert not old.exists() and len(files(store)) == 3
-    assert call("cache", "ls", "--store", store.folder)[0] == 0
 
 
 def test_cache_where_the_store_is_a_file(call, tmp_path):
@@ -896,7 +908,7 @@ def test_an_interrupted_run_says_how_to_go_on(call, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "ls", interrupted)
+    monkeypatch.setattr(upkeep, "ls", interrupted)
     fails(call("cache", "ls"), "the same command goes on from there", code=130)
 
 
@@ -921,10 +933,10 @@ def test_an_output_folder_that_cannot_be(call, tmp_path):
 
 def test_a_fault_of_the_program_keeps_its_traceback(call, monkeypatch):
     """Only errors of the library's own, and of the system, are messages to the user."""
-    monkeypatch.setattr(Store, "ls", lambda self: [][0])
+    monkeypatch.setattr(upkeep, "ls", lambda store: [][0])
     with pytest.raises(IndexError):
         call("cache", "ls")
-    monkeypatch.setattr(Store, "ls", lambda self: int("x"))
+    monkeypatch.setattr(upkeep, "ls", lambda store: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         call("cache", "ls")
 

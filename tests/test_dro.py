@@ -18,7 +18,9 @@ from analysis_lib.model import forward
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.soft_prompt import SoftPrompt, embed_text
-from analysis_lib.store.store import Store, StoreDamage, StoreError
+from analysis_lib.store.batches import StoreDamage, StoreError
+from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import ls
 from analysis_lib.train import dro, loop
 from analysis_lib.train.dro import DROConfig, Geometry, dro_loss, train_dro
 from analysis_lib.train.tuning import PromptTuningConfig, train_prompt_tuning
@@ -446,7 +448,7 @@ def test_a_training_under_a_forward_hook_is_neither_read_nor_kept(store):
     model = build("qwen2")
     geometry = geometry_for(model)
     clean = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store)
-    kept = store.ls()
+    kept = ls(store)
     handle = model.forward.blocks[1].register_forward_hook(
         lambda module, inputs, output: output * 1.5
     )
@@ -457,7 +459,7 @@ def test_a_training_under_a_forward_hook_is_neither_read_nor_kept(store):
             steered = train_dro(model, QUERIES, SAFETY, *geometry, config, store=store)
         assert not np.array_equal(steered.embeddings, clean.embeddings)
     handle.remove()
-    assert store.ls().equals(kept)
+    assert ls(store).equals(kept)
 
 
 def test_found_trainings_load_no_weights(tmp_path, monkeypatch):
@@ -513,19 +515,17 @@ def test_an_interrupted_training_goes_on_where_it_was(method, dtype, store, monk
         with pytest.raises(KeyboardInterrupt):
             train(at)
         assert seen[0] == first
-        assert store.ls().set_index("kind")["layers"].to_dict() == {
-            "states": "checkpoint",
-            "responses": "checkpoint",
-        }
-        assert store.ls()["files"].tolist() == [1, 1]  # the last checkpoint alone
+        assert ls(store).set_index("kind")["layers"].to_dict() == {"checkpoints": "checkpoint"}
+        assert ls(store)["files"].tolist() == [1]  # the last checkpoint alone
     seen.clear()
     resumed = train()
     assert seen[0] == 2 * per_epoch + 1
     assert np.array_equal(resumed.embeddings, unbroken.embeddings)
     pd.testing.assert_frame_equal(resumed.history, unbroken.history, check_exact=True)
-    assert store.ls()["layers"].tolist() == ["soft tokens"] * 2 and store.ls()[
-        "files"
-    ].tolist() == [1, 1]
+    assert ls(store)["layers"].tolist() == ["soft tokens"] * 2 and ls(store)["files"].tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_a_checkpoint_that_cannot_be_kept_ends_no_training(qwen, tmp_path, monkeypatch):
@@ -549,9 +549,9 @@ def test_a_damaged_checkpoint_is_told_and_the_training_begins_anew(qwen, store, 
         return losses["step"] == 3
 
     train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=store, on_step=stop)
-    (file,) = (store.folder / "v1" / "states").iterdir()
+    (file,) = (store.folder / "v1" / "checkpoints").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.warns(StoreDamage, match="rows fail their checksum"):
+    with pytest.warns(StoreDamage, match="checksum"):
         got = train_dro(model, QUERIES, SAFETY, *geometry, QUICK, store=Store(store.folder))
     assert np.array_equal(
         got.embeddings, train_dro(model, QUERIES, SAFETY, *geometry, QUICK).embeddings
@@ -577,6 +577,8 @@ class Broken(Store):
 
     def write_states(self, *args, **kwargs):
         raise StoreError("cannot write to the store: no space is left")
+
+    write_checkpoint = write_states
 
 
 def test_bad_trainings_are_refused(qwen):
@@ -838,7 +840,7 @@ def test_impossible_embeddings_are_refused(embeddings):
 
 
 def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
-    from analysis_lib.train.loop import KeptTraining
+    from analysis_lib.train.kept import KeptTraining
 
     model = chat("llama")
     first = replace(
@@ -860,7 +862,7 @@ def test_a_damaged_kept_training_is_told_and_trained_again(tmp_path):
         first.template,
         first.model,
     )
-    assert "soft tokens" in Store(tmp_path).ls()["layers"].tolist()
+    assert "soft tokens" in ls(Store(tmp_path))["layers"].tolist()
     (states,) = tmp_path.rglob("*.safetensors")
     content = bytearray(states.read_bytes())
     content[-1] ^= 1

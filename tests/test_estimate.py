@@ -18,6 +18,7 @@ from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.soft_prompt import SoftPrompt
 from analysis_lib.report.cost import estimate
 from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import ls
 from analysis_lib.train.dro import DROConfig, train_dro
 from analysis_lib.train.tuning import PromptTuningConfig, train_prompt_tuning
 
@@ -97,10 +98,10 @@ def test_what_the_store_has_is_not_counted_and_nothing_is_kept(model, tmp_path):
     sample_responses(
         model, QUERIES.head(2), {"none": ""}, n_samples=1, max_new_tokens=40, store=store
     )
-    kept = Store(tmp_path).ls()["rows"].sum()
+    kept = ls(Store(tmp_path))["rows"].sum()
     told = estimate(model, QUERIES, PROMPTS, **options).set_index("step")
     assert told["found"]["states"] == 5 and told["found"]["responses"] == 2
-    assert Store(tmp_path).ls()["rows"].sum() == kept
+    assert ls(Store(tmp_path))["rows"].sum() == kept
     hidden_states(model, QUERIES, PROMPTS, layers=(1, -1), store=store)
     sample_responses(model, QUERIES, PROMPTS, **SAMPLING, store=store)
     told = estimate(model, QUERIES.drop(columns="harmful"), PROMPTS, **options)

@@ -38,6 +38,7 @@ from analysis_lib.model.architecture import text_config
 from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.soft_prompt import SoftPrompt, embed_text
 from analysis_lib.organism import true_refusal
+from analysis_lib.store.upkeep import ls
 
 # Classifiers
 
@@ -417,7 +418,7 @@ def test_log_probabilities_that_are_not_finite_are_not_kept(tmp_path):
             refusal_probability(model, QUERIES, PROMPTS, store=kept)
         with pytest.raises(ChatModelError, match="hold NaN"):
             next_token_loss(model, QUERIES, answers, PROMPTS, store=kept)
-    assert store.ls().empty
+    assert ls(store).empty
 
 
 def test_a_model_that_is_no_guard_is_told(guard):

@@ -35,10 +35,11 @@ from analysis_lib.judge.strings import is_refusal, verdict_is_final
 from analysis_lib.model import steps
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
-from analysis_lib.model.forward import shares_prefixes
+from analysis_lib.model.passes import shares_prefixes
 from analysis_lib.model.soft_prompt import SoftPrompt
 from analysis_lib.model.steps import steps_from_cache
 from analysis_lib.store.store import Store
+from analysis_lib.store.upkeep import info, ls
 
 SHORT = {"n_samples": 4, "max_new_tokens": 8}
 
@@ -241,7 +242,7 @@ def test_one_folder_in_two_dtypes_shares_no_responses(store, tmp_path):
     for dtype in ("float32", "bfloat16", "float32"):
         loaded = ChatModel.load(str(tmp_path / "model"), device="cpu", dtype=dtype)
         sample_responses(loaded, QUERIES[:1], {"p": ""}, **SHORT, store=store)
-    assert store.info()["responses_rows"] == 8
+    assert info(store)["responses_rows"] == 8
 
 
 def test_other_stop_ids_find_no_old_responses(store):
@@ -269,7 +270,7 @@ def test_an_interrupted_run_keeps_finished_batches(store, monkeypatch):
     monkeypatch.setattr(sampling, "_sample_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sample_responses(model, QUERIES, {"p": SAFETY}, **SHORT, store=store)
-    assert store.info()["responses_rows"] == 12
+    assert info(store)["responses_rows"] == 12
     assert sample_responses(model, QUERIES, {"p": SAFETY}, **SHORT, store=store).equals(fresh)
     assert len(calls) == 4 + 2  # q3 and q4; q5 reads as q2
 
@@ -371,9 +372,9 @@ def test_the_store_serves_no_stop_function_but_its_own(store):
                 model, QUERIES, {"p": SAFETY}, stop_when=lambda text, n=n: len(text) > n, **fresh
             )
         )
-    assert store.ls().empty
+    assert ls(store).empty
     sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=verdict_is_final, **options)
-    assert store.ls()["rows"].sum() == 2 * 5  # distinct texts, samples
+    assert ls(store)["rows"].sum() == 2 * 5  # distinct texts, samples
     for other in (functools.partial(verdict_is_final), Counter().update, str.isupper):
         with pytest.raises(ValueError, match="must be a function"):
             sample_responses(model, QUERIES, {"p": SAFETY}, stop_when=other, **options)
@@ -427,7 +428,7 @@ def test_logits_that_are_not_finite_are_no_responses(temperature, store):
             temperature=temperature,
             store=store,
         )
-    assert store.ls().empty
+    assert ls(store).empty
 
 
 def test_a_kept_response_without_its_text_is_sampled_again(store):

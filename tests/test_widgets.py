@@ -18,7 +18,7 @@ from analysis_lib import ChatModel, Store, figures
 from analysis_lib.analysis.directions import Direction, fit_direction
 from analysis_lib.analysis.space import AnchorSpace
 from analysis_lib.model.soft_prompt import SoftPrompt
-from analysis_lib.store.store import StoreError
+from analysis_lib.store.batches import StoreError
 from analysis_lib.train.dro import DROConfig, train_dro
 from analysis_lib.widgets import dro_console, explore, inspect_directions, panel, probe
 

@@ -26,7 +26,8 @@ from ..model.errors import ChatModelError
 from ..model.rendering import Prompt, Rendered
 from ..model.steps import CachedStep, PlainStep, steps_from_cache
 from ..model.tree import common_length
-from ..store.store import Store, row_key
+from ..store.batches import row_key
+from ..store.store import Store
 from .inputs import Progress, check_prompts, check_queries, usable
 
 
@@ -51,7 +52,7 @@ class Settings:
         }
 
 
-def _built_in(function: Callable) -> bool:
+def _built_in(function: Callable[..., Any]) -> bool:
     """Whether a stop function is one of this library's: its name then says what it does."""
     return str(function.__module__).partition(".")[0] == "analysis_lib"
 
@@ -83,23 +84,19 @@ def sample_responses(
     Returns [query_id, prompt, sample, response, end]; end is "eos", "stop_string", "length" or "stop_when". Prompts outer,
     queries inner, then samples 0 .. n_samples - 1.
     """
-    check_queries(queries)
-    check_prompts(prompts)
-    if n_samples < 1 or max_new_tokens < 1:
-        raise ValueError("n_samples and max_new_tokens must be at least 1")
-    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
-        )
-    if stop_when is not None and not inspect.isfunction(stop_when):
-        raise ValueError(
-            "stop_when must be a function of the text so far, such as verdict_is_final"
-        )
-    settings = Settings(
-        int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when
+    n_samples, settings = _checked(
+        queries,
+        prompts,
+        n_samples=n_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_when=stop_when,
     )
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
-    table: list[tuple] = []
+    table: list[tuple[Any, ...]] = []
     bar = Progress(len(prompts) * len(texts) * n_samples, "responses", progress)
     for name, prompt in prompts.items():
         rows = model.render(texts, prompt)
@@ -122,6 +119,36 @@ def sample_responses(
     return pd.DataFrame(table, columns=["query_id", "prompt", "sample", "response", "end"])
 
 
+def _checked(
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    *,
+    n_samples: int = 20,
+    max_new_tokens: int = 300,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    seed: int = 0,
+    stop_when: Callable[[str], bool] | None = None,
+) -> tuple[int, Settings]:
+    check_queries(queries)
+    check_prompts(prompts)
+    if n_samples < 1 or max_new_tokens < 1:
+        raise ValueError("n_samples and max_new_tokens must be at least 1")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f"temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0"
+        )
+    if stop_when is not None and not inspect.isfunction(stop_when):
+        raise ValueError(
+            "stop_when must be a function of the text so far, such as verdict_is_final"
+        )
+    settings = Settings(
+        int(max_new_tokens), float(temperature), float(top_p), int(top_k), int(seed), stop_when
+    )
+    return n_samples, settings
+
+
 def sample_rows(
     model: ChatModel,
     rows: Sequence[Rendered],
@@ -138,30 +165,11 @@ def sample_rows(
     name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand for. done(found=n) or
     done(computed=n) is called as they come.
     """
-    store = usable(store, model)
-    if store is not None and settings.stop_when is not None and not _built_in(settings.stop_when):
-        warnings.warn(
-            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code no key in the store knows of: these "
-            "responses are neither read from the store nor kept; stop with analysis_lib.verdict_is_final for that",
-            stacklevel=3,
-        )
-        store = None
+    store = _usable(store, model, settings)
+    keys = _keys(model, rows, n_samples, settings) if store is not None else []
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
-    keys: list[list[str]] = []
     if store is not None:
-        fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
-        fixed |= {
-            "stop_ids": sorted(model.stop_ids),
-            "stop_strings": list(model.stop_strings),
-            "tokenizer": model.renderer.tokenizer_digest,
-        }
-        keys = [
-            [row_key(row=key, sample=i) for i in range(n_samples)]
-            for key in (row_key(ids=r.ids, soft=r.soft, **fixed) for r in rows)
-        ]
-        found = store.read_responses([k for row in keys for k in row])
-        found = {key: row for key, row in found.items() if {"response", "end"} <= row.keys()}
-        got = [[found.get(k) for k in row] for row in keys]
+        got = _found(store, keys)
     todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
     todo = {i: samples for i, samples in todo.items() if samples}
     done(found=len(rows) * n_samples - sum(map(len, todo.values())))
@@ -186,6 +194,64 @@ def sample_rows(
     return got
 
 
+def missing_responses(
+    model: ChatModel,
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    *,
+    store: Store | None,
+    **options: Any,
+) -> NDArray[np.bool_]:
+    """Which responses `sample_responses` would have to sample: (prompts, queries, samples). Loads no weights.
+
+    options: those of `sample_responses`.
+    """
+    n_samples, settings = _checked(queries, prompts, **options)
+    store = _usable(store, model, settings)
+    missing = np.ones((len(prompts), len(queries), n_samples), dtype=bool)
+    for mask, prompt in zip(missing, prompts.values()):
+        if store is not None:
+            rows = model.render(queries["text"].tolist(), prompt)
+            found = _found(store, _keys(model, rows, n_samples, settings))
+            mask[:] = [[response is None for response in row] for row in found]
+    return missing
+
+
+def _usable(store: Store | None, model: ChatModel, settings: Settings) -> Store | None:
+    """The store, or None with a warning where no key knows all that a response depends on."""
+    store = usable(store, model)
+    if store is not None and settings.stop_when is not None and not _built_in(settings.stop_when):
+        warnings.warn(
+            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code no "
+            "key in the store knows of: these responses are neither read from the store nor kept; "
+            "stop with analysis_lib.verdict_is_final for that",
+            stacklevel=4,
+        )
+        return None
+    return store
+
+
+def _keys(
+    model: ChatModel, rows: Sequence[Rendered], n_samples: int, settings: Settings
+) -> list[list[str]]:
+    """The keys of each row's samples."""
+    fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
+    fixed |= {
+        "stop_ids": sorted(model.stop_ids),
+        "stop_strings": list(model.stop_strings),
+        "tokenizer": model.renderer.tokenizer_digest,
+    }
+    of_rows = [row_key(ids=row.ids, soft=row.soft, **fixed) for row in rows]
+    return [[row_key(row=key, sample=i) for i in range(n_samples)] for key in of_rows]
+
+
+def _found(store: Store, keys: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """The kept {"response", "end"} of each key; None where there is none."""
+    kept = store.read_responses([key for row in keys for key in row])
+    kept = {key: row for key, row in kept.items() if {"response", "end"} <= row.keys()}
+    return [[kept.get(key) for key in row] for row in keys]
+
+
 Jobs = dict[int, list[int]]  # row -> sample indices
 
 
@@ -205,7 +271,7 @@ def _batches(
 
 def _sample_batch(
     model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings
-) -> dict[tuple[int, int], dict]:
+) -> dict[tuple[int, int], dict[str, str]]:
     """All samples of some rows; halves the batch when the device runs out of memory."""
     try:
         return _Tree(model, rows, jobs, settings).run()
@@ -233,9 +299,9 @@ class _Tree:
         )  # job -> position in row_of
         self.sample = np.concatenate([jobs[i] for i in self.row_of]).astype(int)
         self.uniform = np.concatenate([_uniforms(rows[i], jobs[i], settings) for i in self.row_of])
-        self.done: dict[tuple[int, int], dict] = {}
+        self.done: dict[tuple[int, int], dict[str, str]] = {}
 
-    def run(self) -> dict[tuple[int, int], dict]:
+    def run(self) -> dict[tuple[int, int], dict[str, str]]:
         node = self.owner.copy()  # job -> node
         jobs = np.arange(len(node))
         texts: list[tuple[int, ...]] = [()] * len(self.ids)
@@ -301,7 +367,7 @@ def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDAr
 
 
 def _choose(
-    logits: torch.Tensor, node: NDArray, uniform: NDArray, settings: Settings
+    logits: torch.Tensor, node: NDArray[Any], uniform: NDArray[Any], settings: Settings
 ) -> NDArray[np.int64]:
     """One token for each sample by inversion of its node's distribution: temperature, then top-k, then top-p."""
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -20,16 +20,15 @@ import torch
 from numpy.typing import NDArray
 
 from ..model.chat import ChatModel
-from ..model.forward import TOLERANCE, last_states, peak_bytes, plain_states, relative_difference
+from ..model.forward import peak_bytes
+from ..model.passes import last_states
 from ..model.rendering import Prompt, Rendered
-from ..store.store import Store, row_key
+from ..store.batches import row_key
+from ..store.store import Store
+from .certificates import certify, new_certificate, recall, widen
 from .inputs import Progress, check_prompts, check_queries, usable
 
 CHUNK_ROWS = 512  # rows computed and kept at a time: what a killed run can lose
-
-
-class ParityError(RuntimeError):
-    """States differ from the plain forward pass by more than the dtype explains; nothing was stored."""
 
 
 @dataclass(frozen=True)
@@ -89,144 +88,149 @@ def hidden_states(
     Order of rows: prompts outer, queries inner.
     """
     store = usable(store, model)
-    layers = tuple(layers)
-    wrong = [i for i in layers if not -1 <= i <= model.n_layers]
-    if wrong or not layers or len(set(layers)) < len(layers):
-        raise ValueError(
-            f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the state after the final norm"
-        )
+    layers = _checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
     texts = queries["text"].tolist()
     states = np.empty((len(prompts) * len(texts), len(layers), model.hidden_size), dtype=np.float32)
-    certificate: dict[str, Any] = {
-        "found": 0,
-        "computed": 0,
-        "dtype": model.dtype_name,
-        "template": model.template,
-        "way": "",
-        "checked": 0,
-        "unchecked": 0,
-        "max_abs": 0.0,
-        "max_rel": 0.0,
-    }
-    rng = np.random.default_rng(0)
     start = time.perf_counter()
     bar = Progress(len(states), "states", progress)
-    checks_left = n_check
+    capture = _Capture(model, texts, layers, store, bar, n_check)
     for number, (name, prompt) in enumerate(prompts.items()):
-        rows = model.render(texts, prompt)
         block = states[number * len(texts) : (number + 1) * len(texts)]
-        keys = _keys(model, rows, layers) if store is not None else []
-        missing, held = (
-            _fill(block, keys, store) if store is not None else (np.arange(len(rows)), set())
-        )
-        certificate["found"] += len(rows) - len(missing)
-        bar.add(found=len(rows) - len(missing))
-        if store is not None:
-            _recall(
-                certificate, store, [keys[i] for i in np.setdiff1d(np.arange(len(rows)), missing)]
-            )
-        for part in np.array_split(missing, -(-len(missing) // CHUNK_ROWS)) if len(missing) else []:
-            embeddings = None if isinstance(prompt, str) else prompt.embeddings
-            with torch.no_grad(), model.forward.soft_tokens(embeddings):
-                wanted = [rows[i] for i in part]
-                computed, way = model.forward.with_smaller_packs(
-                    last_states, model.forward, [r.ids for r in wanted], layers
-                )
-                block[part] = computed.float().cpu().numpy()
-                take = max(
-                    0,
-                    min(
-                        len(part), max(min(n_check, 1), -(-checks_left // (len(prompts) - number)))
-                    ),
-                )
-                found = _certify(
-                    model,
-                    wanted,
-                    block[part],
-                    layers,
-                    rng.choice(len(part), take, replace=False),
-                    texts,
-                    part,
-                )
-            checks_left -= take
-            certificate["computed"] += len(part)
-            certificate["checked"] += take
-            _widen(certificate, {"way": way, **found})
-            if store is not None:
-                kept = {
-                    "way": way,
-                    "checked": take,
-                    **found,
-                }  # what Store.certificates knows a certificate by
-                kept_as = str(
-                    torch.float32 if computed.dtype == torch.float64 else computed.dtype
-                )  # some norms give float32
-                for j, layer in enumerate(layers):
-                    about = {
-                        "model": model.fingerprint,
-                        "model_name": model.name,
-                        "prompts": [name],
-                        "layer": layer,
-                        "certificate": kept,
-                    }
-                    new = {
-                        keys[i][j]: block[i, j] for i in part if keys[i][j] not in held
-                    }  # queries may render alike
-                    if new:
-                        store.write_states(
-                            list(new), np.stack(list(new.values())), dtype=kept_as, about=about
-                        )
-            bar.add(computed=len(part))
+        capture.fill(block, name, prompt, prompts_left=len(prompts) - number)
     bar.close()
+    certificate = capture.certificate
     certificate["peak_bytes"] = peak_bytes(model.device) if certificate["computed"] else 0
     certificate["seconds"] = round(time.perf_counter() - start, 3)
     table = pd.concat([queries.assign(prompt=name) for name in prompts], ignore_index=True)
-    return HiddenStates(
-        states,
-        table[["query_id", "prompt", *[c for c in table if c not in ("query_id", "prompt")]]],
-        layers,
-        certificate,
-    )
+    more = [column for column in table if column not in ("query_id", "prompt")]
+    return HiddenStates(states, table[["query_id", "prompt", *more]], layers, certificate)
 
 
-def _certify(
+def missing_states(
     model: ChatModel,
-    rows: Sequence[Rendered],
-    states: NDArray,
-    layers: Sequence[int],
-    chosen: NDArray,
-    texts: Sequence[str],
-    part: NDArray,
-) -> dict[str, float]:
-    """Re-runs the chosen rows one by one; returns the largest differences or raises ParityError."""
-    worst = {"max_abs": 0.0, "max_rel": 0.0}
-    bad = np.flatnonzero(~np.isfinite(states).all(axis=(1, 2)))
-    if len(bad):
-        advice = (
-            "load the model with dtype='float32' or 'bfloat16'"
-            if model.dtype_name == "float16"
-            else "its weights are damaged"
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    *,
+    layers: Sequence[int] = (-1,),
+    store: Store | None,
+) -> NDArray[np.bool_]:
+    """Which states `hidden_states` would have to compute: (prompts, queries, layers). Loads no weights."""
+    store, layers = usable(store, model), _checked_layers(model, layers)
+    check_queries(queries)
+    check_prompts(prompts)
+    missing = np.ones((len(prompts), len(queries), len(layers)), dtype=bool)
+    for mask, prompt in zip(missing, prompts.values()):
+        keys = _keys(model, model.render(queries["text"].tolist(), prompt), layers)
+        kept = store.read_states([key for row in keys for key in row]) if store is not None else {}
+        mask[:] = [[key not in kept for key in row] for row in keys]
+    return missing
+
+
+def _checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
+    layers = tuple(layers)
+    wrong = [i for i in layers if not -1 <= i <= model.n_layers]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the state "
+            "after the final norm"
         )
-        named = ", ".join(repr(texts[part[i]][:40]) for i in bad[:3]) + ", ..." * (len(bad) > 3)
-        raise ParityError(
-            f"{len(bad)} of {len(states)} states of {model.name!r} hold NaN or infinity in {model.dtype_name} ({named}); {advice}"
-        )
-    for i in chosen:
-        plain = plain_states(model.forward, [rows[i].ids], layers)[0].float().cpu()
-        mine = torch.from_numpy(states[i])
-        worst["max_abs"] = max(worst["max_abs"], float((mine - plain).abs().max()))
-        worst["max_rel"] = max(
-            worst["max_rel"], max(relative_difference(a, b) for a, b in zip(mine, plain))
-        )
-    limit = TOLERANCE.get(model.dtype_name, 1e-3)
-    if worst["max_rel"] > limit:
-        raise ParityError(
-            f"states of {model.name!r} differ from the plain forward pass by {worst['max_rel']:.2g} of their size (limit {limit:g} for "
-            f"{model.dtype_name}); nothing was stored: report the model, or load it with dtype='float32'"
-        )
-    return worst
+    return layers
+
+
+class _Capture:
+    """One call of `hidden_states`: fills the states prompt by prompt, and keeps its certificate."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        texts: Sequence[str],
+        layers: tuple[int, ...],
+        store: Store | None,
+        bar: Progress,
+        n_check: int,
+    ):
+        self.model, self.texts, self.layers, self.store = model, texts, layers, store
+        self.bar, self.n_check, self.checks_left = bar, n_check, n_check
+        self.rng = np.random.default_rng(0)
+        self.certificate = new_certificate(model)
+
+    def fill(
+        self, block: NDArray[np.float32], name: str, prompt: Prompt, *, prompts_left: int
+    ) -> None:
+        """Writes the states of every query under one prompt into block (queries, layers, d)."""
+        rows = self.model.render(self.texts, prompt)
+        keys: list[list[str]] = []
+        missing, held = np.arange(len(rows)), set[str]()
+        if self.store is not None:
+            keys = _keys(self.model, rows, self.layers)
+            missing, held = _fill(block, keys, self.store)
+            found = np.setdiff1d(np.arange(len(rows)), missing)
+            recall(self.certificate, self.store, [keys[i] for i in found])
+        self.certificate["found"] += len(rows) - len(missing)
+        self.bar.add(found=len(rows) - len(missing))
+        for part in np.array_split(missing, -(-len(missing) // CHUNK_ROWS)) if len(missing) else []:
+            take = -(-self.checks_left // prompts_left)
+            take = max(0, min(len(part), max(min(self.n_check, 1), take)))
+            dtype, certificate = self._compute(block, part, rows, prompt, take)
+            self.checks_left -= take
+            if self.store is not None:
+                new = [(i, keys[i]) for i in part]
+                self._keep(block, new, held, name, dtype, certificate)
+            self.bar.add(computed=len(part))
+
+    def _compute(
+        self,
+        block: NDArray[np.float32],
+        part: NDArray[np.int64],
+        rows: Sequence[Rendered],
+        prompt: Prompt,
+        take: int,
+    ) -> tuple[str, dict[str, Any]]:
+        """Computes the rows of a part, `take` of them certified: the dtype they came in, and the part's certificate."""
+        forward = self.model.forward
+        wanted = [rows[i] for i in part]
+        embeddings = None if isinstance(prompt, str) else prompt.embeddings
+        with torch.no_grad(), forward.soft_tokens(embeddings):
+            ids = [row.ids for row in wanted]
+            computed, way = forward.with_smaller_packs(last_states, forward, ids, self.layers)
+            block[part] = computed.float().cpu().numpy()
+            chosen = self.rng.choice(len(part), take, replace=False)
+            texts = [self.texts[i] for i in part]
+            worst = certify(self.model, wanted, texts, block[part], self.layers, chosen)
+        certificate = {"way": way, "checked": take, **worst}  # as Store.certificates knows them
+        self.certificate["computed"] += len(part)
+        self.certificate["checked"] += take
+        widen(self.certificate, certificate)
+        # Some norms give float32 in a model of half precision; float64 is kept as float32.
+        dtype = torch.float32 if computed.dtype == torch.float64 else computed.dtype
+        return str(dtype), certificate
+
+    def _keep(
+        self,
+        block: NDArray[np.float32],
+        rows: Sequence[tuple[int, list[str]]],
+        held: set[str],
+        name: str,
+        dtype: str,
+        certificate: dict[str, Any],
+    ) -> None:
+        """Commits the rows (position in block, keys by layer), but those that the store holds already."""
+        assert self.store is not None
+        for j, layer in enumerate(self.layers):
+            about = {
+                "model": self.model.fingerprint,
+                "model_name": self.model.name,
+                "prompts": [name],
+                "layer": layer,
+                "certificate": certificate,
+            }
+            # Queries may render alike: one row for each key.
+            new = {keys[j]: block[i, j] for i, keys in rows if keys[j] not in held}
+            if new:
+                states = np.stack(list(new.values()))
+                self.store.write_states(list(new), states, dtype=dtype, about=about)
 
 
 def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> list[list[str]]:
@@ -234,7 +238,9 @@ def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> 
     return [[row_key(ids=r.ids, soft=r.soft, layer=i, **common) for i in layers] for r in rows]
 
 
-def _fill(block: NDArray, keys: list[list[str]], store: Store) -> tuple[NDArray, set[str]]:
+def _fill(
+    block: NDArray[Any], keys: list[list[str]], store: Store
+) -> tuple[NDArray[Any], set[str]]:
     """Writes the stored states into block; returns the positions of rows with any layer missing, and the keys that are kept."""
     read = store.read_states([k for row in keys for k in row])
     found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}
@@ -245,22 +251,3 @@ def _fill(block: NDArray, keys: list[list[str]], store: Store) -> tuple[NDArray,
         else:
             missing.append(i)
     return np.array(missing, dtype=int), set(found)
-
-
-def _recall(certificate: dict[str, Any], store: Store, keys: Sequence[Sequence[str]]) -> None:
-    """Adds what is known of found rows: the certificates under which they were committed."""
-    kept = store.certificates([key for row in keys for key in row])
-    for found in {id(c): c for cs in kept.values() for c in cs}.values():
-        _widen(certificate, found)
-    checked = {
-        key: bool(own) and all(c["checked"] for c in own) for key, own in kept.items()
-    }  # of merged batches, every one
-    certificate["unchecked"] += sum(not checked.get(row[0], False) for row in keys)
-
-
-def _widen(certificate: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Makes a certificate hold for further rows as well."""
-    if more["way"] not in certificate["way"].split(", "):
-        certificate["way"] = ", ".join(filter(None, [certificate["way"], more["way"]]))
-    for key in ("max_abs", "max_rel"):
-        certificate[key] = max(certificate[key], more[key])

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -113,7 +114,7 @@ def jsonl_rows(path: Path, content: str) -> list[_Row]:
     return rows
 
 
-class JsonPairs(list):
+class JsonPairs(list[tuple[str, Any]]):
     """The (name, value) pairs of a JSON object, of which a dict would keep the last of equal names."""
 
 

@@ -13,9 +13,10 @@ from ..collect.inputs import check_prompts, check_queries, usable
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import log_probabilities
+from ..model.passes import log_probabilities
 from ..model.rendering import Prompt
-from ..store.store import Store, row_key
+from ..store.batches import row_key
+from ..store.store import Store
 from .strings import phrases
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .architecture import text_config
+from .checks import weight_map
 from .errors import ChatModelError
 from .fingerprint import digest_in_memory, digest_of_source, state_of, weight_files
 from .forward import Forward
@@ -24,7 +25,6 @@ from .loading import (
     load_weights,
     read_generation,
     read_source,
-    weight_map,
 )
 from .rendering import Prompt, Rendered, Renderer
 
@@ -55,10 +55,10 @@ class ChatModel:
         self.n_embeddings = self.renderer.n_embeddings
         self.lock = threading.RLock()  # of what changes how the model computes
         self._forward: Forward | None = None
-        self._loaded: tuple | None = (
+        self._loaded: tuple[Any, ...] | None = (
             None  # the state of the weights when they were read from `source`
         )
-        self._hashed: tuple[tuple | None, str] | None = None  # that state and its fingerprint
+        self._hashed: tuple[tuple[Any, ...] | None, str] | None = None  # that state and its fingerprint
         self._files: Any = {}  # of a folder, as they were when it was opened
 
     @classmethod

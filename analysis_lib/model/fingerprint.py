@@ -27,7 +27,7 @@ def weight_files(folder: Path) -> dict[str, tuple[int, int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
-def state_of(model: Any) -> tuple:
+def state_of(model: Any) -> tuple[Any, ...]:
     """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
     tensors = (*model.parameters(), *model.buffers())
     kinds = frozenset(map(type, model.modules())) - {SoftEmbedding}  # a block may have been wrapped

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data.files import ROOT
+from .checks import load_advice, refuse_configuration, refuse_random_weights, weight_map
 from .errors import ChatModelError
 from .fingerprint import weight_files
 from .templates import TEMPLATES, read_template, study_models
@@ -123,13 +121,13 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
     except Exception as error:
         study = study_models()
         meant = () if source.is_folder or place in set(study["hub_id"]) else tuple(study["model"])
-        raise ChatModelError(_load_advice(name, error, meant=meant)) from error
+        raise ChatModelError(load_advice(name, error, meant=meant)) from error
     if adapter:
         raise ChatModelError(
             f"{name!r} holds an adapter beside the model, and which of both is meant is not clear; merge the adapter "
             "(merge_and_unload) and save the model, or take adapter_config.json away"
         )
-    _refuse_configuration(name, config)
+    refuse_configuration(name, config)
     _check_tokenizer(name, tokenizer, source.template)
     return config, tokenizer, revision
 
@@ -238,12 +236,12 @@ def load_weights(
             place, output_loading_info=True, **options
         )
     except Exception as error:
-        raise ChatModelError(_load_advice(name, error)) from error
+        raise ChatModelError(load_advice(name, error)) from error
     finally:
         if bars:
             logging.enable_progress_bar()
     model, report = loaded
-    _refuse_random_weights(name, report)
+    refuse_random_weights(name, report)
     return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
 
 
@@ -348,7 +346,7 @@ def load_classifier(
     name = str(name)
     safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        _refuse_configuration(name, AutoConfig.from_pretrained(name, **safe))
+        refuse_configuration(name, AutoConfig.from_pretrained(name, **safe))
         weight_map(name, name, revision)
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -357,9 +355,9 @@ def load_classifier(
     except ChatModelError:
         raise
     except Exception as error:
-        raise ChatModelError(_load_advice(name, error)) from error
+        raise ChatModelError(load_advice(name, error)) from error
     model, report = loaded
-    _refuse_random_weights(name, report)
+    refuse_random_weights(name, report)
     return model.to(
         device or ("cuda" if torch.cuda.is_available() else "cpu")
     ).eval().requires_grad_(False), tokenizer
@@ -372,92 +370,3 @@ def _model_folder(name: str) -> Path | None:
         return path.resolve() if path.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
         return None
-
-
-def _refuse_configuration(name: str, config: Any) -> None:
-    """A configuration may name code of the hub and files of its own choice."""
-    asked = [
-        str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")
-    ]
-    if "/" in " ".join(asked):
-        raise ChatModelError(
-            f"the configuration of {name!r} asks for compiled code of the hub, which is never run; take the entry "
-            '"attn_implementation" (or "experts_implementation") out of its config.json'
-        )
-    if getattr(config, "transformers_weights", None):
-        raise ChatModelError(
-            f"the configuration of {name!r} names its own file of weights, which is not read; take the entry "
-            '"transformers_weights" out of its config.json'
-        )
-
-
-def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] | None:
-    """{tensor: file} of a checkpoint in several files, None of one in a single file. Raises ChatModelError: see `load`."""
-    from transformers.utils import cached_file
-
-    found: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    try:
-        if cached_file(source, "model.safetensors", **found):
-            return None
-        index = cached_file(source, "model.safetensors.index.json", **found)
-    except OSError as error:  # the network, say
-        raise ChatModelError(_load_advice(name, error)) from error
-    if index is None:
-        return None
-    try:
-        files = dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ChatModelError(
-            f"model.safetensors.index.json of {name!r} names no files ({type(error).__name__}); copy or download the model again"
-        ) from error
-    for file in files.values():
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise ChatModelError(
-                f"model.safetensors.index.json of {name!r} names {str(file)[:80]!r}, which is no *.safetensors beside it; only such "
-                "files are read: copy or download the model again"
-            )
-    return files
-
-
-def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
-    """transformers draws at random what a checkpoint does not hold, and goes on."""
-    lacking = sorted(
-        {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()}
-    )
-    if lacking:
-        raise ChatModelError(
-            f"the files of {name!r} do not hold {len(lacking)} of the model's tensors ({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), "
-            "which would be drawn at random; copy or download the model again, or mend its config.json"
-        )
-
-
-def _load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> str:
-    """One line that says what to do, from an error of the libraries below. meant: names of the study that may have been."""
-    text = f"{type(error).__name__}: {error}"
-    names = {one.lower(): one for one in meant}
-    near = difflib.get_close_matches(name.partition("@")[0].rpartition("/")[2].lower(), names)
-    similar = (
-        f"; models of the study with a similar name: {', '.join(names[one] for one in near)}"
-        if near
-        else ""
-    )
-    said = text.replace(name, "")  # a folder called "401" says nothing about the network
-    if "SafetensorError" in said:
-        return f"the weights of {name!r} are damaged or incomplete ({error}); copy or download the model again"
-    if "trust_remote_code" in said:
-        return f"{name!r} needs its own Python code, which is never run; choose a model that transformers supports itself"
-    if re.search(r"sentencepiece|protobuf|tiktoken", said):
-        return f"the tokenizer of {name!r} is a SentencePiece file, which has to be converted; pip install sentencepiece protobuf"
-    if "safetensors" in said:
-        return f"{name!r} offers no safetensors weights; pickled weights can run code on load and are not read: choose another revision or convert it"
-    if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):
-        return f"{name!r} is gated or private; accept its terms on its page and log in with `hf auth login`{similar}"
-    if re.search(r"offline|connect|resolve|network", said, re.IGNORECASE):
-        return f"{name!r} is not in the local cache and the hub cannot be reached; check the network, or give a local folder{similar}"
-    if re.search(r"not a valid model identifier|\b404\b|Repository ?Not ?Found", said):
-        return f"{name!r} is no model of the hub and no folder; check the spelling, or give 'organism'{similar}"
-    return f"{name!r} cannot be loaded: {text.splitlines()[0][:300]}"

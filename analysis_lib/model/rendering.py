@@ -39,7 +39,7 @@ class SoftTokens(Protocol):
 Prompt = str | SoftTokens
 
 
-def soft_digest(embeddings: NDArray) -> str:
+def soft_digest(embeddings: NDArray[Any]) -> str:
     """SHA-256 of soft embeddings: what a cached row of theirs is keyed by."""
     return hashlib.sha256(np.ascontiguousarray(embeddings, dtype=np.float32).tobytes()).hexdigest()
 

@@ -212,7 +212,7 @@ def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
 
 
 def nearest_tokens(
-    model: ChatModel, embeddings: NDArray, *, n: int = 1
+    model: ChatModel, embeddings: NDArray[Any], *, n: int = 1
 ) -> list[list[tuple[str, float]]]:
     """For each row of embeddings (length, d), the n vocabulary tokens of largest cosine, with it."""
     table = torch.nn.functional.normalize(

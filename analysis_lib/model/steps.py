@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from .architecture import attention_mask, text_config
-from .forward import TOLERANCE, Forward, relative_difference, run_plan, shares_prefixes
+from .forward import Forward
+from .passes import TOLERANCE, relative_difference, run_plan, shares_prefixes
 from .tree import plan_rows
 
 ROOM = 16  # tokens
@@ -62,7 +63,7 @@ class CachedStep:
         self.length = width
         return torch.stack(logits)  # type: ignore[arg-type]
 
-    def next(self, parents: NDArray, tokens: NDArray) -> torch.Tensor:
+    def next(self, parents: NDArray[Any], tokens: NDArray[Any]) -> torch.Tensor:
         from transformers import DynamicCache
 
         device = self.forward.device
@@ -225,6 +226,6 @@ class PlainStep:
                     out[i] = row
         return torch.stack(out)  # type: ignore[arg-type]
 
-    def next(self, parents: NDArray, tokens: NDArray) -> torch.Tensor:
+    def next(self, parents: NDArray[Any], tokens: NDArray[Any]) -> torch.Tensor:
         self.rows = [(*self.rows[p], int(t)) for p, t in zip(parents, tokens)]
         return self.first()

@@ -6,7 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,13 @@ from numpy.typing import NDArray
 
 from ..analysis.directions import Direction
 from ..analysis.space import AnchorSpace
-from ..collect.responses import sample_responses
-from ..collect.states import CHUNK_ROWS, hidden_states
+from ..collect.responses import missing_responses, sample_responses
+from ..collect.states import CHUNK_ROWS, missing_states
 from ..judge.verdicts import judge_responses
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import (
-    last_states,
-    peak_bytes,
-    shares_prefixes,
-    tokens_of_a_line,
-    tokens_of_a_pack,
-)
+from ..model.forward import peak_bytes, tokens_of_a_line, tokens_of_a_pack
+from ..model.passes import last_states, shares_prefixes
 from ..model.rendering import Prompt
 from ..model.tree import plan_rows
 from ..store.store import Store
@@ -70,12 +66,10 @@ def estimate(
     Raises ChatModelError where the weights do not fit the free memory.
     """
     options = {"n_samples": 20, "max_new_tokens": 300, **(sampling or {})}
-    asked = _Asked(store, model.hidden_size)
-    hidden_states(model, queries, prompts, layers=layers, store=asked)  # type: ignore[arg-type]
-    lacks_state = np.asarray(asked.lacking(len(prompts), len(queries), len(layers)).any(axis=2))
-    sample_responses(model, queries, prompts, store=asked, **options)  # type: ignore[arg-type]
-    lacks_response = asked.lacking(len(prompts), len(queries), options["n_samples"])
     config = config or DROConfig()
+    missing = missing_states(model, queries, prompts, layers=layers, store=store)
+    lacks_state = np.asarray(missing.any(axis=2))
+    lacks_response = missing_responses(model, queries, prompts, store=store, **options)
     start = next((p for p in prompts.values() if isinstance(p, str) and p.strip()), None)
     classes = queries["harmful"].nunique() if "harmful" in queries else 0
     trains = start is not None and classes == 2 and not model.quantization
@@ -84,111 +78,100 @@ def estimate(
         _check_memory(model)
     shared = shares_prefixes(model.forward) if probe_this else True
     count = _tokens if shared else lambda model, rows: sum(map(len, rows))
-
-    lacking = [
-        (
-            prompt,
-            [
-                row.ids
-                for row, lacks in zip(model.render(queries["text"].tolist(), prompt), mask)
-                if lacks
-            ],
-        )
-        for prompt, mask in zip(prompts.values(), lacks_state)
+    steps = [
+        _states_step(model, queries, prompts, layers, lacks_state, count),
+        _responses_step(model, queries, prompts, lacks_response, options),
     ]
-    tokens = sum(count(model, ids) for _, ids in lacking)
-    table: list[tuple] = []
-
-    def add(step: str, rows: int, found: int, tokens: int, seconds: Callable[[], float]) -> None:
-        took = 0.0 if not tokens else seconds() if probe else np.nan
-        table.append(
-            (
-                step,
-                rows,
-                found,
-                tokens,
-                took,
-                peak_bytes(model.device) if probe_this else model.weight_bytes,
-            )
-        )
-
-    add(
-        "states",
-        lacks_state.size,
-        int((~lacks_state).sum()),
-        tokens,
-        lambda: (
-            tokens
-            * _seconds_a_token(model, *max(lacking, key=lambda part: len(part[1])), layers, count)
-        ),
-    )
-    n_lacking = int(lacks_response.sum())
-    add(
-        "responses",
-        lacks_response.size,
-        lacks_response.size - n_lacking,
-        n_lacking * options["max_new_tokens"],
-        lambda: n_lacking * _seconds_a_response(model, queries, prompts, lacks_response, options),
-    )
     if trains:
         assert start is not None
         labelled = queries[queries["harmful"].notna()]
-        ids = [row.ids for row in model.render(labelled["text"].tolist(), start)]
-        batches = max(1, round(len(labelled) / config.batch_size))
-        a_batch = count(model, ids[:: -(-len(ids) // (len(ids) // batches))])
-        steps = config.epochs * batches
-        add(
-            "DRO",
-            steps,
-            0,
-            steps * a_batch,
-            lambda: (
-                steps * a_batch * _seconds_a_trained_token(model, labelled, start, config, count)
-            ),
-        )
+        steps.append(_dro_step(model, labelled, start, config, count))
         if tuning and shared:
-            trained = tuning.epochs * len(labelled)
-            add(
-                "prompt tuning",
-                tuning.epochs * max(1, round(len(labelled) / tuning.batch_size)),
-                0,
-                trained
-                * 2
-                * options["n_samples"]
-                * min(tuning.max_response_tokens, options["max_new_tokens"]),
-                lambda: (
-                    trained * _seconds_a_tuned_query(model, labelled, start, options, tuning, count)
-                ),
-            )
+            steps.append(_tuning_step(model, labelled, start, options, tuning, count))
+    table = []
+    for step in steps:
+        seconds = 0.0 if not step.tokens else step.seconds() if probe else np.nan
+        memory = peak_bytes(model.device) if probe_this else model.weight_bytes
+        table.append((step.name, step.rows, step.found, step.tokens, seconds, memory))
     return pd.DataFrame(
         table, columns=["step", "rows", "found", "tokens", "seconds", "memory_bytes"]
     )
 
 
-class _Asked:
-    """A store that has everything: a run that reads it computes nothing, and tells by its keys what it would look for."""
+Count = Callable[[ChatModel, Sequence[Sequence[int]]], int]
 
-    def __init__(self, store: Store | None, hidden_size: int):
-        self.store, self.state = store, np.zeros(hidden_size, np.float32)
-        self.answers: list[bool] = []
 
-    def read_states(self, keys: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        kept = self.store.read_states(keys) if self.store is not None else {}
-        self.answers += [key in kept for key in keys]
-        return dict.fromkeys(keys, self.state)
+@dataclass(frozen=True)
+class _Step:
+    """One row of the estimate; seconds() measures on a few of its tokens."""
 
-    def read_responses(self, keys: Sequence[str]) -> dict[str, dict[str, str]]:
-        kept = self.store.read_responses(keys) if self.store is not None else {}
-        self.answers += [key in kept for key in keys]
-        return dict.fromkeys(keys, {"response": "", "end": ""})
+    name: str
+    rows: int
+    found: int
+    tokens: int
+    seconds: Callable[[], float]
 
-    def certificates(self, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        return {}
 
-    def lacking(self, *shape: int) -> NDArray[np.bool_]:
-        """Which rows asked for since the last call are not in the real store."""
-        answers, self.answers = ~np.array(self.answers), []
-        return answers.reshape(shape)
+def _states_step(
+    model: ChatModel,
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    layers: Sequence[int],
+    lacks: NDArray[np.bool_],
+    count: Count,
+) -> _Step:
+    texts = queries["text"].tolist()
+    lacking = [
+        (prompt, [row.ids for row, wanted in zip(model.render(texts, prompt), mask) if wanted])
+        for prompt, mask in zip(prompts.values(), lacks)
+    ]
+    tokens = sum(count(model, ids) for _, ids in lacking)
+
+    def seconds() -> float:
+        largest = max(lacking, key=lambda part: len(part[1]))
+        return tokens * _seconds_a_token(model, *largest, layers, count)
+
+    return _Step("states", lacks.size, int((~lacks).sum()), tokens, seconds)
+
+
+def _responses_step(
+    model: ChatModel,
+    queries: pd.DataFrame,
+    prompts: Mapping[str, Prompt],
+    lacks: NDArray[np.bool_],
+    options: Mapping[str, Any],
+) -> _Step:
+    n = int(lacks.sum())
+    tokens = n * options["max_new_tokens"]
+    each = partial(_seconds_a_response, model, queries, prompts, lacks, options)
+    return _Step("responses", lacks.size, lacks.size - n, tokens, lambda: n * each())
+
+
+def _dro_step(
+    model: ChatModel, labelled: pd.DataFrame, start: str, config: DROConfig, count: Count
+) -> _Step:
+    ids = [row.ids for row in model.render(labelled["text"].tolist(), start)]
+    batches = max(1, round(len(labelled) / config.batch_size))
+    a_batch = count(model, ids[:: -(-len(ids) // (len(ids) // batches))])
+    steps = config.epochs * batches
+    each = partial(_seconds_a_trained_token, model, labelled, start, config, count)
+    return _Step("DRO", steps, 0, steps * a_batch, lambda: steps * a_batch * each())
+
+
+def _tuning_step(
+    model: ChatModel,
+    labelled: pd.DataFrame,
+    start: str,
+    options: Mapping[str, Any],
+    tuning: PromptTuningConfig,
+    count: Count,
+) -> _Step:
+    trained = tuning.epochs * len(labelled)
+    longest = min(tuning.max_response_tokens, options["max_new_tokens"])
+    steps = tuning.epochs * max(1, round(len(labelled) / tuning.batch_size))
+    each = partial(_seconds_a_tuned_query, model, labelled, start, options, tuning, count)
+    tokens = trained * 2 * options["n_samples"] * longest
+    return _Step("prompt tuning", steps, 0, tokens, lambda: trained * each())
 
 
 def _check_memory(model: ChatModel) -> None:
@@ -218,9 +201,6 @@ def _free_bytes(device: str) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
-
-
-Count = Callable[[ChatModel, Sequence[Sequence[int]]], int]
 
 
 def _tokens(model: ChatModel, rows: Sequence[Sequence[int]]) -> int:

@@ -9,30 +9,31 @@ import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
-import bleach
 import mistune
+import nh3
 from nbformat import NotebookNode
-from plotly.offline import get_plotlyjs
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+
+from ..figures.pages import plotly_script
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
-_STYLE = re.compile(r"<style\b.*?</style\s*>", re.IGNORECASE | re.DOTALL)
 
-_TAGS = frozenset(
+_TAGS = set(
     "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i kbd li ol p pre s small span"
     " strong sub summary sup table tbody td tfoot th thead tr ul".split()
 )
 
 _ATTRIBUTES = {
-    "a": ["href", "title"],
-    "td": ["colspan", "rowspan"],
-    "th": ["colspan", "rowspan", "scope"],
+    "a": {"href", "title"},
+    "td": {"colspan", "rowspan"},
+    "th": {"colspan", "rowspan", "scope"},
 }
 
 _DRAW = """
@@ -90,7 +91,7 @@ def write_report(
             + "</li>"
         )
         sections.append(f'<section id="{escape(name)}">\n{body}\n</section>')
-    scripts = [get_plotlyjs().replace("\r", ""), _DRAW]
+    scripts = [plotly_script().replace("\r", ""), _DRAW]
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in scripts
@@ -170,13 +171,18 @@ def _output(output: NotebookNode, markdown: _Markdown) -> str:
     if "image/png" in data:
         return f'<div class="output"><img alt="" src="data:image/png;base64,{escape("".join(data["image/png"].split()))}"></div>'
     if "text/html" in data:
-        return f'<div class="output">{bleach.clean(_STYLE.sub("", data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
+        return f'<div class="output">{nh3.clean(_whole(data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
     if "text/markdown" in data:
         return f'<div class="output">{markdown.convert(data["text/markdown"])}</div>'
     return _pre(data.get("text/plain", ""))
 
 
-def _figure(figure: Mapping) -> str:
+def _whole(text: str) -> str:
+    """The text with half Unicode pairs, which no file can hold, as question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _figure(figure: Mapping[str, Any]) -> str:
     layout = figure.get("layout", {})
     height = int(layout.get("height") or 450)
     label = layout.get("title", {}).get("text") or "figure"

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbformat import NotebookNode
 
+from ..figures.pages import write_page
 from .html import PLOTLY_MIME
 
 
@@ -55,8 +56,6 @@ def write_figures(notebooks: Mapping[str, NotebookNode], folder: str | Path) -> 
 
     The .html files share one plotly.js, beside them, and open offline.
     """
-    import plotly.io as pio
-
     folder = Path(folder)
     figures: dict[str, dict[str, Any]] = {}
     for stem, nb in notebooks.items():
@@ -72,13 +71,7 @@ def write_figures(notebooks: Mapping[str, NotebookNode], folder: str | Path) -> 
         return []
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        pio.write_html(
-            figure,
-            folder / f"{name}.html",
-            include_plotlyjs="directory",
-            validate=False,
-            div_id="figure",
-        )
+        write_page(figure, folder / f"{name}.html")
     written = [folder / f"{name}.html" for name in figures]
     try:
         with Pictures() as pictures:

@@ -19,6 +19,7 @@ from ..model.chat import ChatModel
 from ..model.loading import default_device, default_dtype
 from ..model.soft_prompt import SoftPrompt
 from ..store.store import Store
+from ..store.upkeep import info
 from ..train.dro import DROConfig
 from ..train.export import export
 from ..train.tuning import PromptTuningConfig
@@ -77,73 +78,31 @@ def reproduce(
             f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e '.[notebooks]'"
         ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
-    name = None if model.name == "organism" else model.name
     given: dict[str, Any] = {
-        "model": name,
+        "model": None if model.name == "organism" else model.name,
         "prompt": prompt,
         "queries": queries,
         "heldout": heldout,
         "guard": guard,
         "template": template,
     }
-    env = {
-        **environment_of(model),
-        "ANALYSIS_LIB_STORE": str(Store().folder.absolute()),
-    }  # the notebooks run in another folder
+    # The notebooks run in another folder: the store's must be whole.
+    env = {**environment_of(model), "ANALYSIS_LIB_STORE": str(Store().folder.absolute())}
     runs = run_notebooks(out, jobs=jobs, env=env, **given)
     figures = write_figures({run.notebook.stem: run.nb for run in runs}, out / "figures")
-    exports: dict[str, dict[str, Any]] = {}
-    for path in _soft_prompts(out):
-        if path.stat().st_mtime_ns == before.get(
-            path
-        ):  # an earlier run's must not be exported as this one's
-            continue
-        entry = exports[path.stem] = {
-            "file": str(path.relative_to(out)),
-            "config": {},
-            "exports": {},
-            "error": None,
-        }
-        try:
-            soft = SoftPrompt.load(path, model)
-            entry |= {
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "length": len(soft.embeddings),
-                "start_text": soft.start_text,
-                "config": dict(soft.config),
-            }
-            soft.history.to_csv(_folder(out / "tables") / f"{path.stem}_history.csv", index=False)
-            written = export(soft, model, out / "exports" / path.stem, forms)
-            entry["exports"] = {
-                form: str(folder.relative_to(out)) for form, folder in written.items()
-            }
-            print(f"Exported {path.stem}: " + ", ".join(str(folder) for folder in written.values()))
-        except (
-            Exception
-        ) as failure:  # a full disk, say: hours of work are not to end without their summary
-            entry["error"] = f"{type(failure).__name__}: {failure}"
-            print(f"Not exported: {path.stem}: {entry['error']}")
+    # An earlier run's soft prompt must not be exported as this one's.
+    new = [path for path in _soft_prompts(out) if path.stat().st_mtime_ns != before.get(path)]
+    exports = {path.stem: _export(path, model, out, forms) for path in new}
+    text = None if prompt is None else prompt.read_text(encoding="utf-8").strip()
     summary = {
-        "versions": {
-            "python": platform.python_version(),
-            **{package: metadata.version(package) for package in PACKAGES},
-        },
+        "versions": _versions(),
         "model": {**model.about(), "device": str(model.device)},
-        "prompt": None
-        if prompt is None
-        else {"file": prompt.name, "text": prompt.read_text(encoding="utf-8").strip()},
+        "prompt": None if prompt is None else {"file": prompt.name, "text": text},
         "queries": queries or "anchor",
         "heldout": list(heldout or HELDOUT_SETS),
         "guard": guard,
-        "seeds": {
-            "sampling": 0,
-            **{name: soft["config"].get("seed") for name, soft in exports.items()},
-        },
-        "certificates": [
-            c["certificate"]
-            for c in Store().info()["certificates"]
-            if c["model"] == model.fingerprint
-        ],
+        "seeds": {"sampling": 0, **{name: e["config"].get("seed") for name, e in exports.items()}},
+        "certificates": _certificates(model),
         "soft_prompts": exports,
         "notebooks": [
             {"name": run.notebook.name, "seconds": round(run.seconds, 1), "error": run.error}
@@ -153,13 +112,44 @@ def reproduce(
         "figures": [str(path.relative_to(out)) for path in figures],
         "report": "report.html",
     }
-    (out / "summary.json").write_text(
-        json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     print(f"Summary: {out / 'summary.json'}")
-    return not any(run.error for run in runs) and not any(
-        soft["error"] for soft in exports.values()
-    )
+    return not any(run.error for run in runs) and not any(e["error"] for e in exports.values())
+
+
+def _export(path: Path, model: ChatModel, out: Path, forms: Sequence[str] | None) -> dict[str, Any]:
+    """Exports a soft prompt of this run: its entry in the summary, with the error where it failed."""
+    entry: dict[str, Any] = {"file": str(path.relative_to(out)), "config": {}, "exports": {}}
+    try:
+        soft = SoftPrompt.load(path, model)
+        entry |= {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "length": len(soft.embeddings),
+            "start_text": soft.start_text,
+            "config": dict(soft.config),
+        }
+        tables = out / "tables"
+        tables.mkdir(parents=True, exist_ok=True)
+        soft.history.to_csv(tables / f"{path.stem}_history.csv", index=False)
+        written = export(soft, model, out / "exports" / path.stem, forms)
+        entry["exports"] = {form: str(place.relative_to(out)) for form, place in written.items()}
+        print(f"Exported {path.stem}: " + ", ".join(map(str, written.values())))
+        return entry | {"error": None}
+    except Exception as failure:  # a full disk, say: hours of work must not end without a summary
+        error = f"{type(failure).__name__}: {failure}"
+        print(f"Not exported: {path.stem}: {error}")
+        return entry | {"error": error}
+
+
+def _versions() -> dict[str, str]:
+    python = {"python": platform.python_version()}
+    return python | {package: metadata.version(package) for package in PACKAGES}
+
+
+def _certificates(model: ChatModel) -> list[Any]:
+    kept = info(Store())["certificates"]
+    return [c["certificate"] for c in kept if c["model"] == model.fingerprint]
 
 
 def plan(
@@ -244,8 +234,3 @@ def environment_of(model: ChatModel) -> dict[str, str]:
 
 def _soft_prompts(out: Path) -> list[Path]:
     return sorted((out / "soft_prompts").glob("*.safetensors"))
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path

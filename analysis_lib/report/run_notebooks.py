@@ -76,11 +76,6 @@ def run_notebooks(
     A failing notebook does not stop the others: look at `Run.error`. Raises NotebookError where nothing can be run.
     """
     out = Path(out).resolve()
-    paths = sorted(Path(folder).glob("[0-9][0-9]_*.ipynb"))
-    if not paths:
-        raise NotebookError(
-            f"no notebooks NN_*.ipynb in {folder}; run from a checkout of the project, installed with `pip install -e .`"
-        )
     if prompt is not None and not Path(prompt).is_file():
         raise NotebookError(
             f"the prompt file {prompt} does not exist; give the path of a text file"
@@ -97,45 +92,67 @@ def run_notebooks(
     }
     if heldout is not None:
         given["HELDOUT"] = [_absolute(value) for value in heldout]
-    notebooks = [read_notebook(path) for path in paths]
-    for parameter in given:
-        if not any(parameter in parameters(nb) for nb in notebooks):
-            raise NotebookError(
-                f"no notebook in {folder} has the parameter {parameter}; assign it in a cell tagged `parameters`"
-            )
-    for nb in notebooks:
-        inject(nb, {**given, "OUT": str(out)})
-
+    notebooks = _prepared(Path(folder), given, out)
     out.mkdir(parents=True, exist_ok=True)
     table = out / "tables" / "benchmark.csv"
     table.unlink(missing_ok=True)  # an earlier run's table must not be printed as this one's
     name = given.get("MODEL", "organism")
-    print(f"Running {len(paths)} notebooks, {jobs} at a time, on the model {name!r}", flush=True)
-
-    async def run_all() -> tuple[Run, ...]:
-        runs: list[Run] = []
-        async for run in execute(list(zip(paths, notebooks, strict=True)), jobs, env or {}):
-            clean(run.nb)
-            nbformat.write(run.nb, out / run.notebook.name)
-            print(progress_line(run, len(runs) + 1, len(paths)), flush=True)
-            runs.append(run)
-        return tuple(runs)
-
-    runs = asyncio.run(run_all())
+    print(
+        f"Running {len(notebooks)} notebooks, {jobs} at a time, on the model {name!r}", flush=True
+    )
+    runs = asyncio.run(_run_all(notebooks, jobs, env or {}, out))
     report = write_report(
         {run.notebook.stem: run.nb for run in runs},
         out / "report.html",
         note=ORGANISM if name == "organism" else f"Model: {name}",
     )
-    if table.is_file():
-        wide = pd.read_csv(table).pivot_table(
-            "value", ["query_set", "metric"], ["method", "prompt"], sort=False
-        )
-        print(f"\nBenchmark ({table}):\n{wide.round(3).to_string(na_rep='')}")
-    else:
-        print(f"\nNo benchmark table: no notebook wrote {table}")
+    _print_benchmark(table)
     print(f"\nReport: {report}")
     return runs
+
+
+Notebooks = Sequence[tuple[Path, NotebookNode]]
+
+
+def _prepared(folder: Path, given: Mapping[str, Any], out: Path) -> Notebooks:
+    """The folder's notebooks in order, with the given parameters. Raises NotebookError."""
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise NotebookError(
+            f"no notebooks NN_*.ipynb in {folder}; give the folder that holds the project's notebooks"
+        )
+    notebooks = [(path, read_notebook(path)) for path in paths]
+    for parameter in given:
+        if not any(parameter in parameters(nb) for _, nb in notebooks):
+            raise NotebookError(
+                f"no notebook in {folder} has the parameter {parameter}; assign it in a cell tagged "
+                "`parameters`"
+            )
+    for _, nb in notebooks:
+        inject(nb, {**given, "OUT": str(out)})
+    return notebooks
+
+
+async def _run_all(
+    notebooks: Notebooks, jobs: int, env: Mapping[str, str], out: Path
+) -> tuple[Run, ...]:
+    """Runs the notebooks, writes each into `out` as it ends, and says so."""
+    runs: list[Run] = []
+    async for run in execute(notebooks, jobs, env):
+        clean(run.nb)
+        nbformat.write(run.nb, out / run.notebook.name)
+        print(progress_line(run, len(runs) + 1, len(notebooks)), flush=True)
+        runs.append(run)
+    return tuple(runs)
+
+
+def _print_benchmark(table: Path) -> None:
+    if not table.is_file():
+        print(f"\nNo benchmark table: no notebook wrote {table}")
+        return
+    rows = pd.read_csv(table)
+    wide = rows.pivot_table("value", ["query_set", "metric"], ["method", "prompt"], sort=False)
+    print(f"\nBenchmark ({table}):\n{wide.round(3).to_string(na_rep='')}")
 
 
 def parameters(nb: NotebookNode) -> dict[str, int]:

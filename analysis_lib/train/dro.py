@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,11 +19,13 @@ from ..analysis.directions import Direction
 from ..analysis.space import AnchorSpace
 from ..collect.inputs import check_queries
 from ..model.chat import ChatModel
-from ..model.forward import Forward, last_states, run_plan, shares_prefixes
+from ..model.forward import Forward
+from ..model.passes import last_states, run_plan, shares_prefixes
 from ..model.soft_prompt import SoftPrompt
 from ..model.tree import plan_rows
 from ..store.store import Store
-from .loop import KeptTraining, OnStep, array_digest, check_config, train_soft_prompt
+from .kept import KeptTraining, array_digest
+from .loop import OnStep, check_config, train_soft_prompt
 
 
 @dataclass(frozen=True)
@@ -119,53 +122,60 @@ def train_dro(
     """
     config = config or DROConfig()
     check_queries(queries, "harmful")
-    if len(space.mean) != model.hidden_size:
-        raise ValueError(
-            f"the space has {len(space.mean)} dimensions, the states of {model.name!r} have {model.hidden_size}; fit it to this model's states"
-        )
     labelled = queries[queries["harmful"].notna()]
-    labels = labelled["harmful"].astype(float).tolist()
-    if len(set(labels)) < 2:
-        raise ValueError(
-            "DRO needs queries of both classes in the column harmful; 'anchor' has 100 of each"
-        )
-    if not len(refusal.weight) == len(harmfulness.weight) == space.k:
-        raise ValueError(
-            f"the space has {space.k} components, the directions {len(refusal.weight)} and {len(harmfulness.weight)}; fit them in it"
-        )
-    texts = labelled["text"].tolist()
+    _check(model, labelled, space, refusal, harmfulness)
+    texts, labels = labelled["text"].tolist(), labelled["harmful"].astype(float).tolist()
     inputs = [space.mean, space.basis, refusal.weight, harmfulness.weight]
-    kept = KeptTraining(
-        store, "DRO", model, prompt, config, texts, labels, [array_digest(a) for a in inputs]
-    )
+    digests = [array_digest(a) for a in inputs]
+    kept = KeptTraining(store, "DRO", model, prompt, config, texts, labels, digests)
     if (known := kept.read(name)) is not None:
         return known
     forward = model.forward
-    geometry = Geometry.of(space, refusal, harmfulness, forward.device, forward.work_dtype)
-    harmful = torch.tensor(labels, dtype=forward.work_dtype, device=forward.device)
+    dtype, device = forward.work_dtype, forward.device
+    geometry = Geometry.of(space, refusal, harmfulness, device, dtype)
+    harmful = torch.tensor(labels, dtype=dtype, device=device)
     start = SoftPrompt.from_text(model, prompt, name=name)
     with torch.no_grad(), forward.soft_tokens(None):
-        base = last_states(forward, [r.ids for r in model.render(texts, prompt)])[0][:, 0].to(
-            forward.work_dtype
-        )
-    rows = [r.ids for r in model.render(texts, start)]
+        under_text = last_states(forward, [row.ids for row in model.render(texts, prompt)])[0]
+    base = under_text[:, 0].to(dtype)
+    rows = [row.ids for row in model.render(texts, start)]
 
-    def step(batch: NDArray) -> dict[str, float]:
+    def step(batch: NDArray[Any]) -> dict[str, float]:
         """Gradients of the batch's mean loss, part by part; returns its losses."""
         total: dict[str, float] = {}
         for members, states in _parts(forward, [rows[i] for i in batch]):
-            chosen = torch.from_numpy(batch[members]).to(forward.device)
-            loss, losses = dro_loss(
-                states.to(forward.work_dtype), base[chosen], harmful[chosen], geometry, config
-            )
+            at = torch.from_numpy(batch[members]).to(device)
+            loss, losses = dro_loss(states.to(dtype), base[at], harmful[at], geometry, config)
             share = len(members) / len(batch)
             (share * loss).backward()
             total = {key: total.get(key, 0.0) + share * value for key, value in losses.items()}
         return total
 
-    return train_soft_prompt(
-        forward, start, config, len(texts), step, kept, on_step, progress, "DRO"
-    )
+    n = len(texts)
+    return train_soft_prompt(forward, start, config, n, step, kept, on_step, progress, "DRO")
+
+
+def _check(
+    model: ChatModel,
+    labelled: pd.DataFrame,
+    space: AnchorSpace,
+    refusal: Direction,
+    harmfulness: Direction,
+) -> None:
+    if len(space.mean) != model.hidden_size:
+        raise ValueError(
+            f"the space has {len(space.mean)} dimensions, the states of {model.name!r} have "
+            f"{model.hidden_size}; fit it to this model's states"
+        )
+    if labelled["harmful"].nunique() < 2:
+        raise ValueError(
+            "DRO needs queries of both classes in the column harmful; 'anchor' has 100 of each"
+        )
+    if not len(refusal.weight) == len(harmfulness.weight) == space.k:
+        raise ValueError(
+            f"the space has {space.k} components, the directions {len(refusal.weight)} and "
+            f"{len(harmfulness.weight)}; fit them in it"
+        )
 
 
 def _parts(

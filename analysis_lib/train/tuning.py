@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 from ..collect.inputs import check_queries
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import Forward, run_plan, shares_prefixes
+from ..model.forward import Forward
+from ..model.passes import run_plan, shares_prefixes
 from ..model.soft_prompt import SoftPrompt
 from ..model.tree import Pack, plan_rows
 from ..store.store import Store
-from .loop import KeptTraining, OnStep, check_config, train_soft_prompt
+from .kept import KeptTraining
+from .loop import OnStep, check_config, train_soft_prompt
 
 
 @dataclass(frozen=True)
@@ -56,69 +59,75 @@ def train_prompt_tuning(
     are good responses (likelihood), the others bad ones (unlikelihood); unscored responses are left out.
     """
     config = config or PromptTuningConfig()
+    table = _training_table(queries, judged)
+    end = ["end"] if "end" in table else []
+    columns = ("text", "harmful", "response", "refused", *end)
+    values = [table[column].astype(str).tolist() for column in columns]
+    kept = KeptTraining(store, "prompt tuning", model, prompt, config, *values)
+    if (known := kept.read(name)) is not None:
+        return known
+    forward = model.forward
+    if not shares_prefixes(forward):
+        raise ChatModelError(
+            f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot"
+        )
+    start = SoftPrompt.from_text(model, prompt, name=name)
+    asked = table.drop_duplicates("query_id")
+    rendered = model.render(asked["text"].tolist(), start)
+    heads = dict(zip(asked["query_id"], (row.ids for row in rendered)))
+    replies = _distinct_replies(model, table, config.max_response_tokens)
+    names = [name for name in heads if replies[name]]
+    if not names:
+        raise ValueError("every judged response is empty; sample responses to train on first")
+
+    def step(batch: NDArray[Any]) -> dict[str, float]:
+        rows, targets = [], []
+        for i in batch:
+            for (reply, is_good), count in replies[names[i]].items():
+                rows.append((*heads[names[i]], *reply[:-1]))
+                targets.append((reply, is_good, count))
+        return _tuning_loss(forward, rows, targets, config)
+
+    n = len(names)
+    return train_soft_prompt(
+        forward, start, config, n, step, kept, on_step, progress, "prompt tuning"
+    )
+
+
+def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
+    """The judged responses with text, label and whether each is good; unscored and unlabelled ones are left out."""
     check_queries(queries, "harmful")
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
         raise ValueError(
-            f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with judge_responses"
+            f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with "
+            "judge_responses"
         )
-    table = judged.merge(
-        queries[["query_id", "text", "harmful"]], on="query_id", suffixes=("", "_query")
-    )
+    about = queries[["query_id", "text", "harmful"]]
+    table = judged.merge(about, on="query_id", suffixes=("", "_query"))
     table = table[table["refused"].notna() & table["harmful"].notna()]
     if table.empty:
         raise ValueError(
             "no judged response belongs to a labelled query; judge responses to the same queries first"
         )
-    columns = [
-        table[c].astype(str).tolist()
-        for c in ("text", "harmful", "response", "refused", *(["end"] if "end" in table else []))
-    ]
-    kept = KeptTraining(store, "prompt tuning", model, prompt, config, *columns)
-    if (known := kept.read(name)) is not None:
-        return known
-    if not shares_prefixes(model.forward):
-        raise ChatModelError(
-            f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot"
-        )
-    start = SoftPrompt.from_text(model, prompt, name=name)
-    good = (table["refused"] == 1) == table["harmful"].astype(bool)
-    names = table["query_id"].drop_duplicates().tolist()
-    heads = dict(
-        zip(
-            names,
-            (
-                r.ids
-                for r in model.render(table.drop_duplicates("query_id")["text"].tolist(), start)
-            ),
-        )
-    )
-    replies = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
-    ends = table["end"].tolist() if "end" in table else ["eos"] * len(table)
-    stop = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
-    members: dict[str, dict[tuple[tuple[int, ...], bool], int]] = {
-        n: {} for n in names
-    }  # distinct reply, good -> count
-    for query_id, reply, end, is_good in zip(table["query_id"], replies, ends, good):
-        ids = tuple((list(reply) + (stop if end == "eos" else []))[: config.max_response_tokens])
+    return table.assign(good=(table["refused"] == 1) == table["harmful"].astype(bool))
+
+
+Replies = dict[tuple[tuple[int, ...], bool], int]  # (token ids, whether good) -> how often
+
+
+def _distinct_replies(model: ChatModel, table: pd.DataFrame, longest: int) -> dict[str, Replies]:
+    """The distinct replies of each query, of at most `longest` tokens; the end token belongs to those that ended."""
+    found: dict[str, Replies] = {name: {} for name in table["query_id"]}
+    encoded = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
+    ends = table["end"] if "end" in table else ["eos"] * len(table)
+    eos = model.tokenizer.eos_token_id
+    stop = [] if eos is None else [eos]
+    for name, reply, end, good in zip(table["query_id"], encoded, ends, table["good"]):
+        ids = tuple((list(reply) + (stop if end == "eos" else []))[:longest])
         if ids:
-            members[query_id][ids, bool(is_good)] = (
-                members[query_id].get((ids, bool(is_good)), 0) + 1
-            )
-    names = [n for n in names if members[n]]
-    if not names:
-        raise ValueError("every judged response is empty; sample responses to train on first")
-
-    def step(batch: NDArray) -> dict[str, float]:
-        rows, targets = [], []
-        for i in batch:
-            for (reply, is_good), count in members[names[i]].items():
-                rows.append((*heads[names[i]], *reply[:-1]))
-                targets.append((reply, is_good, count))
-        return _tuning_loss(model.forward, rows, targets, config)
-
-    return train_soft_prompt(
-        model.forward, start, config, len(names), step, kept, on_step, progress, "prompt tuning"
-    )
+            key = ids, bool(good)
+            found[name][key] = found[name].get(key, 0) + 1
+    return found
 
 
 def _tuning_loss(

@@ -41,7 +41,7 @@ class _Plot(go.FigureWidget):
 
 def kept(compute: Callable[..., Any], *arguments: Any, store: Any, **options: Any) -> Any:
     """compute(..., store=store), and where that cannot be written, once more without it."""
-    from ..store.store import StoreError
+    from ..store.batches import StoreError
 
     try:
         return compute(*arguments, store=store, **options)

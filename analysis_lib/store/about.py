@@ -1,0 +1,64 @@
+"""What batches are about, summed up: the `about` that whoever writes a batch gives it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .batches import depth_of, dump
+
+
+def check_about(about: Mapping[str, Any]) -> dict[str, Any]:
+    """`about` as a dict. Raises ValueError where it is not JSON, or nested too deep to be read."""
+    try:
+        dump(plain := dict(about))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`about` must be JSON (str, finite numbers, bool, None, lists, dicts): {error}"
+        ) from error
+    if depth_of(plain) > 20:
+        raise ValueError("`about` must be JSON of at most 20 dicts and lists in one another")
+    return plain
+
+
+def merge_about(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What batches have in common; a field in which they differ becomes the list of its values."""
+    merged: dict[str, Any] = {}
+    for name in sorted({name for about in abouts for name in about}):
+        values = values_of(abouts, name)
+        listed = any(isinstance(about.get(name), list) for about in abouts)
+        merged[name] = values if listed or len(values) != 1 else values[0]
+    return merged
+
+
+def values_of(abouts: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+    """Distinct values of a field over batches, by first appearance; lists are taken apart."""
+    seen: dict[str, Any] = {}
+    for about in abouts:
+        value = about.get(name)
+        for item in value if isinstance(value, list) else [value] if value is not None else []:
+            seen.setdefault(json.dumps(item, sort_keys=True), item)
+    return list(seen.values())
+
+
+def certificates_of(abouts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The distinct parity certificates of batches; none of another program's."""
+    numbers = ("checked", "max_abs", "max_rel")
+    return [
+        value
+        for value in values_of(abouts, "certificate")
+        if isinstance(value, dict)
+        and isinstance(value.get("way"), str)
+        and all(type(value.get(name)) in (int, float) for name in numbers)
+    ]
+
+
+def sum_up(certificates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One certificate for at least one: every way, all rows checked, the largest differences."""
+    return {
+        "way": ", ".join(dict.fromkeys(one["way"] for one in certificates)),
+        "checked": sum(one["checked"] for one in certificates),
+        "max_abs": max(one["max_abs"] for one in certificates),
+        "max_rel": max(one["max_rel"] for one in certificates),
+    }

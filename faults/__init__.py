@@ -1,0 +1,1 @@
+"""What breaks when things go wrong: ``python -m faults`` injects faults and counts what is lost."""
