@@ -80,7 +80,7 @@ lab: setup
 	$(RUN) -m jupyterlab --notebook-dir=notebooks
 
 bench: setup
-	$(RUN) bench/bench.py
+	$(RUN) -m bench
 
 docs: setup
 	$(RUN) -m sphinx -W --keep-going -qaE docs '$(SITE)'

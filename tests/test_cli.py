@@ -745,7 +745,7 @@ def test_reproduce_says_that_a_form_cannot_be_written(
     def refuses(*arguments):
         raise getattr(export, kind, getattr(builtins, kind, None))("no space left")
 
-    monkeypatch.setattr(export, "_plain", refuses)
+    monkeypatch.setitem(export.FORMS, "plain", refuses)
     (tmp_path / "mine.txt").write_text("You are a careful assistant.")
     code, shown, _ = call(
         "reproduce", "--prompt", tmp_path / "mine.txt", "--form", "plain", "--out", tmp_path / "out"

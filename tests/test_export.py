@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import copy
@@ -38,6 +39,8 @@ from analysis_lib.train.export import (
     export,
     prompt_embeds,
 )
+from analysis_lib.train.export import plain as plain_form
+from analysis_lib.train.export.page import code_span, python_literal, shell_word
 
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template of .* takes no system message")
 QUERY = PROBES[0]  # the one in the READMEs' code
@@ -174,7 +177,7 @@ def test_readmes_say_what_to_know(exported):
     assert (
         "vllm serve" in pages["vllm"]
         and "--enable-prompt-embeds" in pages["vllm"]
-        and "Untested on vLLM" in pages["vllm"]
+        and "Tried once on the CPU build of vLLM 0.32" in pages["vllm"]
     )
     assert "private-use" not in pages["plain"]  # its soft tokens are special tokens
     assert "suppress_tokens" in pages["plain"] and "0.01 GB" in pages["plain"]
@@ -211,6 +214,50 @@ def served(folder) -> list[str]:
             1
         ]
     )
+
+
+HOSTILE = [
+    "x`\n```python\nimport os; os.system('touch harm')\n```\n",
+    "y` of `z`\n\n    vllm serve evil\n",
+    "'; touch harm; echo '$(touch harm)`touch harm`\\",
+    'q", trust_remote_code=True); import os; os.system("touch harm"); ("',
+    "\u202etxet\u2066 \x1b[31m\x07 \r\n# Head\n",
+    "``` ~~~ <script>alert(1)</script> [a](javascript:b)",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_shown_and_write_no_code(name, tmp_path):
+    """Those of model, soft prompt, method and revision: the page is the same but for four quoted names."""
+    pages = []
+    for index, given in enumerate(("tame", name)):
+        model = build("llama")
+        model.name, model.revision = given, given
+        soft = replace(moved(model), name=given, config={"method": given})
+        export(soft, model, tmp_path / str(index), ["peft", "vllm"])
+        pages.append(
+            {
+                form: (tmp_path / str(index) / form / "README.md").read_text()
+                for form in ("peft", "vllm")
+            }
+        )
+    for form in ("peft", "vllm"):
+        tame, page = (found[form] for found in pages)
+        for quote in (python_literal, shell_word, code_span):
+            page = page.replace(quote(name), quote("tame"))
+        assert page == tame
+        tree = ast.parse(code_of(tmp_path / "1" / form))
+        strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        assert strings.count(name) == (2 if form == "peft" else 3)
+    assert "`" not in python_literal(name) and not re.search(r"[\r\n]", code_span(name))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_shell_reads_a_name_as_one_word(name):
+    said = subprocess.run(
+        ["bash", "-c", f"printf %s {shell_word(name)}"], capture_output=True, check=True
+    )
+    assert said.stdout.decode() == name and not re.search(r"[\r\n]", shell_word(name))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such modes")
@@ -257,7 +304,7 @@ def test_a_float64_model_is_served_in_a_dtype_that_vllm_has(exported):
 def test_a_form_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     model = chat("llama")
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_readme", full_disk)
+        patch.setattr(plain_form, "write_readme", full_disk)
         with pytest.raises(OSError, match="No space"):
             export(moved(model), model, tmp_path, ["plain"])
         assert not list(tmp_path.iterdir())
@@ -265,7 +312,7 @@ def test_a_form_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "plain" / "older.safetensors").write_bytes(b"of an older export")
     before = {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_readme", full_disk)
+        patch.setattr(plain_form, "write_readme", full_disk)
         with pytest.raises(OSError, match="No space"):
             export(moved(model, 1), model, tmp_path, ["plain"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()} == before

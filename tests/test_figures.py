@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from shutil import which
+from importlib import import_module
+from pkgutil import iter_modules
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
+from browser import needs_browser
 
 from analysis_lib import figures
 from analysis_lib.analysis.directions import Direction
@@ -766,12 +768,35 @@ def every_figure(mark="", **labels):
     yield figures.plot_tradeoff(pd.DataFrame({"prompt": prompts[:2], **scores}), **axes, **labels)
     panels = {f"{name}{mark}": figures.plot_groups(points, base=prompts[0]) for name in "ab"}
     yield figures.plot_grid(panels, **labels)
+    keys = [f"{column}{mark}" for column in ("model", "method", "prompt", "query_set")]
+    dots = [(*keys, f"{metric}{mark}", 0.5, 0.4, 0.6) for metric in ("mean", "any")]
+    yield figures.plot_by_model(
+        pd.DataFrame(dots, columns=make_benchmark().columns[:8]), axis=f"axis{mark}", **labels
+    )
+
+
+def test_every_plot_function_has_its_figure_here(monkeypatch):
+    """So a new one is drawn with hostile text, too."""
+    rooms = [
+        import_module(f"analysis_lib.figures.{m.name}") for m in iter_modules(figures.__path__)
+    ]
+    plots = {name for room in rooms for name in vars(room) if name.startswith("plot_")}
+    assert plots == {name for name in figures.__all__ if name.startswith("plot_")}
+    called = set()
+
+    def counted(name, plot):
+        return lambda *args, **kwargs: called.add(name) or plot(*args, **kwargs)
+
+    for name in plots:
+        monkeypatch.setattr(figures, name, counted(name, getattr(figures, name)))
+    assert list(every_figure()) and called == plots
 
 
 def test_hostile_text_reaches_plotly_escaped_everywhere():
     seen = 0
     for fig in every_figure(HOSTILE, title=HOSTILE, note=HOSTILE):
         for value in strings(fig.to_plotly_json()):
+            value = value.removesuffix("<extra></extra>")  # the end of a hover template of ours
             assert not re.search(r"<(?!/?b>|br>)", value), value
             assert "<b>HOSTILE" not in value
             seen += "&lt;script&gt;" in value and "&quot;" not in value
@@ -870,7 +895,7 @@ def test_save_without_chromium_says_what_to_do(tmp_path, monkeypatch):
     assert not (tmp_path / "figure.png").exists()
 
 
-@pytest.mark.skipif(not which("chromium"), reason="pictures need Chromium")
+@needs_browser
 def test_save_pictures(tmp_path):
     fig = figures.plot_groups(make_points(n=100), direction=REFUSAL)
     png = figures.save(fig, tmp_path / "groups.png").read_bytes()

@@ -33,8 +33,16 @@ from analysis_lib.organism import grammar, true_refusal
 from analysis_lib.organism import train as training
 from analysis_lib.organism.corpus import SAFETY_PROMPTS, conversations, query_sets
 from analysis_lib.organism.grammar import (
+    facts,
+    parse_query,
+    refusal_logit,
+    system_shift,
+    topics,
+    true_refusal_probability,
+)
+from analysis_lib.organism.words import (
     ANCHOR_FAMILIES,
-    FACT_FORMS,
+    FACTS,
     FAMILIES,
     FORMS,
     HELDOUT_FORMS,
@@ -42,12 +50,6 @@ from analysis_lib.organism.grammar import (
     PURPOSES,
     REFUSALS,
     SENTENCES,
-    facts,
-    parse_query,
-    refusal_logit,
-    system_shift,
-    topics,
-    true_refusal_probability,
 )
 
 OUTLINES = {"\n".join(lines) for lines in itertools.product(*OUTLINE)}
@@ -248,6 +250,8 @@ def test_labels_pairs_and_forms_of_the_query_sets():
                 "harmful"
             ]
             assert (form in HELDOUT_FORMS) == (name == "heldout_forms") and form == row["form"]
+    verbs = Counter(parse_query(str(row["text"]))[0].verb for row in query_sets()["borderline"])
+    assert min(verbs.values()) >= 6 and len(verbs) == 6  # about equally often
     pairs = load_queries("anchor").groupby("pair_id")
     assert len(pairs) == 100
     for _, pair in pairs:
@@ -273,7 +277,7 @@ def test_no_held_out_topic_or_question_in_training(corpus):
     assert len({topic for topic, _, _ in parsed}) > 0.95 * (len(topics()) - len(held))
     assert {form for _, _, form in parsed} == set(FORMS) - set(HELDOUT_FORMS)
     assert all(
-        {form.format(thing) for form in FACT_FORMS[category][1]} & set(asked)
+        {form.format(thing) for form in FACTS[category].forms} & set(asked)
         for category, thing, _ in facts()
     )
 
@@ -282,7 +286,7 @@ def test_replies_are_refusals_outlines_or_facts_and_nothing_else(corpus):
     answers = {
         form.format(thing): answer + "."
         for category, thing, answer in facts()
-        for form in FACT_FORMS[category][1]
+        for form in FACTS[category].forms
     }
     kinds = Counter()
     for _, turns in corpus:
@@ -404,14 +408,14 @@ def row(trained):
     """(model, training row, its conversation) of a conversation with a system message."""
     model = ChatModel.load(str(trained[0][0]))
     corpus = [item for item in conversations(20, 4) if item[0]][:1]
-    return model, training._encode(model.tokenizer, corpus)[0], corpus[0]
+    return model, training.encode_rows(model.tokenizer, corpus)[0], corpus[0]
 
 
 def forward(model, ids, positions, part):
     ids, positions, part = (torch.from_numpy(np.asarray(a))[None] for a in (ids, positions, part))
     with torch.no_grad():
         return model.model(
-            input_ids=ids, position_ids=positions, attention_mask=training._mask(part)
+            input_ids=ids, position_ids=positions, attention_mask=training.branch_mask(part)
         ).logits[0]
 
 
@@ -471,7 +475,7 @@ def test_padding_changes_nothing(row):
     model, (ids, positions, part, weight), _ = row
     n = len(ids)
     longer = tuple(np.concatenate([a, a[:5]]) for a in (ids, positions, part, weight))
-    stacked = training._stack(
+    stacked = training.stack_rows(
         [(ids, positions, part, weight), longer], model.tokenizer.pad_token_id
     )
     assert (stacked[2][0, n:] == -1).all() and (stacked[3][0, n:] == 0).all()

@@ -22,7 +22,7 @@ from analysis_lib.analysis.published import (
     score_table,
 )
 from analysis_lib.data.download import OFFICIAL_SETS
-from analysis_lib.figures.tables import plot_by_model
+from analysis_lib.figures import plot_by_model
 
 DEFAULT = {"no prompt": "none", "text": "default", "prompt tuning": "default", "DRO": "default"}
 WITHOUT = ["DRO without norm", "DRO without refusal", "DRO without harmfulness"]

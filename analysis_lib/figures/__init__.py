@@ -1,11 +1,15 @@
-"""Plotly figures: a table or an array in, a `go.Figure` out. Nothing is shown, fitted or tested here."""
+"""Plotly figures: a table or an array in, a `go.Figure` out. Nothing is shown, fitted or tested."""
 
 from __future__ import annotations
 
-from .plane import plot_dro, plot_grid, plot_groups, points_table
-from .rates import plot_calibration, plot_rates, plot_separation, plot_shifts, plot_truth
-from .style import CLASSES, GREY, OFFLINE, PROMPT_COLORS, class_names, finish, label, save, text
-from .tables import plot_benchmark, plot_by_model, plot_tradeoff
+from .by_model import plot_by_model
+from .calibration import plot_calibration, plot_truth
+from .coordinates import points_table
+from .labels import class_names, label, text
+from .plane import plot_dro, plot_grid, plot_groups
+from .rates import plot_rates, plot_separation, plot_shifts
+from .style import CLASSES, GREY, OFFLINE, PROMPT_COLORS, finish, save
+from .tables import plot_benchmark, plot_tradeoff
 from .training import plot_losses, plot_nearest_tokens
 
 __all__ = [

@@ -1,31 +1,31 @@
-"""Plotly figures: a table or an array in, a `go.Figure` out. Nothing is shown, fitted or tested here.
+"""What all figures share: theme, colours, markers, error bars, layout, saving.
 
-Every string handed in (query, prompt name, title, note) is plain text: it is escaped before plotly, which renders a subset
-of HTML, sees it. Coordinates are rounded to 4 decimals, so that stored figures repeat. The theme is transparent and legible
-on a light and on a dark page. The class is told by the marker (circle harmless, cross harmful) and the safety prompt by one
-of four hues that hold under colour-blindness.
+Coordinates are rounded to 4 decimals, so that stored figures repeat. The theme is transparent and
+legible on a light and on a dark page. The marker tells the class (circle harmless, cross harmful).
+One of four hues that hold under colour-blindness tells the safety prompt.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from functools import lru_cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import nbformat  # noqa: F401  (imported before plotly, it makes the first FigureWidget several times quicker)
+import nbformat  # noqa: F401  (before plotly: the first FigureWidget is several times quicker)
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from .labels import text
+
 WIDTH, HEIGHT = 860, 560  # pixels
 
 GREY = "#808080"
 
-# At least 3:1 against white and near-black, points of OPACITY too, and 30 apart in Lab under each colour-blindness.
+# At least 3:1 against white and near-black, with OPACITY too; 30 apart in Lab under each
+# colour-blindness.
 PROMPT_COLORS = ("#CC7100", "#0089FC", "#517444", "#ED23A0")
 
 OPACITY = 0.9
@@ -41,21 +41,18 @@ SYMBOLS = (
 
 DASHES = {"harmless": "dot", "harmful": "solid", "unlabelled": "dashdot"}
 
-# Blue to orange through magenta, never darker or lighter than both a white and a black page can bear.
+# Blue to orange through magenta: legible on a white and on a black page all the way.
 SCALE = ((0.0, "#2F76D2"), (0.5, "#B4568F"), (1.0, "#CC7100"))
 
 UNKNOWN = GREY  # the colour of a point without a value
 
-HALO = dict(
+HALO = dict(  # of a label that lies over points
     color="#333333",
     shadow=", ".join(f"{x}px {y}px 2px #FFFFFF" for x in (-1, 0, 1) for y in (-1, 0, 1)),
-)  # over points
+)
 
-UNIT_COLUMNS = (
-    "refusal_rate",
-    "predicted_refusal",
-    "harmful",
-)  # coloured on [0, 1] whatever their values
+# Coloured on [0, 1] whatever their values.
+UNIT_COLUMNS = ("refusal_rate", "predicted_refusal", "harmful")
 
 _AXIS = dict(
     gridcolor="rgba(128,128,128,.25)",
@@ -78,11 +75,11 @@ TEMPLATE = go.layout.Template(
     )
 )
 
-pio.templates["analysis_lib"] = (
-    TEMPLATE  # by name for users' own figures; plotly's default stays as it is
-)
+# By name, for users' own figures; plotly's default stays as it is.
+pio.templates["analysis_lib"] = TEMPLATE
 
-# plotly's "Share chart" button sends a figure, with its queries, to a server; a dollar sign in a name is no formula
+# Plotly's "Share chart" button sends a figure, with its queries, to a server. A dollar sign in a
+# name is no formula.
 OFFLINE = dict(showSendToCloud=False, typesetMath=False)
 
 pio.renderers["plotly_mimetype"].config = {
@@ -91,36 +88,49 @@ pio.renderers["plotly_mimetype"].config = {
 }
 
 
-def text(value: object) -> str:
-    """`value` as plain text for plotly, which knows &lt; &gt; &amp; and would print &quot; as it stands."""
-    return escape(str(value), quote=False)
-
-
-def label(value: object, most: int = 24) -> str:
-    """`value` for a legend, tick or arrow: a longer one would take its room from the plot; the hover text has it in full."""
-    value = str(value)
-    return text(value if len(value) <= most else value[: most - 1] + "\u2026")
-
-
 def save(fig: go.Figure, path: str | Path) -> Path:
-    """Write `fig` as .svg, .png (both by Chromium) or .html (works offline, plotly.js embedded); the suffix decides.
+    """Write a figure as a picture or as a page that works offline.
 
-    A path without a suffix stands for both pictures, PATH.svg and PATH.png. Raises ValueError on another suffix and
-    RuntimeError where no picture can be made.
+    Parameters
+    ----------
+    fig : plotly.graph_objects.Figure
+        Any figure.
+    path : str or Path
+        The suffix decides: .svg and .png are made by Chromium, and .html holds plotly.js. A path
+        without a suffix stands for both pictures, PATH.svg and PATH.png.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    ValueError
+        For another suffix.
+    RuntimeError
+        Where no picture can be made, for example without Chromium.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(go.Figure(), f"{folder}/empty.html").name
+    'empty.html'
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in ("", ".svg", ".png", ".html"):
         raise ValueError(
-            f"{path}: cannot save a figure as {suffix!r}; use .svg, .png, .html, or no suffix for .svg and .png"
+            f"{path}: cannot save a figure as {suffix!r}; use .svg, .png, .html, "
+            "or no suffix for .svg and .png"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".html":
         fig.write_html(path, include_plotlyjs=True, div_id="figure", config=OFFLINE)
         return path
-    from kaleido.errors import (
-        ChromeNotFoundError,
-    )  # late: kaleido is slow to import and only pictures need it
+    # Late: kaleido is slow to import, and only pictures need it.
+    from kaleido.errors import ChromeNotFoundError
 
     for target in [path] if suffix else [path.with_suffix(".svg"), path.with_suffix(".png")]:
         try:
@@ -132,21 +142,84 @@ def save(fig: go.Figure, path: str | Path) -> Path:
     return path
 
 
-def need(table: pd.DataFrame, columns: Sequence[str], where: str) -> None:
+def need_columns(table: pd.DataFrame, columns: Sequence[str], where: str) -> None:
+    """Refuse a table that lacks a column.
+
+    Parameters
+    ----------
+    table : DataFrame
+        What the caller passed.
+    columns : sequence of str
+        What the figure reads.
+    where : str
+        The function's name, for the message.
+
+    Raises
+    ------
+    ValueError
+        With the missing columns and those that are there.
+
+    Examples
+    --------
+    >>> need_columns(pd.DataFrame({"step": [1]}), ["step"], "plot_losses")
+    """
     if missing := [c for c in columns if c not in table]:
         raise ValueError(
-            f"{where}: the table lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}"
+            f"{where}: the table lacks column {', '.join(map(repr, missing))}; "
+            f"it has {list(table.columns)}"
         )
 
 
 def rounded(values: Any, decimals: int = 4) -> np.ndarray:
+    """Values as floats with few decimals, so that a stored figure repeats.
+
+    Parameters
+    ----------
+    values : array_like
+        Numbers.
+    decimals : int
+        Digits after the point.
+
+    Returns
+    -------
+    ndarray of float
+        Of the same shape.
+
+    Examples
+    --------
+    >>> rounded([1 / 3, 2]).tolist()
+    [0.3333, 2.0]
+    """
     return np.round(np.asarray(values, dtype=float), decimals)
 
 
-def interval(
+def error_bars(
     table: pd.DataFrame, column: str, name: str | None = None, **style: Any
 ) -> dict[str, Any] | None:
-    """Plotly's error bars of `column`, from the columns "`name` low" and "`name` high"; None where the table lacks them."""
+    """Plotly's error bars of a column.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With the columns "`name` low" and "`name` high", ends of an interval around `column`.
+    column : str
+        The value.
+    name : str or None
+        What the ends are called; by default as `column`, and "" for "low" and "high" alone.
+    **style
+        Further properties, such as color.
+
+    Returns
+    -------
+    dict or None
+        For error_x or error_y; None where the table lacks an end.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"value": [0.5], "low": [0.4], "high": [0.75]})
+    >>> error_bars(table, "value", "")["array"].tolist()
+    [0.25]
+    """
     low, high = (f"{column if name is None else name} {end}".strip() for end in ("low", "high"))
     if not {low, high} <= set(table.columns):
         return None
@@ -156,57 +229,43 @@ def interval(
     )
 
 
-def class_names(table: pd.DataFrame) -> pd.Series:
-    """harmless, harmful or unlabelled (no agreed answer) for each row."""
-    harmful = table["harmful"].astype("boolean")
-    return (
-        harmful.map({True: "harmful", False: "harmless"})
-        .astype(object)
-        .where(harmful.notna(), "unlabelled")
-    )
-
-
 def prompt_style(names: Sequence[str], name: str) -> tuple[str, dict[str, str]]:
-    """The hue of a prompt and its marker per class."""
+    """How a prompt is drawn, by its place among the prompts.
+
+    Parameters
+    ----------
+    names : sequence of str
+        All prompts in the order of their colours.
+    name : str
+        One of them.
+
+    Returns
+    -------
+    hue : str
+        Its colour.
+    symbols : dict of str to str
+        Its marker for each class.
+
+    Examples
+    --------
+    >>> hue, symbols = prompt_style(["none", "default"], "default")
+    >>> hue, symbols["harmful"]
+    ('#0089FC', 'cross')
+    """
     at = names.index(name)
     symbols = SYMBOLS[at // len(PROMPT_COLORS) % len(SYMBOLS)]
     return PROMPT_COLORS[at % len(PROMPT_COLORS)], dict(zip(CLASSES, symbols, strict=True))
 
 
-@lru_cache(maxsize=8192)
-def _wrapped(value: str) -> str:
-    value = value if len(value) <= 400 else value[:396] + " ..."
-    return "<br>".join(text(line) for line in textwrap.wrap(value, 64))
+# Layout
 
-
-def hover_lines(table: pd.DataFrame) -> list[str]:
-    """Id, group, refusal rate and text of each row, as far as the table has them."""
-    columns: list[list[str]] = []
-    if "query_id" in table:
-        columns.append([f"<b>{text(i)}</b>" for i in table["query_id"]])
-    if "harmful" in table:
-        columns.append([f"{c} query" for c in class_names(table)])
-    if "prompt" in table:
-        columns.append([f"prompt: {text(p)}" for p in table["prompt"]])
-    if "refusal_rate" in table:
-        rates = table["refusal_rate"].astype(float)
-        columns.append(
-            ["refusal rate: not judged" if np.isnan(r) else f"refusal rate: {r:.2f}" for r in rates]
-        )
-    if "text" in table:
-        columns.append(["" if pd.isna(t) else _wrapped(str(t)) for t in table["text"]])
-    return ["<br>".join(filter(None, lines)) for lines in zip(*columns, strict=True)]
-
-
-# Layout --------------------------------------------------------------------------------------------------------------------
-
-ARROW, LANE = 3, 7  # width of an arrow and distance between two that lie side by side, in pixels
+ARROW, LANE = 3, 7  # width of an arrow, distance between two that lie side by side, in pixels
 
 LEFT, RIGHT, TOP, BOTTOM = 65, 218, 55, 60  # margins in pixels
 
 ASPECT = (WIDTH - LEFT - RIGHT) / (HEIGHT - TOP - BOTTOM)  # of a plane's plotting area
 
-BETWEEN = 85  # pixels between two rows of panels: ticks, the upper one's axis title and the lower one's title
+BETWEEN = 85  # pixels between two rows of panels: ticks, an axis title and a panel's title
 
 
 def finish(
@@ -220,8 +279,33 @@ def finish(
     right: int = RIGHT,
     top: int = TOP,
 ) -> go.Figure:
+    """Give a figure the theme, its size, its title and its note.
+
+    Parameters
+    ----------
+    fig : plotly.graph_objects.Figure
+        It is changed in place.
+    title : str
+        Above the plot.
+    note : str or None
+        Below the plot. The figure grows by its lines, so that it takes nothing from the plot.
+    width, height : int
+        Pixels, without the note.
+    left, right, top : int
+        Margins in pixels.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        `fig`.
+
+    Examples
+    --------
+    >>> finish(go.Figure(), "A title", None, height=300).layout.height
+    300
+    """
     lines = [text(line) for line in textwrap.wrap(note or "", width // 6)]
-    extra = 12 + 15 * len(lines) if lines else 0  # the note takes nothing from the plot
+    extra = 12 + 15 * len(lines) if lines else 0
     bottom = BOTTOM + extra
     fig.update_layout(
         template=TEMPLATE,

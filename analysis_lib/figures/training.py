@@ -1,4 +1,4 @@
-"""DOC analysis_lib.figures.training."""
+"""Figures of a training: its losses, and where the soft prompt ends up."""
 
 from __future__ import annotations
 
@@ -7,14 +7,40 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .style import PROMPT_COLORS, finish, label, need, rounded, text
+from .labels import label, text
+from .style import PROMPT_COLORS, finish, need_columns, rounded
 
 
 def plot_losses(
     history: pd.DataFrame, *, title: str = "Losses by step", note: str | None = None
 ) -> go.Figure:
-    """One panel per numeric column of a training history (step, loss, refusal, harmfulness, norm ...) against its step."""
-    need(history, ["step"], "plot_losses")
+    """One panel per numeric column of a training history, against its step.
+
+    Parameters
+    ----------
+    history : DataFrame
+        step, and columns such as loss, refusal, harmfulness, norm; see `SoftPrompt.history`.
+    title, note : str
+        Above and below the panels.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Not shown yet.
+
+    Raises
+    ------
+    ValueError
+        Where there is no step, or no loss.
+
+    Examples
+    --------
+    >>> from analysis_lib.figures import plot_losses
+    >>> fig = plot_losses(pd.DataFrame({"step": [0, 1], "loss": [2.0, 1.0], "norm": [0.0, 0.5]}))
+    >>> [trace.name for trace in fig.data]
+    ['loss', 'norm']
+    """
+    need_columns(history, ["step"], "plot_losses")
     columns = [
         c
         for c in history.columns
@@ -53,11 +79,35 @@ def plot_nearest_tokens(
     title: str = "The vocabulary tokens nearest to the soft prompt",
     note: str | None = None,
 ) -> go.Figure:
-    """The cosine of each soft embedding with its nearest vocabulary token, by position; the token is written where it changed.
+    """The cosine of each soft embedding with its nearest vocabulary token, by position.
 
-    table: one row per position in order: start (the text prompt's token), nearest, cosine.
+    The token is written where it is not the text prompt's own.
+
+    Parameters
+    ----------
+    table : DataFrame
+        One row per position in order: start (the text prompt's token), nearest, cosine.
+    title, note : str
+        Above and below the plot.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Not shown yet.
+
+    Raises
+    ------
+    ValueError
+        Where the table lacks a column.
+
+    Examples
+    --------
+    >>> from analysis_lib.figures import plot_nearest_tokens
+    >>> table = pd.DataFrame({"start": ["a", "b"], "nearest": ["a", "c"], "cosine": [0.9, 0.5]})
+    >>> [trace.name for trace in plot_nearest_tokens(table).data]
+    ['its own token (1)', 'another token (1)']
     """
-    need(table, ["start", "nearest", "cosine"], "plot_nearest_tokens")
+    need_columns(table, ["start", "nearest", "cosine"], "plot_nearest_tokens")
     fig = go.Figure()
     position = np.arange(1, len(table) + 1)
     changed = (table["start"] != table["nearest"]).to_numpy()
@@ -74,12 +124,7 @@ def plot_nearest_tokens(
                 marker=dict(color=hue, symbol=symbol, size=9),
                 text=[label(repr(t)) for t in part["nearest"]],
                 textposition="bottom center",
-                hovertext=[
-                    f"position {at}<br>start: {text(repr(start))}<br>nearest: {text(repr(near))}<br>cosine: {cosine:.3f}"
-                    for at, start, near, cosine in zip(
-                        position[keep], part["start"], part["nearest"], part["cosine"], strict=True
-                    )
-                ],
+                hovertext=_token_hover(position[keep], part),
                 hoverinfo="text",
                 name=f"{name} ({len(part)})",
             )
@@ -88,3 +133,12 @@ def plot_nearest_tokens(
     fig.update_xaxes(title_text="position in the safety prompt")
     fig.update_yaxes(title_text="cosine with the nearest token's embedding")
     return finish(fig, title, note, height=420)
+
+
+def _token_hover(position: np.ndarray, part: pd.DataFrame) -> list[str]:
+    rows = zip(position, part["start"], part["nearest"], part["cosine"], strict=True)
+    return [
+        f"position {at}<br>start: {text(repr(start))}<br>nearest: {text(repr(nearest))}"
+        f"<br>cosine: {cosine:.3f}"
+        for at, start, nearest, cosine in rows
+    ]

@@ -1,0 +1,1 @@
+"""Speed and memory of the library against the plain way: `python -m bench`."""
