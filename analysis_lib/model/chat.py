@@ -58,7 +58,9 @@ class ChatModel:
         self._loaded: tuple[Any, ...] | None = (
             None  # the state of the weights when they were read from `source`
         )
-        self._hashed: tuple[tuple[Any, ...] | None, str] | None = None  # that state and its fingerprint
+        self._hashed: tuple[tuple[Any, ...] | None, str] | None = (
+            None  # that state and its fingerprint
+        )
         self._files: Any = {}  # of a folder, as they were when it was opened
 
     @classmethod
