@@ -1,7 +1,7 @@
 """The command line: one thin layer over the library.
 
-Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says what to do), 130 interrupted,
-141 the reader of the output went away.
+Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says
+what to do), 130 interrupted, 141 the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ def _reproduce(args: argparse.Namespace) -> int:
         table = plan(model, args.out, **asked)
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
         print(
-            f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included"
+            f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the "
+            "store included"
         )
         print(
-            "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles (05, 07), the notebooks' own work"
-            + ", the guard's verdicts (06)" * bool(args.guard)
+            "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles "
+            "(05, 07), the notebooks' own work" + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
@@ -92,7 +93,8 @@ def _export(args: argparse.Namespace) -> int:
         print(f"{form:<6} {folder / 'README.md'}")
     if args.form is None and "plain" not in written:
         print(
-            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain writes it"
+            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain "
+            "writes it"
         )
     return 0
 
@@ -105,7 +107,8 @@ def _cache(args: argparse.Namespace) -> int:
     store = Store(args.store)
     if args.store is not None and not store.folder.exists():
         raise StoreError(
-            f"there is no store at {args.store}; check the path, or leave --store out for the default"
+            f"there is no store at {args.store}; check the path, or leave --store out for the "
+            "default"
         )
     if args.action == "info":
         lines = [f"{key:<17} {value}" for key, value in upkeep.info(store).items()]

@@ -16,8 +16,10 @@ from ..store.store import Store
 
 
 class Progress:
-    """A tqdm bar that says what was found and computed, the rate of computing and the time left; it opens at the first
-    computed row and goes when all is done. shown None: where a terminal or a notebook is there to show it."""
+    """A tqdm bar that says what was found and computed, the rate of computing and the time left; it
+    opens at the first computed row and goes when all is done. shown None: where a terminal or a
+    notebook is there to show it.
+    """
 
     def __init__(self, total: int, what: str, shown: bool | None):
         self._total, self._what, self._counts = total, what, {"found": 0, "computed": 0}
@@ -48,11 +50,14 @@ class Progress:
 
 
 def usable(store: Store | None, model: ChatModel) -> Store | None:
-    """The store, or None with a warning where a forward hook may change what the model computes: no key knows of it."""
+    """The store, or None with a warning where a forward hook may change what the model computes: no
+    key knows of it.
+    """
     name = hooked_module(model.model) if store is not None and model.loaded else ""
     if name:
         warnings.warn(
-            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: nothing is read from the store and "
+            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: "
+            "nothing is read from the store and "
             "nothing kept; remove the hook for that",
             stacklevel=3,
         )
@@ -74,7 +79,8 @@ def check_queries(queries: pd.DataFrame, *more: str) -> None:
     ]
     if len(wrong):
         raise ValueError(
-            f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with load_queries"
+            f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with "
+            "load_queries"
         )
 
 
@@ -85,5 +91,6 @@ def check_prompts(prompts: Mapping[str, Prompt]) -> None:
         or not all(isinstance(p, (str, SoftTokens)) for p in prompts.values())
     ):
         raise ValueError(
-            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as load_safety_prompts()"
+            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as "
+            "load_safety_prompts()"
         )

@@ -1,9 +1,9 @@
 """Sampled responses, each fixed by its key, sampled together as a tree.
 
-A sample's text depends on the model, the rendered tokens, the settings, the seed and the sample's index, and on
-nothing else: its random numbers come from a counter-based generator keyed by these. So samples that have been
-equal so far share one computation, and a batch, an order or a resumed run changes no text (up to ties of the
-order of floating-point rounding, about one token in a million).
+A sample's text depends on the model, the rendered tokens, the settings, the seed and the sample's
+index, and on nothing else: its random numbers come from a counter-based generator keyed by these.
+So samples that have been equal so far share one computation, and a batch, an order or a resumed run
+changes no text (up to ties of the order of floating-point rounding, about one token in a million).
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def sample_responses(
 ) -> pd.DataFrame:
     """Samples n_samples responses to every query under every prompt.
 
-    The defaults are the study's settings. top_p = 1 and top_k = 0 switch the cuts off; temperature = 0 is greedy.
-    stop_when: a function of the text so far; sampling of a response ends where it says True (for example
-    `verdict_is_final`, once nothing to come can change the verdict). The store serves this library's own stop functions; under
-    another one nothing is read from it or kept.
-    progress: a bar, by default where a terminal or a notebook shows it and something is to be computed.
-    ChatModelError where the model's logits hold NaN or infinity.
+    The defaults are the study's settings. top_p = 1 and top_k = 0 switch the cuts off; temperature
+    = 0 is greedy. stop_when: a function of the text so far; sampling of a response ends where it
+    says True (for example `verdict_is_final`, once nothing to come can change the verdict). The
+    store serves this library's own stop functions; under another one nothing is read from it or
+    kept. progress: a bar, by default where a terminal or a notebook shows it and something is to be
+    computed. ChatModelError where the model's logits hold NaN or infinity.
 
-    Returns [query_id, prompt, sample, response, end]; end is "eos", "stop_string", "length" or "stop_when". Prompts outer,
-    queries inner, then samples 0 .. n_samples - 1.
+    Returns [query_id, prompt, sample, response, end]; end is "eos", "stop_string", "length" or
+    "stop_when". Prompts outer, queries inner, then samples 0 .. n_samples - 1.
     """
     n_samples, settings = _checked(
         queries,
@@ -160,10 +160,11 @@ def sample_rows(
     store: Store | None = None,
     done: Callable[..., None] = lambda **new: None,
 ) -> list[list[dict[str, str]]]:
-    """n_samples {"response", "end"} for each rendered row: found in the store, or computed and kept batch by batch.
+    """n_samples {"response", "end"} for each rendered row: found in the store, or computed and kept
+    batch by batch.
 
-    name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand for. done(found=n) or
-    done(computed=n) is called as they come.
+    name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand
+    for. done(found=n) or done(computed=n) is called as they come.
     """
     store = _usable(store, model, settings)
     keys = _keys(model, rows, n_samples, settings) if store is not None else []
@@ -202,7 +203,8 @@ def missing_responses(
     store: Store | None,
     **options: Any,
 ) -> NDArray[np.bool_]:
-    """Which responses `sample_responses` would have to sample: (prompts, queries, samples). Loads no weights.
+    """Which responses `sample_responses` would have to sample: (prompts, queries, samples). Loads
+    no weights.
 
     options: those of `sample_responses`.
     """
@@ -222,7 +224,8 @@ def _usable(store: Store | None, model: ChatModel, settings: Settings) -> Store 
     store = usable(store, model)
     if store is not None and settings.stop_when is not None and not _built_in(settings.stop_when):
         warnings.warn(
-            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code no "
+            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code "
+            "no "
             "key in the store knows of: these responses are neither read from the store nor kept; "
             "stop with analysis_lib.verdict_is_final for that",
             stacklevel=4,
@@ -258,7 +261,9 @@ Jobs = dict[int, list[int]]  # row -> sample indices
 def _batches(
     model: ChatModel, rows: Sequence[Rendered], todo: Jobs, n_samples: int, max_new_tokens: int
 ) -> list[Jobs]:
-    """Splits the jobs so that even with all samples distinct the key-value cache fits the memory at hand."""
+    """Splits the jobs so that even with all samples distinct the key-value cache fits the memory at
+    hand.
+    """
     per_token = cache_bytes_per_token(model.config, model.dtype)
     order = sorted(todo, key=lambda i: rows[i].ids)
     own = max(len(rows[i].ids) for i in todo) - common_length(
@@ -288,7 +293,9 @@ def _sample_batch(
 
 
 class _Tree:
-    """The distinct continuations of some rows, one token a step; a node is one distinct unfinished continuation."""
+    """The distinct continuations of some rows, one token a step; a node is one distinct unfinished
+    continuation.
+    """
 
     def __init__(self, model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings):
         self.model, self.forward, self.settings = model, model.forward, settings
@@ -312,7 +319,8 @@ class _Tree:
                 logits.amax(dim=-1)
             ).all():  # NaN and infinity pass through a maximum
                 raise ChatModelError(
-                    f"logits of {self.model.name!r} hold NaN or infinity in {self.model.dtype_name}, and nothing of this batch is kept; load "
+                    f"logits of {self.model.name!r} hold NaN or infinity in "
+                    f"{self.model.dtype_name}, and nothing of this batch is kept; load "
                     "the model with dtype='float32' or 'bfloat16', or copy its weights again"
                 )
             tokens = _choose(logits, node, self.uniform[jobs, position], self.settings)
@@ -356,10 +364,11 @@ class _Tree:
 
 
 def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDArray[np.float64]:
-    """Uniform numbers (len(samples), max_new_tokens) in [0, 1) fixed by the row's tokens, the seed and the sample.
+    """Uniform numbers (len(samples), max_new_tokens) in [0, 1) fixed by the row's tokens, the seed
+    and the sample.
 
-    Soft tokens count by their ids, not by their embeddings: soft prompts of one length are compared on the same random
-    numbers, and the last bit of a training does not change every text.
+    Soft tokens count by their ids, not by their embeddings: soft prompts of one length are compared
+    on the same random numbers, and the last bit of a training does not change every text.
     """
     digest = hashlib.sha256(np.array([settings.seed, *row.ids], dtype=np.int64).tobytes()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
@@ -369,7 +378,9 @@ def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDAr
 def _choose(
     logits: torch.Tensor, node: NDArray[Any], uniform: NDArray[Any], settings: Settings
 ) -> NDArray[np.int64]:
-    """One token for each sample by inversion of its node's distribution: temperature, then top-k, then top-p."""
+    """One token for each sample by inversion of its node's distribution: temperature, then top-k,
+    then top-p.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if settings.temperature == 0:
         return logits.argmax(dim=-1).cpu().numpy()[node]

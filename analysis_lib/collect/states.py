@@ -1,10 +1,11 @@
 """Last-token hidden states, each distinct token computed once.
 
-Rendered chats share long prefixes: the template's head, the safety prompt, the query's first words. They are
-laid out as a prefix tree. The common prefix runs once; what remains is packed into sequences of many rows, in which
-every token sees exactly its ancestors (a 4-D mask) at its true position; the last block's feed-forward part runs
-on the rows' last tokens alone. The states are those of the plain forward pass up to floating-point order: each capture
-re-runs some rows plainly and keeps the difference as a certificate.
+Rendered chats share long prefixes: the template's head, the safety prompt, the query's first words.
+They are laid out as a prefix tree. The common prefix runs once; what remains is packed into
+sequences of many rows, in which every token sees exactly its ancestors (a 4-D mask) at its true
+position; the last block's feed-forward part runs on the rows' last tokens alone. The states are
+those of the plain forward pass up to floating-point order: each capture re-runs some rows plainly
+and keeps the difference as a certificate.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class HiddenStates:
     states       (n, len(layers), d) float32
     rows         n rows: query_id, prompt, and the query table's other columns
     layers       0 the embedding output, i the output of block i, -1 the state after the final norm
-    certificate  rows computed and found; the way ("tree" or "plain") and the largest absolute and relative difference from
-                 rows re-run plainly, of the computed rows and of the batches in which the found ones were committed; how
-                 many rows were re-run now, and found rows of batches of which none was ("unchecked"); seconds; the peak
-                 memory where any was computed
+    certificate  rows computed and found; the way ("tree" or "plain") and the largest absolute and
+                 relative difference from
+                 rows re-run plainly, of the computed rows and of the batches in which the found
+                 ones were committed; how many rows were re-run now, and found rows of batches of
+                 which none was ("unchecked"); seconds; the peak memory where any was computed
     """
 
     states: NDArray[np.float32]
@@ -50,10 +52,13 @@ class HiddenStates:
     certificate: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, layer: int = -1, **where: Any) -> tuple[NDArray[np.float32], pd.DataFrame]:
-        """States (m, d) of one layer and their rows, of the rows where column == value (or is in a list of values)."""
+        """States (m, d) of one layer and their rows, of the rows where column == value (or is in a
+        list of values).
+        """
         if layer not in self.layers:
             raise KeyError(
-                f"layer {layer} was not captured; captured are {self.layers}: pass layers=({layer},) to hidden_states"
+                f"layer {layer} was not captured; captured are {self.layers}: pass "
+                f"layers=({layer},) to hidden_states"
             )
         keep = np.ones(len(self.rows), dtype=bool)
         for column, value in where.items():
@@ -78,14 +83,13 @@ def hidden_states(
 ) -> HiddenStates:
     """Captures the last-token state of every query under every prompt.
 
-    queries: table with query_id and text; prompts: {name: text or SoftPrompt}, "" for no system message.
-    layers: 0 .. L and -1. Layer -1 is the state after the final norm (transformers' hidden_states[-1], the one
-    the study uses); layer L is the last block's raw output before it.
-    store: found rows are read, computed rows are kept, prompt by prompt.
-    n_check: rows of this call re-run plainly (batch 1, nothing shared), at least one of each prompt computed unless 0;
-    ParityError past the dtype's tolerance.
-    progress: a bar, by default where a terminal or a notebook shows it and something is to be computed.
-    Order of rows: prompts outer, queries inner.
+    queries: table with query_id and text; prompts: {name: text or SoftPrompt}, "" for no system
+    message. layers: 0 .. L and -1. Layer -1 is the state after the final norm (transformers'
+    hidden_states[-1], the one the study uses); layer L is the last block's raw output before it.
+    store: found rows are read, computed rows are kept, prompt by prompt. n_check: rows of this call
+    re-run plainly (batch 1, nothing shared), at least one of each prompt computed unless 0;
+    ParityError past the dtype's tolerance. progress: a bar, by default where a terminal or a
+    notebook shows it and something is to be computed. Order of rows: prompts outer, queries inner.
     """
     store = usable(store, model)
     layers = _checked_layers(model, layers)
@@ -116,7 +120,9 @@ def missing_states(
     layers: Sequence[int] = (-1,),
     store: Store | None,
 ) -> NDArray[np.bool_]:
-    """Which states `hidden_states` would have to compute: (prompts, queries, layers). Loads no weights."""
+    """Which states `hidden_states` would have to compute: (prompts, queries, layers). Loads no
+    weights.
+    """
     store, layers = usable(store, model), _checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
@@ -133,7 +139,8 @@ def _checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
     wrong = [i for i in layers if not -1 <= i <= model.n_layers]
     if wrong or not layers or len(set(layers)) < len(layers):
         raise ValueError(
-            f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the state "
+            f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the "
+            "state "
             "after the final norm"
         )
     return layers
@@ -188,7 +195,9 @@ class _Capture:
         prompt: Prompt,
         take: int,
     ) -> tuple[str, dict[str, Any]]:
-        """Computes the rows of a part, `take` of them certified: the dtype they came in, and the part's certificate."""
+        """Computes the rows of a part, `take` of them certified: the dtype they came in, and the
+        part's certificate.
+        """
         forward = self.model.forward
         wanted = [rows[i] for i in part]
         embeddings = None if isinstance(prompt, str) else prompt.embeddings
@@ -216,7 +225,9 @@ class _Capture:
         dtype: str,
         certificate: dict[str, Any],
     ) -> None:
-        """Commits the rows (position in block, keys by layer), but those that the store holds already."""
+        """Commits the rows (position in block, keys by layer), but those that the store holds
+        already.
+        """
         assert self.store is not None
         for j, layer in enumerate(self.layers):
             about = {
@@ -241,7 +252,9 @@ def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> 
 def _fill(
     block: NDArray[Any], keys: list[list[str]], store: Store
 ) -> tuple[NDArray[Any], set[str]]:
-    """Writes the stored states into block; returns the positions of rows with any layer missing, and the keys that are kept."""
+    """Writes the stored states into block; returns the positions of rows with any layer missing,
+    and the keys that are kept.
+    """
     read = store.read_states([k for row in keys for k in row])
     found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}
     missing = []

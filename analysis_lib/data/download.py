@@ -17,7 +17,9 @@ from .files import DataError, query_table, read_text, txt_rows
 
 @dataclass(frozen=True)
 class OfficialSet:
-    """A query set of the study's repository: its path there, SHA-256, label, and how many of its lines the study uses."""
+    """A query set of the study's repository: its path there, SHA-256, label, and how many of its
+    lines the study uses.
+    """
 
     path: str
     sha256: str
@@ -60,7 +62,9 @@ OFFICIAL_SETS: Mapping[str, OfficialSet] = {
 
 
 def queries_folder() -> Path:
-    """Where downloaded query sets lie: ANALYSIS_LIB_DATA, else the user's cache folder of the platform."""
+    """Where downloaded query sets lie: ANALYSIS_LIB_DATA, else the user's cache folder of the
+    platform.
+    """
     given = os.environ.get("ANALYSIS_LIB_DATA")
     return (
         Path(given).expanduser()
@@ -77,9 +81,10 @@ def download(
 ) -> dict[str, Path]:
     """Fetches the study's query sets into `folder` (default: `queries_folder()`): {name: file}.
 
-    A file whose SHA-256 is the pinned one is put in place whole; another is not kept, and DataError is raised. Files already
-    there are not fetched again. With a folder of your own, set ANALYSIS_LIB_DATA to it so that `load_queries` finds them by
-    name. downloader: one of pooch's, or a function like them; default: that of the address.
+    A file whose SHA-256 is the pinned one is put in place whole; another is not kept, and DataError
+    is raised. Files already there are not fetched again. With a folder of your own, set
+    ANALYSIS_LIB_DATA to it so that `load_queries` finds them by name. downloader: one of pooch's,
+    or a function like them; default: that of the address.
     """
     import pooch
 
@@ -103,7 +108,8 @@ def download(
             ) from error
         except ValueError as error:
             raise DataError(
-                f"{official.url}: its SHA-256 is not {official.sha256}, nothing kept; something on the way changes the file: try "
+                f"{official.url}: its SHA-256 is not {official.sha256}, nothing kept; something on "
+                "the way changes the file: try "
                 "another connection"
             ) from error
     return files
@@ -117,11 +123,13 @@ def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
         )
     if not path.is_file():
         raise DataError(
-            f"{path}: the query set {name!r} is not downloaded; run `python -m analysis_lib download`"
+            f"{path}: the query set {name!r} is not downloaded; run `python -m analysis_lib "
+            "download`"
         )
     if _sha256(path.read_bytes()) != official.sha256:
         raise DataError(
-            f"{path}: not the official file (wrong SHA-256); run `python -m analysis_lib download` to replace it"
+            f"{path}: not the official file (wrong SHA-256); run `python -m analysis_lib download` "
+            "to replace it"
         )
     return query_table(path, txt_rows(path, read_text(path))[: official.n], official.harmful)
 

@@ -1,4 +1,5 @@
-"""The data room: query sets, safety prompts and published results, and the validation of a user's own files.
+"""The data room: query sets, safety prompts and published results, and the validation of a user's
+own files.
 
 A query table has the columns query_id (unique), text, harmful ("boolean"; <NA> = no agreed answer),
 query_set, and pair_id, form, answer where its source has them. A prompt is a text by its name; the
@@ -23,20 +24,23 @@ HELDOUT_SETS = ("heldout_forms", "heldout_harmless", "borderline")
 """What the comparison of prompts is measured on, unless the user names other sets."""
 
 MIN_OF_EACH_CLASS = 5
-"""With so few queries of a class the notebooks' folds still hold both; queries of one pair_id count once."""
+"""With so few queries of a class the notebooks' folds still hold both; queries of one pair_id count
+once.
+"""
 
 
 def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd.DataFrame:
     """A query table: a set by name, or a user's file.
 
-    Names: "anchor" (100 harmful and 100 harmless queries in pairs), "heldout_harmless", "heldout_forms",
-    "borderline", "facts", and after `download()` those of OFFICIAL_SETS.
+    Names: "anchor" (100 harmful and 100 harmless queries in pairs), "heldout_harmless",
+    "heldout_forms", "borderline", "facts", and after `download()` those of OFFICIAL_SETS.
 
     Files, in UTF-8: .csv with a header, .jsonl with one object a line, .txt with one query a line.
-    `text` is needed and stripped of surrounding space. `harmful` (true/false, 1/0 or harmful/harmless
-    in any case, or empty) is <NA> where it is missing; for a file without that column the keyword
-    `harmful` labels every query. `query_id` becomes stem-0001, ... and `query_set` the stem where
-    missing; pair_id, form and answer are kept; other columns are left out with a warning. A file has at most MAX_BYTES, a text MAX_CHARACTERS.
+    `text` is needed and stripped of surrounding space. `harmful` (true/false, 1/0 or
+    harmful/harmless in any case, or empty) is <NA> where it is missing; for a file without that
+    column the keyword `harmful` labels every query. `query_id` becomes stem-0001, ... and
+    `query_set` the stem where missing; pair_id, form and answer are kept; other columns are left
+    out with a warning. A file has at most MAX_BYTES, a text MAX_CHARACTERS.
 
     Raises DataError naming file, line and remedy.
     """
@@ -47,7 +51,8 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
             name_or_path = ROOT / "queries" / f"{name_or_path}.csv"
         elif not (Path(name_or_path).suffix or Path(name_or_path).name != name_or_path):
             raise DataError(
-                f"no query set {name_or_path!r}; sets: {', '.join(QUERY_SETS)}; after `python -m analysis_lib download` also "
+                f"no query set {name_or_path!r}; sets: {', '.join(QUERY_SETS)}; after `python -m "
+                "analysis_lib download` also "
                 f"{', '.join(OFFICIAL_SETS)}; or give the path of a .csv, .jsonl or .txt file"
             )
     path = Path(os.path.expanduser(name_or_path))
@@ -60,7 +65,8 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
 
 
 def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
-    """`load_queries` of what is to take the anchor set's place: every query labelled, MIN_OF_EACH_CLASS of both classes.
+    """`load_queries` of what is to take the anchor set's place: every query labelled,
+    MIN_OF_EACH_CLASS of both classes.
 
     Raises DataError as `load_queries` does, and where labels lack.
     """
@@ -68,7 +74,8 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
     harmful = queries["harmful"]
     if lacking := int(harmful.isna().sum()):
         raise DataError(
-            f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query needs one; "
+            f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query "
+            "needs one; "
             "fill the column harmful with true and false"
         )
     units = (
@@ -83,12 +90,14 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
     if empty := next((kind for kind, n in found.items() if not n), None):
         only = next(kind for kind in found if kind != empty)
         raise DataError(
-            f"{name_or_path}: every query is labelled {only}, and both classes are needed; add at least {MIN_OF_EACH_CLASS} {empty} ones"
+            f"{name_or_path}: every query is labelled {only}, and both classes are needed; add at "
+            f"least {MIN_OF_EACH_CLASS} {empty} ones"
         )
     if few := next((kind for kind, n in found.items() if n < MIN_OF_EACH_CLASS), None):
         pairs = " (queries of one pair_id count once)" if "pair_id" in queries else ""
         raise DataError(
-            f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} of each class are needed; add "
+            f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} "
+            "of each class are needed; add "
             f"{MIN_OF_EACH_CLASS - found[few]} or more"
         )
     return queries
@@ -97,10 +106,11 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
 def load_heldout_queries(
     names: Sequence[str | Path] | None = None, anchor: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """The sets (names or files as in `load_queries`; default HELDOUT_SETS) as one table, without the texts of the anchor queries.
+    """The sets (names or files as in `load_queries`; default HELDOUT_SETS) as one table, without
+    the texts of the anchor queries.
 
-    Raises DataError as `load_queries` does, for an id that occurs twice, where nothing is left, and for "facts", which
-    have their own question.
+    Raises DataError as `load_queries` does, for an id that occurs twice, where nothing is left, and
+    for "facts", which have their own question.
     """
     names = list(names or HELDOUT_SETS)
     if "facts" in names:
@@ -111,17 +121,20 @@ def load_heldout_queries(
     named = ", ".join(map(str, names))
     if len(twice := queries["query_id"][queries["query_id"].duplicated()]):
         raise DataError(
-            f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); name each set once, and give files different names "
+            f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); name each "
+            "set once, and give files different names "
             "or ids of their own"
         )
     kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
     if 0 < (left_out := len(queries) - len(kept)) < len(queries):
         warnings.warn(
-            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries and left out",
+            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries "
+            "and left out",
             stacklevel=2,
         )
     if kept.empty:
         raise DataError(
-            f"every query of the held-out sets ({named}) is among the anchor queries; give sets that nothing is fitted to"
+            f"every query of the held-out sets ({named}) is among the anchor queries; give sets "
+            "that nothing is fitted to"
         )
     return kept.reset_index(drop=True)

@@ -30,7 +30,9 @@ from .rendering import Prompt, Rendered, Renderer
 
 
 class ChatModel:
-    """A causal language model with a chat template. Weights are loaded at the first use of `.model`."""
+    """A causal language model with a chat template. Weights are loaded at the first use of
+    `.model`.
+    """
 
     def __init__(
         self,
@@ -58,7 +60,9 @@ class ChatModel:
         self._loaded: tuple[Any, ...] | None = (
             None  # the state of the weights when they were read from `source`
         )
-        self._hashed: tuple[tuple[Any, ...] | None, str] | None = None  # that state and its fingerprint
+        self._hashed: tuple[tuple[Any, ...] | None, str] | None = (
+            None  # that state and its fingerprint
+        )
         self._files: Any = {}  # of a folder, as they were when it was opened
 
     @classmethod
@@ -72,22 +76,25 @@ class ChatModel:
         template: str | Path | None = None,
         quantization: str | None = None,
     ) -> ChatModel:
-        """Opens "organism" (the embedded model), a local folder, a hub id, or one of the study's models by its name there.
+        """Opens "organism" (the embedded model), a local folder, a hub id, or one of the study's
+        models by its name there.
 
-        A name of `study_models()` ("vicuna-7b-v1.5") stands for its hub id, revision and the study's chat template.
-        revision: a branch, tag or commit of the hub; "org/model@REVISION" says the same.
-        device: ANALYSIS_LIB_DEVICE, else "cuda" where there is one, else "cpu"; "auto" spreads the weights over all GPUs
-        (needs accelerate).
-        dtype: ANALYSIS_LIB_DTYPE, else float32 on a CPU and bfloat16 elsewhere; the embedded model takes float64 on a CPU,
-        so that whole trainings repeat on other processors and numbers of threads to the printed digit.
-        template: a file with a Jinja chat template, or the name of one of the study's (`TEMPLATES`); default: the tokenizer's.
-        quantization: "8bit" or "4bit" (needs bitsandbytes), for capture and sampling only.
-        The attention implementation is the one transformers picks, SDPA where the architecture has it.
-        Never runs a repository's own code and reads weights from safetensors only, those of a folder from that folder. A
-        folder that changes while its model is open, and a checkpoint that lacks tensors, are ChatModelErrors of `.model`.
-        Raises ChatModelError: unknown id or folder, no network, gated, pickled weights only, an adapter beside the model, a
-        configuration or index that names other files or code, no chat template or one that
-        cannot be rendered, no tokenizer or one without offsets, a device or dtype that torch does not have, a package that lacks.
+        A name of `study_models()` ("vicuna-7b-v1.5") stands for its hub id, revision and the
+        study's chat template. revision: a branch, tag or commit of the hub; "org/model@REVISION"
+        says the same. device: ANALYSIS_LIB_DEVICE, else "cuda" where there is one, else "cpu";
+        "auto" spreads the weights over all GPUs (needs accelerate). dtype: ANALYSIS_LIB_DTYPE, else
+        float32 on a CPU and bfloat16 elsewhere; the embedded model takes float64 on a CPU, so that
+        whole trainings repeat on other processors and numbers of threads to the printed digit.
+        template: a file with a Jinja chat template, or the name of one of the study's
+        (`TEMPLATES`); default: the tokenizer's. quantization: "8bit" or "4bit" (needs
+        bitsandbytes), for capture and sampling only. The attention implementation is the one
+        transformers picks, SDPA where the architecture has it. Never runs a repository's own code
+        and reads weights from safetensors only, those of a folder from that folder. A folder that
+        changes while its model is open, and a checkpoint that lacks tensors, are ChatModelErrors of
+        `.model`. Raises ChatModelError: unknown id or folder, no network, gated, pickled weights
+        only, an adapter beside the model, a configuration or index that names other files or code,
+        no chat template or one that cannot be rendered, no tokenizer or one without offsets, a
+        device or dtype that torch does not have, a package that lacks.
         """
         source = find_source(str(name), revision, template)
         config, tokenizer, commit = read_source(source)
@@ -158,7 +165,9 @@ class ChatModel:
         return self.forward.model
 
     def unload(self) -> None:
-        """Gives the weights' memory back; they are loaded again at the next use. A model in memory alone keeps them."""
+        """Gives the weights' memory back; they are loaded again at the next use. A model in memory
+        alone keeps them.
+        """
         with self.lock:
             if self.source and self._forward is not None:
                 self._forward = self._loaded = None
@@ -182,7 +191,8 @@ class ChatModel:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of configuration and weights: of their content for a folder, of id and commit for a hub model.
+        """SHA-256 of configuration and weights: of their content for a folder, of id and commit for
+        a hub model.
 
         Weights changed in memory (assigned, or in place outside `.data`) are hashed anew.
         """
@@ -203,7 +213,8 @@ class ChatModel:
     def _refuse_change(self) -> None:
         if self._files and weight_files(Path(self.source)) != self._files:
             raise ChatModelError(
-                f"the files of {self.name!r} changed after the model was opened; open it again with ChatModel.load, so that what is "
+                f"the files of {self.name!r} changed after the model was opened; open it again "
+                "with ChatModel.load, so that what is "
                 "computed is kept as the new model's"
             )
 
@@ -237,12 +248,14 @@ class ChatModel:
         return (found,) if isinstance(found, str) else tuple(found)
 
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
-        """Renders each query under the prompt, with the generation prompt, through the chat template.
+        """Renders each query under the prompt, with the generation prompt, through the chat
+        template.
 
-        Text "" means no system message. A model without a system role gets the prompt in front of the query, and says so once.
-        Soft tokens take exactly the positions of their start text's tokens. Special tokens and role markers
-        inside a query are broken by a space, so that no query opens a new role. Raises ChatModelError where a text is no
-        valid Unicode, or is longer with its prompt than the model's context.
+        Text "" means no system message. A model without a system role gets the prompt in front of
+        the query, and says so once. Soft tokens take exactly the positions of their start text's
+        tokens. Special tokens and role markers inside a query are broken by a space, so that no
+        query opens a new role. Raises ChatModelError where a text is no valid Unicode, or is longer
+        with its prompt than the model's context.
         """
         return self.renderer.render(queries, prompt)
 
@@ -263,7 +276,9 @@ class ChatModel:
         }
 
     def embedding_table(self) -> torch.Tensor:
-        """The input embeddings (rows, d); where the weights are not loaded, read alone from their file, in the file's dtype."""
+        """The input embeddings (rows, d); where the weights are not loaded, read alone from their
+        file, in the file's dtype.
+        """
         if not self.loaded and not self.quantization:
             table = embeddings_of_file(
                 self.source, self.revision, self.config, self.dtype, self._weight_map

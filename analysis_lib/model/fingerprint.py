@@ -28,7 +28,9 @@ def weight_files(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
-    """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
+    """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside
+    this process.
+    """
     tensors = (*model.parameters(), *model.buffers())
     kinds = frozenset(map(type, model.modules())) - {SoftEmbedding}  # a block may have been wrapped
     return (
@@ -38,7 +40,9 @@ def state_of(model: Any) -> tuple[Any, ...]:
 
 
 def digest_in_memory(model: Any, name: str, quantization: str | None) -> str:
-    """SHA-256 of configuration, weights and buffers. Raises ChatModelError where weights are offloaded."""
+    """SHA-256 of configuration, weights and buffers. Raises ChatModelError where weights are
+    offloaded.
+    """
     digest = hashlib.sha256((quantization or "").encode())
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     tensors = {
@@ -48,7 +52,8 @@ def digest_in_memory(model: Any, name: str, quantization: str | None) -> str:
     for key, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             raise ChatModelError(
-                f"weights of {name!r} are offloaded, so that its fingerprint cannot be taken; open it with ChatModel.load"
+                f"weights of {name!r} are offloaded, so that its fingerprint cannot be taken; open "
+                "it with ChatModel.load"
             )
         digest.update(
             key.encode()
@@ -69,7 +74,9 @@ def digest_of_source(source: str, revision: str | None, quantization: str | None
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, remembered by (path, size, modification time): a 14 GB model is hashed once."""
+    """SHA-256 of a file, remembered by (path, size, modification time): a 14 GB model is hashed
+    once.
+    """
     from platformdirs import user_cache_path
 
     stat = path.stat()
@@ -91,7 +98,9 @@ def file_digest(path: Path) -> str:
 
 
 def hooked_module(model: Any) -> str:
-    """The first module with a forward hook of the user's, which may change what the model computes; "" without one."""
+    """The first module with a forward hook of the user's, which may change what the model computes;
+    "" without one.
+    """
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             owner = str(getattr(hook, "__module__", "")).partition(".")[0]

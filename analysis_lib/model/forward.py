@@ -1,4 +1,6 @@
-"""A loaded model and how it is run: its device and dtype, soft tokens, the sizes of what runs at a time."""
+"""A loaded model and how it is run: its device and dtype, soft tokens, the sizes of what runs at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ ACTIVATION_BYTES = 1 << 29  # on a CPU; on a GPU, a quarter of the free memory
 class Forward:
     """A loaded transformers model and how it is run: what capture, sampling and training take.
 
-    known holds the answers to what was asked of the model itself, once: whether it shares prefixes, say.
+    known holds the answers to what was asked of the model itself, once: whether it shares prefixes,
+    say.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Forward:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """Precision of what is computed around the model (losses, soft prompts, probabilities): at least float32."""
+        """Precision of what is computed around the model (losses, soft prompts, probabilities): at
+        least float32.
+        """
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
@@ -85,7 +90,9 @@ class Forward:
 
     @property
     def backward_tokens(self) -> int:
-        """Tokens of a pack that is run backward: what is kept of them meanwhile, some 34 numbers of a state's size a block, must fit."""
+        """Tokens of a pack that is run backward: what is kept of them meanwhile, some 34 numbers of
+        a state's size a block, must fit.
+        """
         n_layers = int(text_config(self.model.config).num_hidden_layers)
         kept = 34 * n_layers * self.hidden_size * torch.finfo(self.dtype).bits // 8
         room = (
@@ -96,7 +103,9 @@ class Forward:
         return max(1, min(self.pack_tokens, max(64, room // kept)))
 
     def with_smaller_packs(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls the function; where the device runs out of memory, halves the packs and calls it again."""
+        """Calls the function; where the device runs out of memory, halves the packs and calls it
+        again.
+        """
         while True:
             try:
                 return function(*arguments)
@@ -108,10 +117,11 @@ class Forward:
 
     @contextmanager
     def soft_tokens(self, embeddings: torch.Tensor | NDArray[Any] | None) -> Iterator[None]:
-        """Within this context, token ids from `n_embeddings` on stand for the rows of embeddings (length, d).
+        """Within this context, token ids from `n_embeddings` on stand for the rows of embeddings
+        (length, d).
 
-        A tensor that requires grad receives gradients. Model and tokenizer are left as found. Another thread that enters
-        this context waits; with None, that is all it does.
+        A tensor that requires grad receives gradients. Model and tokenizer are left as found.
+        Another thread that enters this context waits; with None, that is all it does.
         """
         with self._lock:
             if embeddings is None:
@@ -121,11 +131,13 @@ class Forward:
             rows = torch.as_tensor(embeddings, device=self.device)
             if rows.requires_grad and not self.trains:
                 raise ChatModelError(
-                    f"{self.name!r} is quantized, for capture and sampling only; load it without quantization to train"
+                    f"{self.name!r} is quantized, for capture and sampling only; load it without "
+                    "quantization to train"
                 )
             if rows.dim() != 2 or rows.shape[1] != self.hidden_size:
                 raise ChatModelError(
-                    f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose embeddings have {self.hidden_size} dimensions"
+                    f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose "
+                    f"embeddings have {self.hidden_size} dimensions"
                 )
             self.model.set_input_embeddings(SoftEmbedding(base, rows))
             try:
@@ -156,7 +168,9 @@ class SoftEmbedding(torch.nn.Module):
 
 
 def tokens_of_a_pack(device: torch.device) -> int:
-    """Tokens of a pack: enough to fill the device's matrix units, few enough that its activations stay near them."""
+    """Tokens of a pack: enough to fill the device's matrix units, few enough that its activations
+    stay near them.
+    """
     return PACK_TOKENS.get(device.type, PACK_TOKENS["cuda"])
 
 
@@ -166,7 +180,9 @@ def tokens_of_a_line(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """High-water mark of this process: allocated memory of a GPU, else resident memory; 0 where the system keeps none."""
+    """High-water mark of this process: allocated memory of a GPU, else resident memory; 0 where the
+    system keeps none.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -37,7 +37,8 @@ class SoftPrompt:
     embeddings  (length, d) float32, rows of the input embedding space
     start_text  the text prompt whose tokens' place it takes, and where its training began
     model       fingerprint of the model it belongs to;  model_name for people
-    config      the training's configuration;  history one row a step: step, epoch, losses, gradient norm
+    config      the training's configuration;  history one row a step: step, epoch, losses, gradient
+                norm
     template    SHA-256 of the chat template it was trained in; "" where it was not recorded
     """
 
@@ -54,16 +55,20 @@ class SoftPrompt:
         shape = np.shape(self.embeddings)
         if len(shape) != 2 or not shape[0]:
             raise ValueError(
-                f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with length >= 1 is needed"
+                f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with "
+                "length >= 1 is needed"
             )
         if not np.isfinite(self.embeddings).all():
             raise ValueError(
-                f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller learning rate"
+                f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller "
+                "learning rate"
             )
 
     @classmethod
     def from_text(cls, model: ChatModel, text: str, *, name: str) -> SoftPrompt:
-        """The soft prompt equal to a text prompt: the embeddings of its tokens exactly as rendered in context."""
+        """The soft prompt equal to a text prompt: the embeddings of its tokens exactly as rendered
+        in context.
+        """
         return cls(
             name,
             embed_text(model, text),
@@ -77,17 +82,22 @@ class SoftPrompt:
         """Raises ChatModelError where it was trained on another model, or in another chat template."""
         if self.model != model.fingerprint:
             raise ChatModelError(
-                f"the soft prompt {self.name!r} was trained on {self.model_name!r} ({self.model[:12]}) and cannot be used on "
+                f"the soft prompt {self.name!r} was trained on {self.model_name!r} "
+                f"({self.model[:12]}) and cannot be used on "
                 f"{model.name!r} ({model.fingerprint[:12]}); load the model it was trained on"
             )
         if self.template and self.template != (found := model.renderer.template_digest):
             raise ChatModelError(
-                f"the soft prompt {self.name!r} was trained in the chat template {self.template[:12]} and cannot be used in {found[:12]}, "
-                f"which {model.name!r} has now; load the model with the chat template it was trained with"
+                f"the soft prompt {self.name!r} was trained in the chat template "
+                f"{self.template[:12]} and cannot be used in {found[:12]}, "
+                f"which {model.name!r} has now; load the model with the chat template it was "
+                "trained with"
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON in the metadata."""
+        """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON in the
+        metadata.
+        """
         from safetensors.numpy import save
 
         meta = {
@@ -110,9 +120,11 @@ class SoftPrompt:
 
     @classmethod
     def load(cls, path: str | Path, model: ChatModel | None = None) -> SoftPrompt:
-        """Reads what `save` wrote, or a soft prompt published with the study (give its model: see `_published`).
+        """Reads what `save` wrote, or a soft prompt published with the study (give its model: see
+        `_published`).
 
-        With a model given, raises ChatModelError when it was trained on another one or in another chat template.
+        With a model given, raises ChatModelError when it was trained on another one or in another
+        chat template.
         """
         from safetensors import safe_open
 
@@ -142,7 +154,8 @@ class SoftPrompt:
             raise
         except Exception as error:
             raise SoftPromptError(
-                f"{path} is no soft prompt of this library ({error}); give a file that SoftPrompt.save wrote"
+                f"{path} is no soft prompt of this library ({error}); give a file that "
+                "SoftPrompt.save wrote"
             ) from error
         if model is not None:
             soft.check(model)
@@ -156,14 +169,18 @@ class SoftPrompt:
         named: re.Match[str],
         model: ChatModel | None,
     ) -> SoftPrompt:
-        """One of the study's 48 (github.com/chujiezheng/LLM-Safeguard_data): the folder names the model, the file the start prompt."""
+        """One of the study's 48 (github.com/chujiezheng/LLM-Safeguard_data): the folder names the
+        model, the file the start prompt.
+        """
         if model is None:
             raise ChatModelError(
-                f"{path.name} does not say which model it belongs to; load it with SoftPrompt.load(path, model)"
+                f"{path.name} does not say which model it belongs to; load it with "
+                "SoftPrompt.load(path, model)"
             )
         if embeddings.shape[1:] != (model.hidden_size,):
             raise ChatModelError(
-                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have {model.hidden_size} dimensions; "
+                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have "
+                f"{model.hidden_size} dimensions; "
                 f"load the model it was trained on"
             )
         folder, study = path.parent.name, study_models().set_index("model")
@@ -181,8 +198,10 @@ class SoftPrompt:
                 or model.renderer.apply("s", "q") != theirs
             ):
                 raise ChatModelError(
-                    f"{path} was trained on {folder!r} in the chat template {template!r} and cannot be used on {model.name!r} in "
-                    f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its folder with template={template!r}"
+                    f"{path} was trained on {folder!r} in the chat template {template!r} and "
+                    f"cannot be used on {model.name!r} in "
+                    f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its "
+                    f"folder with template={template!r}"
                 )
         method = "prompt tuning" if named["type"] is None else "DRO"
         config = {"method": method, "published": f"{folder}/{path.name}"}

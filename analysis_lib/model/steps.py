@@ -1,4 +1,6 @@
-"""Sampling's next-token logits: from a cache where the model's attention allows it, else from whole rows."""
+"""Sampling's next-token logits: from a cache where the model's attention allows it, else from whole
+rows.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ ROOM = 16  # tokens
 
 
 class CachedStep:
-    """Next-token logits with one row of keys and values per node for its own tokens; the common prefix is kept once for all.
+    """Next-token logits with one row of keys and values per node for its own tokens; the common
+    prefix is kept once for all.
 
-    A row holds the tokens after the prefix, padded on the left, the sampled ones, and room for up to ROOM more.
+    A row holds the tokens after the prefix, padded on the left, the sampled ones, and room for up
+    to ROOM more.
     """
 
     def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]]):
@@ -98,9 +102,11 @@ class CachedStep:
 
 
 def steps_from_cache(forward: Forward) -> bool:
-    """Whether a cached step gives this architecture's own logits: asked of the model itself, once. Others sample plainly, and slowly.
+    """Whether a cached step gives this architecture's own logits: asked of the model itself, once.
+    Others sample plainly, and slowly.
 
-    No, for example, where attention does not go through the interface of transformers, or has sinks.
+    No, for example, where attention does not go through the interface of transformers, or has
+    sinks.
     """
     known = forward.known.get("steps_from_cache")
     if known is None:
@@ -143,10 +149,11 @@ def attending(
     length: int,
     here: torch.Tensor,
 ) -> Iterator[None]:
-    """Within this context, one new token per row is put behind the row's `length` own tokens, and sees these and the prefix.
+    """Within this context, one new token per row is put behind the row's `length` own tokens, and
+    sees these and the prefix.
 
-    prefix, own: keys, then values, layer by layer: (heads, tokens, d) and (rows, heads, tokens and room, d); here: the new
-    tokens' positions (rows, 1).
+    prefix, own: keys, then values, layer by layer: (heads, tokens, d) and (rows, heads, tokens and
+    room, d); here: the new tokens' positions (rows, 1).
     """
     from transformers import AttentionInterface
 
@@ -159,7 +166,9 @@ def attending(
         scaling: float,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own). Exact softmax over both parts."""
+        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own).
+        Exact softmax over both parts.
+        """
         rows, heads, _, d = query.shape
         layer = slice(2 * module.layer_idx, 2 * module.layer_idx + 2)
         shared_key, shared_value = prefix[layer]
@@ -205,7 +214,9 @@ def attending(
 
 
 class PlainStep:
-    """Next-token logits without a cache, whole rows in batches of equal length: right for every architecture, and slow."""
+    """Next-token logits without a cache, whole rows in batches of equal length: right for every
+    architecture, and slow.
+    """
 
     def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]]):
         self.forward, self.rows = forward, [tuple(r) for r in ids]

@@ -14,12 +14,16 @@ TEMPLATES = tuple(sorted(path.stem for path in (ROOT / "templates").glob("*.jinj
 
 
 def study_models() -> pd.DataFrame:
-    """The eight models of the study: model (its name there), hub_id, revision ("" where none is known), template, note."""
+    """The eight models of the study: model (its name there), hub_id, revision ("" where none is
+    known), template, note.
+    """
     return pd.read_csv(ROOT / "models.csv", keep_default_na=False)
 
 
 def read_template(name_or_file: str | Path) -> str:
-    """The Jinja text of one of the study's templates (`TEMPLATES`), or of a file. Raises ChatModelError."""
+    """The Jinja text of one of the study's templates (`TEMPLATES`), or of a file. Raises
+    ChatModelError.
+    """
     path = (
         ROOT / "templates" / f"{name_or_file}.jinja"
         if str(name_or_file) in TEMPLATES
@@ -29,5 +33,6 @@ def read_template(name_or_file: str | Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ChatModelError(
-            f"no chat template can be read from {str(path)!r} ({error}); give a Jinja file, or one of {', '.join(TEMPLATES)}"
+            f"no chat template can be read from {str(path)!r} ({error}); give a Jinja file, or one "
+            f"of {', '.join(TEMPLATES)}"
         ) from error

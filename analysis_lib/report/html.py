@@ -1,4 +1,6 @@
-"""Executed notebooks in, one self-contained HTML page out: interactive figures, no outside request, untrusted text escaped."""
+"""Executed notebooks in, one self-contained HTML page out: interactive figures, no outside request,
+untrusted text escaped.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 _TAGS = set(
-    "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i kbd li ol p pre s small span"
+    "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i "
+    "kbd li ol p pre s small span"
     " strong sub summary sup table tbody td tfoot th thead tr ul".split()
 )
 
@@ -74,7 +77,9 @@ def write_report(
     note: str = "",
     title: str = "Safety prompts, analysed",
 ) -> Path:
-    """Writes executed `notebooks` {name: notebook} as one page to `path`, and returns it; `note` stands at its head."""
+    """Writes executed `notebooks` {name: notebook} as one page to `path`, and returns it; `note`
+    stands at its head.
+    """
     contents, sections = [], []
     for name, nb in notebooks.items():
         markdown = _Markdown(name, notebooks)
@@ -101,9 +106,11 @@ def write_report(
     styles = _CSS + HtmlFormatter(style="default").get_style_defs(".code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
     page = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta '
+        f'http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{styles}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.code, .code pre {{ background: none }}</style>",
+        f"<title>{escape(title)}</title>\n<style>{styles}\n@media (prefers-color-scheme: dark) "
+        f"{{ {dark} }}\n.code, .code pre {{ background: none }}</style>",
         f"</head>\n<body>\n<h1>{escape(title)}</h1>",
         f'<p class="note">{escape(note)}</p>' if note else "",
         f'<nav aria-label="Contents"><ul>{"".join(contents)}</ul></nav>\n<main>',
@@ -126,7 +133,9 @@ def plain_text(text: str) -> str:
 
 
 class _Markdown(mistune.HTMLRenderer):
-    """Markdown of one notebook: raw HTML escaped, no images from elsewhere, links between notebooks kept inside the page."""
+    """Markdown of one notebook: raw HTML escaped, no images from elsewhere, links between notebooks
+    kept inside the page.
+    """
 
     def __init__(self, name: str, notebooks: Mapping[str, NotebookNode]):
         super().__init__(escape=True)
@@ -169,9 +178,15 @@ def _output(output: NotebookNode, markdown: _Markdown) -> str:
     if PLOTLY_MIME in data:
         return _figure(data[PLOTLY_MIME])
     if "image/png" in data:
-        return f'<div class="output"><img alt="" src="data:image/png;base64,{escape("".join(data["image/png"].split()))}"></div>'
+        return (
+            '<div class="output"><img alt="" '
+            f'src="data:image/png;base64,{escape("".join(data["image/png"].split()))}"></div>'
+        )
     if "text/html" in data:
-        return f'<div class="output">{nh3.clean(_whole(data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
+        return (
+            "<div "
+            f'class="output">{nh3.clean(_whole(data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
+        )
     if "text/markdown" in data:
         return f'<div class="output">{markdown.convert(data["text/markdown"])}</div>'
     return _pre(data.get("text/plain", ""))
@@ -189,7 +204,8 @@ def _figure(figure: Mapping[str, Any]) -> str:
     # "<" would end the script element early; as \u003c it is the same JSON
     data = json.dumps({"data": figure.get("data", []), "layout": layout}).replace("<", "\\u003c")
     return (
-        f'<div class="output"><div class="figure" role="img" aria-label="{escape(label)}" style="height:{height}px"></div>'
+        f'<div class="output"><div class="figure" role="img" aria-label="{escape(label)}" '
+        f'style="height:{height}px"></div>'
         f'<script type="application/json">{data}</script></div>'
     )
 

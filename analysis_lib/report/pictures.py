@@ -18,7 +18,9 @@ class NotebookError(Exception):
 
 
 class Pictures:
-    """A browser that turns plotly JSON into PNG: one for all notebooks, since its start takes seconds."""
+    """A browser that turns plotly JSON into PNG: one for all notebooks, since its start takes
+    seconds.
+    """
 
     def __enter__(self) -> Pictures:
         import kaleido
@@ -26,7 +28,8 @@ class Pictures:
 
         if not Chromium.find_browser(skip_local=False):
             raise NotebookError(
-                "no Chromium or Chrome found, which draws the stored pictures; install one (Debian: apt-get install chromium)"
+                "no Chromium or Chrome found, which draws the stored pictures; install one "
+                "(Debian: apt-get install chromium)"
             )
         kaleido.start_sync_server(mathjax=False)  # MathJax would come from the network
         self._draw = kaleido.calc_fig_sync
@@ -52,7 +55,8 @@ class Pictures:
 
 
 def write_figures(notebooks: Mapping[str, NotebookNode], folder: str | Path) -> list[Path]:
-    """Writes each plotly figure of executed notebooks {stem: notebook} as NOTEBOOK-N.html, and as .svg where Chromium is found.
+    """Writes each plotly figure of executed notebooks {stem: notebook} as NOTEBOOK-N.html, and as
+    .svg where Chromium is found.
 
     The .html files share one plotly.js, beside them, and open offline.
     """

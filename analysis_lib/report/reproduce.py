@@ -1,4 +1,6 @@
-"""What `analysis-lib reproduce` leaves in its folder: the notebooks' results, figures, exports and `summary.json`."""
+"""What `analysis-lib reproduce` leaves in its folder: the notebooks' results, figures, exports and
+`summary.json`.
+"""
 
 from __future__ import annotations
 
@@ -63,19 +65,22 @@ def reproduce(
     forms: Sequence[str] | None = None,
     jobs: int = 1,
 ) -> bool:
-    """Runs every notebook on the model into `out`, exports the soft prompts and writes `summary.json`.
+    """Runs every notebook on the model into `out`, exports the soft prompts and writes
+    `summary.json`.
 
-    What was computed lies in the store: after an interruption the same call goes on from there. heldout: names or files of
-    the query sets that prompts are compared on. guard: a chat model that judges replies to harmful queries as well, as in
-    the study (`published_judge`); default: the string judge alone. forms: see `export`.
-    Returns whether every notebook ran and every form was written. Raises ReproduceError where what runs notebooks lacks.
+    What was computed lies in the store: after an interruption the same call goes on from there.
+    heldout: names or files of the query sets that prompts are compared on. guard: a chat model that
+    judges replies to harmful queries as well, as in the study (`published_judge`); default: the
+    string judge alone. forms: see `export`. Returns whether every notebook ran and every form was
+    written. Raises ReproduceError where what runs notebooks lacks.
     """
     try:
         from .pictures import write_figures
         from .run_notebooks import run_notebooks
     except ModuleNotFoundError as error:
         raise ReproduceError(
-            f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e '.[notebooks]'"
+            f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e "
+            "'.[notebooks]'"
         ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
     given: dict[str, Any] = {
@@ -161,12 +166,14 @@ def plan(
     heldout: Sequence[str] | None = None,
     guard: str | None = None,
 ) -> pd.DataFrame:
-    """What `reproduce` would still compute and its cost, from a short probe; prints where it would run and write.
+    """What `reproduce` would still compute and its cost, from a short probe; prints where it would
+    run and write.
 
-    Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are counted on the held-out
-    queries as two more that nothing is known of, and those of notebook 09, for which its short run is taken, as eight. Not
-    counted: replies to wrapped queries and of the trials of a weight, the probabilities and losses of replies, a guard's
-    verdicts, the widgets' consoles.
+    Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts
+    are counted on the held-out queries as two more that nothing is known of, and those of notebook
+    09, for which its short run is taken, as eight. Not counted: replies to wrapped queries and of
+    the trials of a weight, the probabilities and losses of replies, a guard's verdicts, the
+    widgets' consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
     start = next(
@@ -215,14 +222,17 @@ def plan(
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()
     print(
-        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts {about['prompt_goes']}, into {out}"
+        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts "
+        f"{about['prompt_goes']}, into {out}"
     )
     print(f"The plain form of a soft prompt copies {model.weight_bytes / 1e9:.2f} GB of weights")
     return table[["queries", *table.columns.drop("queries")]]
 
 
 def environment_of(model: ChatModel) -> dict[str, str]:
-    """The environment under which `load` opens a model on the same device and in the same dtype, where they are not the default."""
+    """The environment under which `load` opens a model on the same device and in the same dtype,
+    where they are not the default.
+    """
     asked = (
         {}
         if model.asked_device == default_device()

@@ -1,4 +1,6 @@
-"""Methods as rows: the baseline, DRO and its ablations trained from a table of settings, and prompt tuning's weight chosen."""
+"""Methods as rows: the baseline, DRO and its ablations trained from a table of settings, and prompt
+tuning's weight chosen.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from .tuning import PromptTuningConfig, train_prompt_tuning
 
 @dataclass(frozen=True)
 class Method:
-    """One training: `prompt` is its name in every table, `method` what it is, `start` the text prompt it starts from.
+    """One training: `prompt` is its name in every table, `method` what it is, `start` the text
+    prompt it starts from.
 
     k: components of the anchor space (DRO only).
     """
@@ -43,7 +46,8 @@ def ablations(
     components: Sequence[int] = (2, 8, 16),
     norm_weights: Sequence[float] = (0.01, 0.1, 1.0),
 ) -> tuple[Method, ...]:
-    """The study's rows and ours: prompt tuning, DRO, DRO without each of its losses, with other components and norm weights.
+    """The study's rows and ours: prompt tuning, DRO, DRO without each of its losses, with other
+    components and norm weights.
 
     The study's DRO itself has 4 components and norm weight 0.001.
     """
@@ -80,9 +84,10 @@ def train_methods(
 ) -> dict[str, SoftPrompt]:
     """Trains every row on the anchor data: {method.prompt: soft prompt}.
 
-    prompts: the text prompts whose states span the anchor space; judged: judged responses to the queries under them.
-    Prompt tuning learns from the responses under no prompt and under its start. With a store, finished trainings are
-    read, so an interrupted run goes on where it was. ValueError for a name that is taken or a start that is no prompt.
+    prompts: the text prompts whose states span the anchor space; judged: judged responses to the
+    queries under them. Prompt tuning learns from the responses under no prompt and under its start.
+    With a store, finished trainings are read, so an interrupted run goes on where it was.
+    ValueError for a name that is taken or a start that is no prompt.
     """
     names = [m.prompt for m in methods]
     if taken := [n for i, n in enumerate(names) if n in prompts or n in names[:i]]:
@@ -91,7 +96,8 @@ def train_methods(
         )
     if lacking := [m for m in methods if m.start not in prompts]:
         raise ValueError(
-            f"{lacking[0].prompt!r} starts from {lacking[0].start!r}, which is none of {', '.join(prompts)}"
+            f"{lacking[0].prompt!r} starts from {lacking[0].start!r}, which is none of "
+            f"{', '.join(prompts)}"
         )
     states, rows = hidden_states(model, queries, prompts, store=store).at(-1)
     rows = rows.merge(
@@ -136,11 +142,12 @@ def cross_validate_unlikelihood(
     n_samples: int = 5,
     store: Store | None = None,
 ) -> pd.DataFrame:
-    """Prompt tuning's unlikelihood weight judged on anchor data alone: trained on some queries, sampled on the others.
+    """Prompt tuning's unlikelihood weight judged on anchor data alone: trained on some queries,
+    sampled on the others.
 
-    Queries of one pair_id stay together. Returns one row a weight: weight, compliance (mean share of answered samples
-    of held-out harmful queries), false_refusal (of refused ones of harmless queries) and error, the mean of both; the
-    weight of the least error is the choice.
+    Queries of one pair_id stay together. Returns one row a weight: weight, compliance (mean share
+    of answered samples of held-out harmful queries), false_refusal (of refused ones of harmless
+    queries) and error, the mean of both; the weight of the least error is the choice.
     """
     config = config or PromptTuningConfig()
     pairs = (

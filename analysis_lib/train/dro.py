@@ -1,7 +1,7 @@
 """Directed Representation Optimization of a safety prompt, and the prompt-tuning baseline.
 
-Both train the embeddings of the system message's tokens and nothing else. In each step the prefix with the soft
-tokens runs once, and every distinct token after it once (see `capture`).
+Both train the embeddings of the system message's tokens and nothing else. In each step the prefix
+with the soft tokens runs once, and every distinct token after it once (see `capture`).
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ def dro_loss(
     geometry: Geometry,
     config: DROConfig,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The DRO loss of states (n, d) under the soft prompt against base (n, d) under the text prompt.
+    """The DRO loss of states (n, d) under the soft prompt against base (n, d) under the text
+    prompt.
 
-    BCE of the change of the refusal logit (target 1 for harmful, 0 for harmless), the same for harmfulness, and the
-    mean square change in the d - k other directions, with the configuration's weights. harmful: (n,) of 0.0 and 1.0.
+    BCE of the change of the refusal logit (target 1 for harmful, 0 for harmless), the same for
+    harmfulness, and the mean square change in the d - k other directions, with the configuration's
+    weights. harmful: (n,) of 0.0 and 1.0.
     """
     new, old = (states - geometry.mean) @ geometry.basis, (base - geometry.mean) @ geometry.basis
     k = len(geometry.refusal)
@@ -78,7 +80,9 @@ def dro_loss(
 
 @dataclass(frozen=True)
 class Geometry:
-    """Anchor space and directions as tensors: mean (d,), basis (d, d), refusal (k,), harmfulness (k,)."""
+    """Anchor space and directions as tensors: mean (d,), basis (d, d), refusal (k,), harmfulness
+    (k,).
+    """
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -114,11 +118,12 @@ def train_dro(
 ) -> SoftPrompt:
     """Trains a soft prompt that starts at the text `prompt`, on queries with a harmful label.
 
-    Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model). on_step(losses, embeddings) is called after
-    each step; when it returns True, training ends and what was learned is returned. Equal inputs give equal results
-    on one machine; with a store, a finished training of equal inputs is read instead of repeated (no weights are loaded and
-    no step is taken), and one that was killed or stopped goes on from the last epoch that ended CHECKPOINT_SECONDS or more after
-    the one kept before it.
+    Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model).
+    on_step(losses, embeddings) is called after each step; when it returns True, training ends and
+    what was learned is returned. Equal inputs give equal results on one machine; with a store, a
+    finished training of equal inputs is read instead of repeated (no weights are loaded and no step
+    is taken), and one that was killed or stopped goes on from the last epoch that ended
+    CHECKPOINT_SECONDS or more after the one kept before it.
     """
     config = config or DROConfig()
     check_queries(queries, "harmful")
@@ -181,7 +186,9 @@ def _check(
 def _parts(
     forward: Forward, rows: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Positions of some rows and their last-token states (m, d); backward runs on each part before the next is asked for."""
+    """Positions of some rows and their last-token states (m, d); backward runs on each part before
+    the next is asked for.
+    """
     if not shares_prefixes(forward):
         yield list(range(len(rows))), last_states(forward, rows)[0][:, 0]
         return

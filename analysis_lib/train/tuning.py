@@ -26,7 +26,8 @@ from .loop import OnStep, check_config, train_soft_prompt
 class PromptTuningConfig:
     """Vanilla prompt tuning: likelihood of good responses, unlikelihood of bad ones.
 
-    batch_size counts queries: all responses of a query fall into one step, where their common tokens are shared.
+    batch_size counts queries: all responses of a query fall into one step, where their common
+    tokens are shared.
     """
 
     learning_rate: float = 1e-3
@@ -53,10 +54,12 @@ def train_prompt_tuning(
     on_step: OnStep | None = None,
     progress: bool | None = None,
 ) -> SoftPrompt:
-    """The baseline: trains a soft prompt that starts at the text `prompt` on judged responses to the same queries.
+    """The baseline: trains a soft prompt that starts at the text `prompt` on judged responses to
+    the same queries.
 
-    judged: [query_id, response, refused] and optionally end. A refused harmful query and an answered harmless one
-    are good responses (likelihood), the others bad ones (unlikelihood); unscored responses are left out.
+    judged: [query_id, response, refused] and optionally end. A refused harmful query and an
+    answered harmless one are good responses (likelihood), the others bad ones (unlikelihood);
+    unscored responses are left out.
     """
     config = config or PromptTuningConfig()
     table = _training_table(queries, judged)
@@ -95,7 +98,9 @@ def train_prompt_tuning(
 
 
 def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
-    """The judged responses with text, label and whether each is good; unscored and unlabelled ones are left out."""
+    """The judged responses with text, label and whether each is good; unscored and unlabelled ones
+    are left out.
+    """
     check_queries(queries, "harmful")
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
         raise ValueError(
@@ -107,7 +112,8 @@ def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame
     table = table[table["refused"].notna() & table["harmful"].notna()]
     if table.empty:
         raise ValueError(
-            "no judged response belongs to a labelled query; judge responses to the same queries first"
+            "no judged response belongs to a labelled query; judge responses to the same queries "
+            "first"
         )
     return table.assign(good=(table["refused"] == 1) == table["harmful"].astype(bool))
 
@@ -116,7 +122,9 @@ Replies = dict[tuple[tuple[int, ...], bool], int]  # (token ids, whether good) -
 
 
 def _distinct_replies(model: ChatModel, table: pd.DataFrame, longest: int) -> dict[str, Replies]:
-    """The distinct replies of each query, of at most `longest` tokens; the end token belongs to those that ended."""
+    """The distinct replies of each query, of at most `longest` tokens; the end token belongs to
+    those that ended.
+    """
     found: dict[str, Replies] = {name: {} for name in table["query_id"]}
     encoded = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
     ends = table["end"] if "end" in table else ["eos"] * len(table)
@@ -136,7 +144,9 @@ def _tuning_loss(
     targets: Sequence[tuple[tuple[int, ...], bool, int]],
     config: PromptTuningConfig,
 ) -> dict[str, float]:
-    """Gradients of the mean token losses of good and of bad replies; returns the losses. targets: (reply, good, count) a row."""
+    """Gradients of the mean token losses of good and of bad replies; returns the losses. targets:
+    (reply, good, count) a row.
+    """
     most = min(
         len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True)
     )  # the heads but their last token
