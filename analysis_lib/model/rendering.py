@@ -299,9 +299,8 @@ class Renderer:
             return self._markers.sub(lambda m: m[0][0] + " " + m[0][1:], text)
 
         escaped = broken(text)
-        if self._markers.search(
-            folded := unicodedata.normalize("NFKC", escaped)
-        ):  # what many tokenizers do first
+        # Many tokenizers normalize first.
+        if self._markers.search(folded := unicodedata.normalize("NFKC", escaped)):
             escaped = broken(folded)
         if escaped != text:
             warnings.warn(

@@ -38,12 +38,10 @@ class CachedStep:
         width = max(len(path) for pack in plan.packs for path in pack.paths)
         n, device = len(self.ids), self.forward.device
         logits: list[torch.Tensor | None] = [None] * n
-        own: list[
-            list[torch.Tensor | None]
-        ] = []  # keys, then values, layer by layer -> row -> (heads, width, d)
-        self.prefix: list[
-            torch.Tensor
-        ] = []  # keys, then values, layer by layer: (heads, length, d)
+        # Keys, then values, layer by layer; then row by row: (heads, width, d).
+        own: list[list[torch.Tensor | None]] = []
+        # Keys, then values, layer by layer: (heads, length, d).
+        self.prefix: list[torch.Tensor] = []
         self.see = torch.zeros(n, width, dtype=torch.bool, device=device)
         self.positions = torch.zeros(n, width, dtype=torch.long, device=device)
         for pack, ends, cache in run_plan(
@@ -176,9 +174,8 @@ def attending(
         own_key[:, :, length], own_value[:, :, length] = key[:, :, 0], value[:, :, 0]
         kv_heads, n_shared = shared_key.shape[:2]
         query = query.reshape(rows, kv_heads, heads // kv_heads, d)
-        stacked = query.transpose(0, 1).reshape(
-            kv_heads, -1, d
-        )  # all rows against the prefix in one product a head
+        # All rows meet the prefix in one product a head.
+        stacked = query.transpose(0, 1).reshape(kv_heads, -1, d)
         shared = (
             (stacked @ shared_key.transpose(1, 2))
             .view(kv_heads, rows, -1, n_shared)
