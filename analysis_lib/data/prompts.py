@@ -1,4 +1,4 @@
-"""DOC analysis_lib.data.prompts."""
+"""Safety prompts: the study's, and a user's own from files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,37 @@ RESERVED_PROMPTS = ("dro", "tuned")
 
 
 def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
-    """Safety prompts by name: "none" (no system message), "default", "short", "mistral", then the
-    user's.
+    """Safety prompts by name: "none", "default", "short", "mistral", then the user's.
 
-    path: a .txt file (its stem is the name), a folder of them, or a .json file {name: text}. Texts
-    are stripped of surrounding space. Raises DataError for a blank text, a built-in name with
-    another text, a name of RESERVED_PROMPTS or one that cannot be part of a file's name, and a link
-    in the folder that leads out of it.
+    "none" has the text "", which means no system message.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A .txt file (its stem is the name), a folder of them, or a .json file {name: text}.
+
+    Returns
+    -------
+    dict
+        {name: text}, texts stripped of surrounding space.
+
+    Raises
+    ------
+    DataError
+        For a blank text; a built-in name with another text; a name of RESERVED_PROMPTS; a name that
+        cannot be part of a file's name; and a link in the folder that leads out of it.
+
+    References
+    ----------
+    Zheng et al. 2024, arXiv 2401.18018, whose three prompts are "default" (LLaMA-2's), "short" and
+    "mistral".
+
+    Examples
+    --------
+    >>> from analysis_lib import load_safety_prompts
+    >>> prompts = load_safety_prompts()
+    >>> list(prompts), prompts["none"]
+    (['none', 'default', 'short', 'mistral'], '')
     """
     prompts = {"none": ""} | {
         name: read_text(ROOT / "prompts" / f"{name}.txt").strip() for name in PROMPTS
