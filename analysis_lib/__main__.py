@@ -19,9 +19,12 @@ from .store.upkeep import DAY, parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
-  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 --prompt my_prompt.txt --out my_report
-  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 --prompt my_prompt.txt --dry-run
-  python -m analysis_lib export my_report/soft_prompts/dro_my_prompt.safetensors --model mistralai/Mistral-7B-Instruct-v0.2 --out served --form vllm
+  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 \\
+      --prompt my_prompt.txt --out my_report
+  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 \\
+      --prompt my_prompt.txt --dry-run
+  python -m analysis_lib export my_report/soft_prompts/dro_my_prompt.safetensors \\
+      --model mistralai/Mistral-7B-Instruct-v0.2 --out served --form vllm
   python -m analysis_lib cache ls
   python -m analysis_lib cache prune --older-than 30d --dry-run
   python -m analysis_lib organism card
@@ -42,9 +45,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         from .judge.models import chat_judge
         from .model.chat import ChatModel
 
-        chat_judge(
-            ChatModel.load(args.guard, device=args.device, dtype=args.dtype)
-        )  # loads no weights
+        # Loads no weights.
+        chat_judge(ChatModel.load(args.guard, device=args.device, dtype=args.dtype))
     from .report.reproduce import plan, reproduce
 
     asked = {
@@ -277,7 +279,8 @@ def _of_cache(command: argparse.ArgumentParser) -> None:
         "ls": "what is kept, by kind, model and dtype",
         "info": "folder, format, counts, parity certificates",
         "verify": "read every byte; exit status 1 where a file is damaged",
-        "prune": f"remove the files that meet every condition, and what killed processes left; {young}",
+        "prune": "remove the files that meet every condition, and what killed processes left; "
+        f"{young}",
         "compact": f"merge small files and drop damaged rows; {young}",
     }
     made = {name: actions.add_parser(name, help=t, description=t) for name, t in actions_of.items()}

@@ -16,9 +16,7 @@ from ..store.store import Store
 
 
 class ParityError(RuntimeError):
-    """States differ from the plain forward pass by more than the dtype explains; nothing was
-    stored.
-    """
+    """States differ from the plain pass by more than the dtype explains; nothing was stored."""
 
 
 def new_certificate(model: ChatModel) -> dict[str, Any]:
@@ -53,9 +51,8 @@ def certify(
     if worst["max_rel"] > limit:
         raise ParityError(
             f"states of {model.name!r} differ from the plain forward pass by "
-            f"{worst['max_rel']:.2g} of "
-            f"their size (limit {limit:g} for {model.dtype_name}); nothing was stored: report the "
-            "model, or load it with dtype='float32'"
+            f"{worst['max_rel']:.2g} of their size (limit {limit:g} for {model.dtype_name}); "
+            "nothing was stored: report the model, or load it with dtype='float32'"
         )
     return worst
 

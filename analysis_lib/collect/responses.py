@@ -1,9 +1,10 @@
-"""Sampled responses, each fixed by its key, sampled together as a tree.
+"""Sampled responses, each fixed by its key.
 
 A sample's text depends on the model, the rendered tokens, the settings, the seed and the sample's
-index, and on nothing else: its random numbers come from a counter-based generator keyed by these.
-So samples that have been equal so far share one computation, and a batch, an order or a resumed run
-changes no text (up to ties of the order of floating-point rounding, about one token in a million).
+index, and on nothing else. Its random numbers come from a counter-based generator keyed by these.
+So samples that have been equal so far share one computation (see `sampling`). A batch, an order or
+a resumed run changes no text, up to ties of the order of floating-point rounding: about one token
+in a million.
 """
 
 from __future__ import annotations
@@ -189,11 +190,11 @@ def sample_rows(
     store: Store | None = None,
     done: Callable[..., None] = lambda **new: None,
 ) -> list[list[dict[str, str]]]:
-    """n_samples {"response", "end"} for each rendered row: found in the store, or computed and kept
-    batch by batch.
+    """n_samples {"response", "end"} for each rendered row: found in the store, or sampled.
 
-    name: what the store's listing calls the rows' prompt. embeddings: what their soft tokens stand
-    for. done(found=n) or done(computed=n) is called as they come.
+    What is sampled is kept batch by batch. name: what the store's listing calls the rows' prompt.
+    embeddings: what their soft tokens stand for. done(found=n) or done(computed=n) is called as
+    they come.
     """
     store = _usable(store, model, settings)
     keys = _keys(model, rows, n_samples, settings) if store is not None else []
@@ -285,9 +286,7 @@ def _found(store: Store, keys: Sequence[Sequence[str]]) -> list[list[Any]]:
 def _batches(
     model: ChatModel, rows: Sequence[Rendered], todo: Jobs, n_samples: int, max_new_tokens: int
 ) -> list[Jobs]:
-    """Splits the jobs so that even with all samples distinct the key-value cache fits the memory at
-    hand.
-    """
+    """Splits the jobs so that the key-value cache fits the memory, even if all samples differ."""
     per_token = cache_bytes_per_token(model.config, model.dtype)
     order = sorted(todo, key=lambda i: rows[i].ids)
     own = max(len(rows[i].ids) for i in todo) - common_length(

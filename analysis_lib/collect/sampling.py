@@ -1,7 +1,7 @@
 """Sampling as a tree: the distinct continuations of some rows, one token a step.
 
-A sample's random numbers come from a counter-based generator keyed by the row's tokens, the seed and
-the sample's index. So samples that have been equal so far share one computation.
+A sample's random numbers come from a counter-based generator keyed by the row's tokens, the seed
+and the sample's index. So samples that have been equal so far share one computation.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Settings:
 
 
 class SampleTree:
-    """The distinct continuations of some rows, one token a step; a node is one distinct unfinished
-    continuation.
+    """The distinct continuations of some rows, one token a step.
+
+    A node is one distinct unfinished continuation.
     """
 
     def __init__(self, model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings):
@@ -116,8 +117,7 @@ class SampleTree:
 
 
 def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDArray[np.float64]:
-    """Uniform numbers (len(samples), max_new_tokens) in [0, 1) fixed by the row's tokens, the seed
-    and the sample.
+    """Uniform numbers (len(samples), max_new_tokens) in [0, 1), fixed by row, seed and sample.
 
     Soft tokens count by their ids, not by their embeddings: soft prompts of one length are compared
     on the same random numbers, and the last bit of a training does not change every text.
@@ -130,8 +130,9 @@ def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDAr
 def _choose(
     logits: torch.Tensor, node: NDArray[Any], uniform: NDArray[Any], settings: Settings
 ) -> NDArray[np.int64]:
-    """One token for each sample by inversion of its node's distribution: temperature, then top-k,
-    then top-p.
+    """One token for each sample, by inversion of its node's distribution.
+
+    Temperature comes first, then top-k, then top-p.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if settings.temperature == 0:

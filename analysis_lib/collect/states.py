@@ -285,8 +285,9 @@ class _Capture:
         prompt: Prompt,
         take: int,
     ) -> tuple[str, dict[str, Any]]:
-        """Computes the rows of a part, `take` of them certified: the dtype they came in, and the
-        part's certificate.
+        """Computes the rows of a part and certifies `take` of them.
+
+        Returns the dtype they came in, and the part's certificate.
         """
         forward = self.model.forward
         wanted = [rows[i] for i in part]
@@ -298,7 +299,8 @@ class _Capture:
             chosen = self.rng.choice(len(part), take, replace=False)
             texts = [self.texts[i] for i in part]
             worst = certify(self.model, wanted, texts, block[part], self.layers, chosen)
-        certificate = {"way": way, "checked": take, **worst}  # as Store.certificates knows them
+        # The names that Store.certificates knows.
+        certificate = {"way": way, "checked": take, **worst}
         self.certificate["computed"] += len(part)
         self.certificate["checked"] += take
         widen(self.certificate, certificate)
@@ -342,8 +344,9 @@ def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> 
 def _fill(
     block: NDArray[Any], keys: list[list[str]], store: Store
 ) -> tuple[NDArray[Any], set[str]]:
-    """Writes the stored states into block; returns the positions of rows with any layer missing,
-    and the keys that are kept.
+    """Writes the stored states into block.
+
+    Returns the positions of rows with any layer missing, and the keys that are kept.
     """
     read = store.read_states([k for row in keys for k in row])
     found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}

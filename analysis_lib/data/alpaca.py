@@ -1,5 +1,4 @@
-"""General ability by AlpacaEval: instructions as queries, answers in the form of the `alpaca_eval`
-package, its verdicts as wins.
+"""General ability by AlpacaEval: instructions in, answers and verdicts in the package's form.
 
     alpaca_eval --model_outputs answers.json --output_path DIR
 
@@ -21,11 +20,10 @@ from .files import DataError, read_text
 
 
 def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
-    """The first n instructions (the study's 100; None: all) of a json list of objects with
-    `instruction`, as a query table.
+    """The first n instructions of a json list of objects with `instruction`, as a query table.
 
-    query_id is alpaca-0001, ..., harmful False, query_set "alpaca_eval". Raises DataError naming
-    file and entry.
+    n is 100 in the study; None takes all. query_id is alpaca-0001, ..., harmful False, query_set
+    "alpaca_eval". Raises DataError naming file and entry.
     """
     entries = _entries(Path(path), "instruction")[:n]
     texts = [entry["instruction"].strip() for entry in entries]
@@ -39,11 +37,10 @@ def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
 def write_alpaca_eval(
     responses: pd.DataFrame, queries: pd.DataFrame, path: str | Path, *, generator: str
 ) -> None:
-    """Writes one response a query, of one prompt, as the package's model outputs: instruction,
-    output, generator, dataset.
+    """Writes one response a query, of one prompt, as the package's model outputs.
 
-    generator: the name under which the package lists these answers, such as "my-model under
-    my-prompt".
+    The fields are instruction, output, generator and dataset. generator: the name under which the
+    package lists these answers, such as "my-model under my-prompt".
     """
     if responses["prompt"].nunique() != 1 or responses["query_id"].duplicated().any():
         raise ValueError(

@@ -1,6 +1,4 @@
-"""What travels with the package, and a user's own files: read with care, their faults named by file
-and line.
-"""
+"""The package's own files, and a user's, whose faults are named by file and line."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ import pandas as pd
 
 
 def shipped(name: str) -> Path:
-    """The folder `name` ("data" or "notebooks") that travels with the package: inside it where it
-    is installed, beside it in a checkout.
+    """The folder `name` ("data" or "notebooks") that travels with the package.
+
+    It lies inside the package where this is installed, beside it in a checkout.
     """
     package = Path(str(resources.files("analysis_lib")))
     inside = package / "shipped" / name
@@ -126,7 +125,7 @@ def jsonl_rows(path: Path, content: str) -> list[_Row]:
 
 
 class JsonPairs(list[tuple[str, Any]]):
-    """The (name, value) pairs of a JSON object, of which a dict would keep the last of equal names."""
+    """The (name, value) pairs of a JSON object; a dict would keep the last of equal names."""
 
 
 def txt_rows(path: Path, content: str) -> list[_Row]:
@@ -185,9 +184,8 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
 
 def _field(value: object, column: str, where: str) -> str:
     """A cell as text, without surrounding space; "" where it is missing."""
-    number = (
-        isinstance(value, int) and column != "text"
-    )  # an id or a label; JSON's true and false are ints too
+    # An id or a label may be a number; JSON's true and false are ints too.
+    number = isinstance(value, int) and column != "text"
     if not (value is None or isinstance(value, str) or number):
         raise DataError(f"{where}, column {column!r}: {shown(value)} is no text; put it in quotes")
     text = "" if value is None else str(value)
@@ -228,7 +226,8 @@ def read_text(path: Path) -> str:
         raise DataError(
             f"{path}: cannot be read ({why}); check the path and its permissions"
         ) from error
-    if content is None:  # a pipe or a device may never end
+    # A pipe or a device may never end.
+    if content is None:
         what = (
             f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}"
             if stat.S_ISREG(status.st_mode)

@@ -56,9 +56,8 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
     path = Path(os.path.expanduser(path))
     for name, text, where in _user_prompts(path):
         check_text(text, where)
-        if (
-            not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100
-        ):  # files are saved under it
+        # Files are saved under this name.
+        if not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100:
             raise DataError(
                 f"{where}: the name {shown(name)} cannot be part of a file's name; write letters, "
                 "digits, space, - and _, "

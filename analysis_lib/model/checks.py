@@ -32,8 +32,9 @@ def refuse_configuration(name: str, config: Any) -> None:
 
 
 def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] | None:
-    """{tensor: file} of a checkpoint in several files, None of one in a single file. Raises
-    ChatModelError: see `load`.
+    """{tensor: file} of a checkpoint in several files; None of one in a single file.
+
+    Raises ChatModelError: see `ChatModel.load`.
     """
     from transformers.utils import cached_file
 
@@ -82,8 +83,9 @@ def refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
 
 
 def load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> str:
-    """One line that says what to do, from an error of the libraries below. meant: names of the
-    study that may have been.
+    """One line that says what to do, from an error of the libraries below.
+
+    meant: names of models in the study that the user may have meant.
     """
     text = f"{type(error).__name__}: {error}"
     names = {one.lower(): one for one in meant}

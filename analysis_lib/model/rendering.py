@@ -1,6 +1,4 @@
-"""Chats as token ids: a query under a safety prompt through the chat template, with the place of
-the system message known.
-"""
+"""Chats as token ids: a query under a safety prompt, and the place of the system message."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ Encoded = tuple[tuple[int, ...], list[tuple[int, int]]]  # token ids and their o
 
 @runtime_checkable
 class SoftTokens(Protocol):
-    """What the system slot takes besides text: embeddings (length, d) and the text whose place they
-    take.
-    """
+    """Soft tokens for the system slot: embeddings (length, d) and the text they replace."""
 
     @property
     def name(self) -> str: ...
@@ -111,9 +107,7 @@ class Renderer:
     def _with_slot(
         self, texts: list[str], length: int, head: int, prompt: Prompt
     ) -> list[Rendered]:
-        """Rows of the rendered texts, whose system message has `length` characters; soft tokens
-        take its place.
-        """
+        """Rows whose system message has `length` characters; soft tokens take its place."""
         begin = self.apply(_SYSTEM, _USER).index(_SYSTEM)
         end = begin + length
         soft: tuple[int, ...] | None = None
@@ -194,9 +188,7 @@ class Renderer:
         )
 
     def apply(self, system: str, query: str) -> str:
-        """The rendered text of one chat, with the generation prompt. Raises ChatModelError where
-        the template cannot.
-        """
+        """The rendered text of one chat, with the generation prompt. Raises ChatModelError."""
         if self.system_role:
             messages = ([{"role": "system", "content": system}] if system else []) + [
                 {"role": "user", "content": query}
@@ -269,9 +261,7 @@ class Renderer:
 
     @cached_property
     def _markers(self) -> re.Pattern[str]:
-        """Special tokens of the tokenizer and the template's role markers: bracketed ones, and
-        labels such as "USER:".
-        """
+        """Special tokens and the template's role markers: bracketed ones, or labels ("USER:")."""
         special = set(self.tokenizer.all_special_tokens) | {
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special
         }
@@ -286,8 +276,9 @@ class Renderer:
         )
 
     def escape(self, text: str, what: str) -> str:
-        """The text with special tokens and role markers broken by a space, so that it opens no new
-        role; warns where it did.
+        """The text with special tokens and role markers broken by a space; warns where it did.
+
+        So it opens no new role. Raises ChatModelError for half of a Unicode pair.
         """
         if re.search("[\ud800-\udfff]", text):
             raise ChatModelError(

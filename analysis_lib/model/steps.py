@@ -1,6 +1,4 @@
-"""Sampling's next-token logits: from a cache where the model's attention allows it, else from whole
-rows.
-"""
+"""Sampling's next-token logits: from a cache where attention allows it, else from whole rows."""
 
 from __future__ import annotations
 
@@ -22,11 +20,10 @@ ROOM = 16  # tokens
 
 
 class CachedStep:
-    """Next-token logits with one row of keys and values per node for its own tokens; the common
-    prefix is kept once for all.
+    """Next-token logits from a cache: one row of keys and values a node, for its own tokens.
 
-    A row holds the tokens after the prefix, padded on the left, the sampled ones, and room for up
-    to ROOM more.
+    The common prefix is kept once for all. A row holds the tokens after the prefix, padded on the
+    left, the sampled ones, and room for up to ROOM more.
     """
 
     def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]]):
@@ -100,11 +97,10 @@ class CachedStep:
 
 
 def steps_from_cache(forward: Forward) -> bool:
-    """Whether a cached step gives this architecture's own logits: asked of the model itself, once.
-    Others sample plainly, and slowly.
+    """Whether a cached step gives this architecture's own logits: the model is asked, once.
 
-    No, for example, where attention does not go through the interface of transformers, or has
-    sinks.
+    The answer is no where attention does not go through the interface of transformers, or has
+    sinks. Such models sample plainly, and slowly.
     """
     known = forward.known.get("steps_from_cache")
     if known is None:
@@ -211,8 +207,9 @@ def attending(
 
 
 class PlainStep:
-    """Next-token logits without a cache, whole rows in batches of equal length: right for every
-    architecture, and slow.
+    """Next-token logits without a cache, from whole rows in batches of equal length.
+
+    This is right for every architecture, and slow.
     """
 
     def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]]):

@@ -1,6 +1,4 @@
-"""What `analysis-lib reproduce` leaves in its folder: the notebooks' results, figures, exports and
-`summary.json`.
-"""
+"""What `analysis-lib reproduce` leaves: results, figures, exports and `summary.json`."""
 
 from __future__ import annotations
 
@@ -38,15 +36,11 @@ PACKAGES = (
     "plotly",
 )
 
-# What notebook 09 trains in its stored run: rows of DRO and their epochs; epochs of prompt tuning (its row, and two weights on
-# one half of the queries and on the other); every which held-out query it samples, how often.
-ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = (
-    7,
-    10,
-    3,
-    4,
-    5,
-)
+# What notebook 09 trains in its stored run: rows of DRO and their epochs, and epochs of prompt
+# tuning (its row, and two weights on one half of the queries and on the other).
+ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS = 7, 10, 3
+# It samples every fourth held-out query, five times.
+ABLATION_EVERY, ABLATION_SAMPLES = 4, 5
 
 
 class ReproduceError(Exception):
@@ -65,14 +59,13 @@ def reproduce(
     forms: Sequence[str] | None = None,
     jobs: int = 1,
 ) -> bool:
-    """Runs every notebook on the model into `out`, exports the soft prompts and writes
-    `summary.json`.
+    """Runs every notebook on the model into `out`, exports soft prompts, writes `summary.json`.
 
     What was computed lies in the store: after an interruption the same call goes on from there.
     heldout: names or files of the query sets that prompts are compared on. guard: a chat model that
     judges replies to harmful queries as well, as in the study (`published_judge`); default: the
     string judge alone. forms: see `export`. Returns whether every notebook ran and every form was
-    written. Raises ReproduceError where what runs notebooks lacks.
+    written. Raises ReproduceError where a package that runs notebooks is missing.
     """
     try:
         from .pictures import write_figures
@@ -124,7 +117,7 @@ def reproduce(
 
 
 def _export(path: Path, model: ChatModel, out: Path, forms: Sequence[str] | None) -> dict[str, Any]:
-    """Exports a soft prompt of this run: its entry in the summary, with the error where it failed."""
+    """Exports a soft prompt of this run; returns its entry in the summary, errors included."""
     entry: dict[str, Any] = {"file": str(path.relative_to(out)), "config": {}, "exports": {}}
     try:
         soft = SoftPrompt.load(path, model)
@@ -166,29 +159,28 @@ def plan(
     heldout: Sequence[str] | None = None,
     guard: str | None = None,
 ) -> pd.DataFrame:
-    """What `reproduce` would still compute and its cost, from a short probe; prints where it would
-    run and write.
+    """What `reproduce` would still compute, and its cost from a short probe.
 
-    Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts
-    are counted on the held-out queries as two more that nothing is known of, and those of notebook
-    09, for which its short run is taken, as eight. Not counted: replies to wrapped queries and of
-    the trials of a weight, the probabilities and losses of replies, a guard's verdicts, the
-    widgets' consoles.
+    Prints where it would run and write. Returns [queries, step, rows, found, tokens, seconds, GB]
+    (see `estimate`). On the held-out queries the trained prompts are counted as two more that
+    nothing is known of, and those of notebook 09, whose short run is taken, as eight. Not counted:
+    replies to wrapped queries and of the trials of a weight, the probabilities and losses of
+    replies, a guard's verdicts, the widgets' consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
-    start = next(
-        (name for name in prompts if name not in load_safety_prompts()), "default"
-    )  # what DRO starts from
+    # DRO starts from the user's prompt, else from "default".
+    start = next((name for name in prompts if name not in load_safety_prompts()), "default")
     anchor = {start: prompts[start], **prompts}
-    trained = {
-        f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)
-    }  # as long as one, and in no store
+    # As long as a trained prompt, and in no store.
+    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}
     two = {name: trained[name] for name in ("trained 1", "trained 2")}
     sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
     anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
     asked = load_heldout_queries(heldout, anchors)
-    whole = sampling if guard is None else {"n_samples": 20}  # a guard reads whole replies
-    asked = asked.drop(columns="harmful")  # nothing is trained on them
+    # A guard reads whole replies.
+    whole = sampling if guard is None else {"n_samples": 20}
+    # Nothing is trained on the held-out queries.
+    asked = asked.drop(columns="harmful")
     forms = load_queries("heldout_forms").drop(columns="harmful").iloc[::ABLATION_EVERY]
     every_layer = (*range(model.n_layers + 1), -1)
     costs = {
@@ -206,7 +198,8 @@ def plan(
             model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store
         ),
     }
-    more = {  # trainings of the same steps
+    # Trainings of the same steps.
+    more = {
         "DRO": ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs,
         "prompt tuning": ABLATION_TUNING_EPOCHS / tuning.epochs,
     }
@@ -230,8 +223,9 @@ def plan(
 
 
 def environment_of(model: ChatModel) -> dict[str, str]:
-    """The environment under which `load` opens a model on the same device and in the same dtype,
-    where they are not the default.
+    """The environment under which `load` opens a model with the same device and dtype.
+
+    It names those that are not the default.
     """
     asked = (
         {}

@@ -31,8 +31,8 @@ WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 ORGANISM = (
     "These figures come from the embedded model organism. It shows the phenomenon and lets the "
-    "estimators be checked"
-    " against a known truth; it proves nothing about models of other sizes. Notebook 08 alone "
+    "estimators be checked against a known truth; it proves nothing about models of other sizes. "
+    "Notebook 08 alone "
     "shows the study's own published results."
 )
 
@@ -41,9 +41,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 
 @dataclass(frozen=True)
 class Run:
-    """One executed notebook. `error` is None where every cell ran, else the failing cell and its
-    exception.
-    """
+    """One executed notebook. `error` is None, or the failing cell and its exception."""
 
     notebook: Path
     nb: NotebookNode
@@ -52,7 +50,7 @@ class Run:
 
 
 class _ThisPython(AsyncKernelManager):
-    """Starts the kernel in the running interpreter, whatever kernels are registered on the machine."""
+    """Starts the kernel in the running interpreter, whatever kernels the machine has."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -72,15 +70,14 @@ def run_notebooks(
     jobs: int = 2,
     env: Mapping[str, str] | None = None,
 ) -> tuple[Run, ...]:
-    """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html`, and the tables
-    that the notebooks write.
+    """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html` and their tables.
 
     `model`, `prompt` (a file), `queries` (a name or a file), `heldout` (several such), `guard` (a
     model), `template` (a name or a file) and `out` replace MODEL, PROMPT, QUERIES, HELDOUT, GUARD,
     TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `env` joins
-    the environment of their kernels (ANALYSIS_LIB_DEVICE and ANALYSIS_LIB_DTYPE, say). `jobs`
-    notebooks run at a time; lines are printed in order. A failing notebook does not stop the
-    others: look at `Run.error`. Raises NotebookError where nothing can be run.
+    the environment of their kernels (such as ANALYSIS_LIB_DEVICE). `jobs` notebooks run at a time;
+    lines are printed in order. A failing notebook does not stop the others: look at `Run.error`.
+    Raises NotebookError where nothing can be run.
     """
     out = Path(out).resolve()
     if prompt is not None and not Path(prompt).is_file():
@@ -183,7 +180,7 @@ def parameters(nb: NotebookNode) -> dict[str, int]:
 
 
 def inject(nb: NotebookNode, values: Mapping[str, Any]) -> None:
-    """Adds a cell after the one tagged `parameters` which sets those of `values` that it assigns."""
+    """Adds a cell after the one tagged `parameters`; it sets the `values` assigned there."""
     known = parameters(nb)
     lines = [f"{name} = {value!r}" for name, value in values.items() if name in known]
     if lines:
@@ -194,8 +191,9 @@ def inject(nb: NotebookNode, values: Mapping[str, Any]) -> None:
 
 
 def clean(nb: NotebookNode) -> None:
-    """Removes, in place, what differs from run to run or is dead in a file: widget state and views,
-    timings, versions, random ids.
+    """Removes, in place, what differs from run to run or is dead in a file.
+
+    That is widget state and views, timings, versions and random ids.
     """
     nb.metadata = NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     nb.nbformat, nb.nbformat_minor = 4, 5
@@ -209,8 +207,9 @@ def clean(nb: NotebookNode) -> None:
 
 
 def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without live widgets: their view and text form (it holds random ids) go, a picture
-    beside them stays.
+    """Outputs without live widgets; a picture beside a widget stays.
+
+    A widget's view and its text form, which holds random ids, go.
     """
     kept = []
     for output in outputs:
@@ -235,9 +234,7 @@ def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
 async def execute(
     notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env: Mapping[str, str]
 ) -> AsyncIterator[Run]:
-    """Runs each notebook in its own kernel and its own folder, `jobs` at a time; yields in the
-    order given.
-    """
+    """Runs each notebook in its own kernel and folder, `jobs` at a time; yields them in order."""
     if jobs < 1:
         raise NotebookError(f"jobs is {jobs}; it must be 1 or more")
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -261,7 +258,8 @@ async def execute(
                 resources={"metadata": {"path": str(path.parent)}},
                 coalesce_streams=True,
                 record_timing=False,
-                # nbclient's own handler ends this kernel alone; without it Ctrl-C is a KeyboardInterrupt that ends all
+                # nbclient's own handler ends this kernel alone. Without it Ctrl-C is a
+                # KeyboardInterrupt, which ends all of them.
                 on_notebook_start=lambda notebook: loop.remove_signal_handler(signal.SIGINT),
             )
             error = None
@@ -301,8 +299,9 @@ def notebook_text(nb: NotebookNode) -> str:
 
 
 def _absolute(value: str | Path) -> str:
-    """A notebook runs in its own folder, so a path given in the caller's folder is made absolute;
-    names and hub ids stay.
+    """A path of the caller's folder made absolute, since a notebook runs in its own folder.
+
+    Names and hub ids stay.
     """
     names_a_path = Path(value).is_file() or (
         value != "organism" and Path(value, "config.json").is_file()

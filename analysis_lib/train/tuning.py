@@ -174,8 +174,9 @@ def train_prompt_tuning(
 
 
 def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
-    """The judged responses with text, label and whether each is good; unscored and unlabelled ones
-    are left out.
+    """The judged responses with text, label and whether each is good.
+
+    Unscored and unlabelled responses are left out.
     """
     check_queries(queries, "harmful")
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
@@ -198,8 +199,9 @@ Replies = dict[tuple[tuple[int, ...], bool], int]  # (token ids, whether good) -
 
 
 def _distinct_replies(model: ChatModel, table: pd.DataFrame, longest: int) -> dict[str, Replies]:
-    """The distinct replies of each query, of at most `longest` tokens; the end token belongs to
-    those that ended.
+    """The distinct replies of each query, of at most `longest` tokens.
+
+    The end token belongs to those that ended.
     """
     found: dict[str, Replies] = {name: {} for name in table["query_id"]}
     encoded = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
@@ -220,12 +222,12 @@ def _tuning_loss(
     targets: Sequence[tuple[tuple[int, ...], bool, int]],
     config: PromptTuningConfig,
 ) -> dict[str, float]:
-    """Gradients of the mean token losses of good and of bad replies; returns the losses. targets:
-    (reply, good, count) a row.
+    """Gradients of the mean token losses of good and of bad replies; returns the losses.
+
+    targets: (reply, good, count) for each row.
     """
-    most = min(
-        len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True)
-    )  # the heads but their last token
+    # The heads without their last token.
+    most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))
     plan = plan_rows(rows, forward.backward_tokens, most=most)
     n_tokens = {
         kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind))
