@@ -59,8 +59,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         table = plan(model, args.out, **asked)
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
         print(
-            f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the "
-            "store included"
+            f"About {table['seconds'].sum() / 60:.1f} minutes for these, "
+            "trainings that are in the store included"
         )
         print(
             "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles "
@@ -95,8 +95,8 @@ def _export(args: argparse.Namespace) -> int:
         print(f"{form:<6} {folder / 'README.md'}")
     if args.form is None and "plain" not in written:
         print(
-            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain "
-            "writes it"
+            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; "
+            "--form plain writes it"
         )
     return 0
 
@@ -109,8 +109,8 @@ def _cache(args: argparse.Namespace) -> int:
     store = Store(args.store)
     if args.store is not None and not store.folder.exists():
         raise StoreError(
-            f"there is no store at {args.store}; check the path, or leave --store out for the "
-            "default"
+            f"there is no store at {args.store}; "
+            "check the path, or leave --store out for the default"
         )
     if args.action == "info":
         lines = [f"{key:<17} {value}" for key, value in upkeep.info(store).items()]
@@ -279,8 +279,8 @@ def _of_cache(command: argparse.ArgumentParser) -> None:
         "ls": "what is kept, by kind, model and dtype",
         "info": "folder, format, counts, parity certificates",
         "verify": "read every byte; exit status 1 where a file is damaged",
-        "prune": "remove the files that meet every condition, and what killed processes left; "
-        f"{young}",
+        "prune": "remove the files that meet every condition, "
+        f"and what killed processes left; {young}",
         "compact": f"merge small files and drop damaged rows; {young}",
     }
     made = {name: actions.add_parser(name, help=t, description=t) for name, t in actions_of.items()}

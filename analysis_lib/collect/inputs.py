@@ -58,7 +58,8 @@ def usable(store: Store | None, model: ChatModel) -> Store | None:
     if name:
         warnings.warn(
             f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: "
-            "nothing is read from the store and nothing kept; remove the hook for that",
+            "nothing is read from the store and nothing kept; "
+            "remove the hook to use the store",
             stacklevel=3,
         )
         return None
@@ -79,8 +80,8 @@ def check_queries(queries: pd.DataFrame, *more: str) -> None:
     ]
     if len(wrong):
         raise ValueError(
-            f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with "
-            "load_queries"
+            f"query {wrong.iloc[0]!r} has no text; "
+            "drop such rows, or load the file with load_queries"
         )
 
 
@@ -91,6 +92,6 @@ def check_prompts(prompts: Mapping[str, Prompt]) -> None:
         or not all(isinstance(p, (str, SoftTokens)) for p in prompts.values())
     ):
         raise ValueError(
-            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as "
-            "load_safety_prompts()"
+            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, "
+            "such as load_safety_prompts()"
         )

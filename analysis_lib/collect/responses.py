@@ -252,10 +252,9 @@ def _usable(store: Store | None, model: ChatModel, settings: Settings) -> Store 
     store = usable(store, model)
     if store is not None and settings.stop_when is not None and not _built_in(settings.stop_when):
         warnings.warn(
-            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, whose code "
-            "no "
-            "key in the store knows of: these responses are neither read from the store nor kept; "
-            "stop with analysis_lib.verdict_is_final for that",
+            f"stop_when {settings.stop_when.__qualname__!r} is a function of your own, and no key "
+            "covers its code: these responses are neither read from the store nor kept; "
+            "give analysis_lib.verdict_is_final to use the store",
             stacklevel=4,
         )
         return None

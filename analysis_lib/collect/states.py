@@ -230,8 +230,7 @@ def _checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
     if wrong or not layers or len(set(layers)) < len(layers):
         raise ValueError(
             f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the "
-            "state "
-            "after the final norm"
+            "state after the final norm"
         )
     return layers
 

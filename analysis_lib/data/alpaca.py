@@ -44,8 +44,8 @@ def write_alpaca_eval(
     """
     if responses["prompt"].nunique() != 1 or responses["query_id"].duplicated().any():
         raise ValueError(
-            "one file holds one answer a query under one prompt; keep one prompt and one sample of "
-            "the responses"
+            "one file holds one answer a query under one prompt; "
+            "keep one prompt and one sample of the responses"
         )
     about = queries.set_index("query_id")
     if lacking := set(responses["query_id"]) - set(about.index):
@@ -77,8 +77,8 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
     entries = _entries(path, "instruction", "generator_2")
     if len(names := {entry["generator_2"] for entry in entries}) > 1:
         raise DataError(
-            f"{path}: annotations of several generators ({', '.join(sorted(names))}); give one "
-            "file a generator"
+            f"{path}: annotations of several generators ({', '.join(sorted(names))}); "
+            "give one file a generator"
         )
     for number, entry in enumerate(entries, start=1):
         preference = entry.get("preference")
@@ -87,8 +87,8 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
             number_given and (preference == 0 or 1 <= preference <= 2)
         ):
             raise DataError(
-                f"{path}, entry {number}: preference {preference!r}; it is 1 to 2 (2: ours wins), "
-                "0 for a draw, or null"
+                f"{path}, entry {number}: preference {preference!r}; "
+                "it is 1 to 2 (2: ours wins), 0 for a draw, or null"
             )
         if (query_id := ids.get(entry["instruction"].strip())) is not None:
             value = (
@@ -97,8 +97,8 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
             rows.append((query_id, prompt, value))
     if not rows:
         raise DataError(
-            f"{path}: none of its instructions is among the queries; pass the queries that were "
-            "answered"
+            f"{path}: none of its instructions is among the queries; "
+            "pass the queries that were answered"
         )
     return pd.DataFrame(rows, columns=["query_id", "prompt", "value"])
 
@@ -109,8 +109,8 @@ def _entries(path: Path, *fields: str) -> list[dict[str, Any]]:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read as JSON ({error}); give a list of objects with "
-            f"{', '.join(fields)}"
+            f"{path}: cannot be read as JSON ({error}); "
+            f"give a list of objects with {', '.join(fields)}"
         ) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a list of objects; give one with {', '.join(fields)} in each")

@@ -118,13 +118,13 @@ def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
         )
     if not path.is_file():
         raise DataError(
-            f"{path}: the query set {name!r} is not downloaded; run `python -m analysis_lib "
-            "download`"
+            f"{path}: the query set {name!r} is not downloaded; "
+            "run `python -m analysis_lib download`"
         )
     if _sha256(path.read_bytes()) != official.sha256:
         raise DataError(
-            f"{path}: not the official file (wrong SHA-256); run `python -m analysis_lib download` "
-            "to replace it"
+            f"{path}: not the official file (wrong SHA-256); "
+            "run `python -m analysis_lib download` to replace it"
         )
     return query_table(path, txt_rows(path, read_text(path))[: official.n], official.harmful)
 

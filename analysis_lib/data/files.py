@@ -71,14 +71,13 @@ def csv_rows(path: Path, content: str) -> list[_Row]:
                 header = [name.strip() for name in values]
                 if repeated := [name for name, count in Counter(header).items() if count > 1]:
                     raise DataError(
-                        f"{path}, line {line}: the column {shown(repeated[0])} occurs twice; "
-                        "rename or delete one"
+                        f"{path}, line {line}: the column "
+                        f"{shown(repeated[0])} occurs twice; rename or delete one"
                     )
                 if "text" not in header:
                     raise DataError(
-                        f"{path}, line {line}: no column 'text', only {shown(header)}; name the "
-                        "queries' column text "
-                        "(comma-separated)"
+                        f"{path}, line {line}: no column 'text', only {shown(header)}; "
+                        "name the queries' column text (comma-separated)"
                     )
             elif len(values) != len(header):
                 raise DataError(
@@ -117,8 +116,8 @@ def jsonl_rows(path: Path, content: str) -> list[_Row]:
             name for name, count in Counter(name for name, _ in row).items() if count > 1
         ]:
             raise DataError(
-                f"{path}, line {line}: the field {shown(repeated[0])} occurs twice; rename or "
-                "delete one"
+                f"{path}, line {line}: the field "
+                f"{shown(repeated[0])} occurs twice; rename or delete one"
             )
         rows.append((line, fields))
     return rows
@@ -142,14 +141,14 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
     columns = {column for _, row in rows for column in row}
     if harmful is not None and "harmful" in columns:
         raise DataError(
-            f"{path}: has labels of its own (column 'harmful'); leave out harmful={harmful}, or "
-            "that column"
+            f"{path}: has labels of its own (column 'harmful'); "
+            f"leave out harmful={harmful}, or that column"
         )
     kept = ["query_id", "text", "harmful", "query_set", *(c for c in OPTIONAL if c in columns)]
     if ignored := sorted(columns - set(kept)):
         warnings.warn(
-            f"{path}: columns left out: {shown(ignored)[1:-1]}; known are "
-            f"{', '.join((*kept[:4], *OPTIONAL))}",
+            f"{path}: columns left out: {shown(ignored)[1:-1]}; "
+            f"known are {', '.join((*kept[:4], *OPTIONAL))}",
             stacklevel=3,
         )
     lines: dict[str, int] = {}
@@ -207,8 +206,8 @@ def check_text(text: str, where: str) -> None:
     for character in text:
         if character not in "\t\n" and unicodedata.category(character) in ("Cc", "Cs"):
             raise DataError(
-                f"{where}: control character U+{ord(character):04X}; delete it (tab and newline "
-                "may stay)"
+                f"{where}: control character U+{ord(character):04X}; "
+                "delete it (tab and newline may stay)"
             )
 
 
@@ -241,7 +240,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); save the file as "
-            "UTF-8"
+            f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); "
+            "save the file as UTF-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -59,25 +59,24 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
         # Files are saved under this name.
         if not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100:
             raise DataError(
-                f"{where}: the name {shown(name)} cannot be part of a file's name; write letters, "
-                "digits, space, - and _, "
-                "at most 100 of them"
+                f"{where}: the name {shown(name)} cannot be part of a file's name; "
+                "write letters, digits, space, - and _, at most 100 of them"
             )
         if not text.strip():
             raise DataError(
-                f"{where}: the prompt {name!r} has no text; write one, or use the built-in 'none' "
-                "for no system message"
+                f"{where}: the prompt {name!r} has no text; "
+                "write one, or use the built-in 'none' for no system message"
             )
         if name in RESERVED_PROMPTS:
             raise DataError(
-                f"{where}: {name!r} is the name of a trained prompt in the notebooks; give this "
-                "one another name"
+                f"{where}: {name!r} is the name of a trained prompt in the notebooks; "
+                "give this one another name"
             )
         if prompts.setdefault(name, text.strip()) != text.strip():
             kind = "a built-in prompt" if name in ("none", *PROMPTS) else "another prompt of yours"
             raise DataError(
-                f"{where}: {name!r} is the name of {kind} with another text; give this one a name "
-                "of its own"
+                f"{where}: {name!r} is the name of {kind} with another text; "
+                "give this one a name of its own"
             )
     return prompts
 

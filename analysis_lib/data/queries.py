@@ -78,9 +78,9 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
             name_or_path = ROOT / "queries" / f"{name_or_path}.csv"
         elif not (Path(name_or_path).suffix or Path(name_or_path).name != name_or_path):
             raise DataError(
-                f"no query set {name_or_path!r}; sets: {', '.join(QUERY_SETS)}; after `python -m "
-                "analysis_lib download` also "
-                f"{', '.join(OFFICIAL_SETS)}; or give the path of a .csv, .jsonl or .txt file"
+                f"no query set {name_or_path!r}; sets: {', '.join(QUERY_SETS)}; "
+                f"after `python -m analysis_lib download` also {', '.join(OFFICIAL_SETS)}; "
+                "or give the path of a .csv, .jsonl or .txt file"
             )
     path = Path(os.path.expanduser(name_or_path))
     readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".txt": txt_rows}
@@ -122,8 +122,7 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
     if lacking := int(harmful.isna().sum()):
         raise DataError(
             f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query "
-            "needs one; "
-            "fill the column harmful with true and false"
+            "needs one; fill the column harmful with true and false"
         )
     units = (
         queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"])
@@ -144,8 +143,7 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
         pairs = " (queries of one pair_id count once)" if "pair_id" in queries else ""
         raise DataError(
             f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} "
-            "of each class are needed; add "
-            f"{MIN_OF_EACH_CLASS - found[few]} or more"
+            f"of each class are needed; add {MIN_OF_EACH_CLASS - found[few]} or more"
         )
     return queries
 
@@ -189,15 +187,14 @@ def load_heldout_queries(
     named = ", ".join(map(str, names))
     if len(twice := queries["query_id"][queries["query_id"].duplicated()]):
         raise DataError(
-            f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); name each "
-            "set once, and give files different names "
-            "or ids of their own"
+            f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); "
+            "name each set once, and give files different names or ids of their own"
         )
     kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
     if 0 < (left_out := len(queries) - len(kept)) < len(queries):
         warnings.warn(
-            f"{left_out} of {len(queries)} held-out queries ({named}) are among the anchor queries "
-            "and left out",
+            f"{left_out} of {len(queries)} held-out queries ({named}) "
+            "are among the anchor queries and left out",
             stacklevel=2,
         )
     if kept.empty:

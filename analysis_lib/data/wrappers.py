@@ -49,8 +49,8 @@ def load_wrappers(path: str | Path | None = None) -> dict[str, str]:
     for name, template in wrappers.items():
         if template.count(SLOT) != 1:
             raise DataError(
-                f"{path}: the template of {name!r} holds {SLOT} {template.count(SLOT)} times; "
-                "write it once"
+                f"{path}: the template of {name!r} holds {SLOT} "
+                f"{template.count(SLOT)} times; write it once"
             )
     return wrappers
 
@@ -159,8 +159,8 @@ def add_suffixes(queries: pd.DataFrame, path: str | Path) -> pd.DataFrame:
 def _check(queries: pd.DataFrame) -> None:
     if lacking := [c for c in ("query_id", "text", "query_set") if c not in queries]:
         raise DataError(
-            f"the queries have no column {lacking[0]!r}, only {list(queries)}; give the table of "
-            "load_queries"
+            f"the queries have no column {lacking[0]!r}, only {list(queries)}; "
+            "give the table of load_queries"
         )
 
 
@@ -193,14 +193,14 @@ def _positions(path: Path, query_ids: list[str]) -> dict[str, str]:
         text = dict(value).get("final_suffix") if isinstance(value, JsonPairs) else value
         if not key.isdecimal() or not isinstance(text, str):
             raise DataError(
-                f"{path}, {key!r}: write a position from 0 and its suffix, a text or an object "
-                "with 'final_suffix'"
+                f"{path}, {key!r}: write a position from 0 and its suffix, "
+                "a text or an object with 'final_suffix'"
             )
         if int(key) < len(query_ids):
             if (query_id := query_ids[int(key)]) in suffixes:
                 raise DataError(
-                    f"{path}, {key!r}: a second suffix for the query {query_id!r}; give each query "
-                    "one"
+                    f"{path}, {key!r}: a second suffix for the query "
+                    f"{query_id!r}; give each query one"
                 )
             suffixes[query_id] = text
     return suffixes

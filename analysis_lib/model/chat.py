@@ -284,9 +284,8 @@ class ChatModel:
     def _refuse_change(self) -> None:
         if self._files and weight_files(Path(self.source)) != self._files:
             raise ChatModelError(
-                f"the files of {self.name!r} changed after the model was opened; open it again "
-                "with ChatModel.load, so that what is "
-                "computed is kept as the new model's"
+                f"the files of {self.name!r} changed after the model was opened; "
+                "open it again with ChatModel.load to use the new ones"
             )
 
     @cached_property

@@ -62,8 +62,8 @@ def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] |
         ):
             raise ChatModelError(
                 f"model.safetensors.index.json of {name!r} names {str(file)[:80]!r}, which is no "
-                "*.safetensors beside it; only such "
-                "files are read: copy or download the model again"
+                "*.safetensors beside it; only such files are read: "
+                "copy or download the model again"
             )
     return files
 
@@ -76,9 +76,8 @@ def refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
     if lacking:
         raise ChatModelError(
             f"the files of {name!r} do not hold {len(lacking)} of the model's tensors "
-            f"({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), "
-            "which would be drawn at random; copy or download the model again, or mend its "
-            "config.json"
+            f"({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), which would be drawn at "
+            "random; copy or download the model again, or mend its config.json"
         )
 
 
@@ -98,8 +97,8 @@ def load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> st
     said = text.replace(name, "")  # a folder called "401" says nothing about the network
     if "SafetensorError" in said:
         return (
-            f"the weights of {name!r} are damaged or incomplete ({error}); copy or download the "
-            "model again"
+            f"the weights of {name!r} are damaged or incomplete ({error}); "
+            "copy or download the model again"
         )
     if "trust_remote_code" in said:
         return (
@@ -118,8 +117,8 @@ def load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> st
         )
     if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):
         return (
-            f"{name!r} is gated or private; accept its terms on its page and log in with `hf auth "
-            f"login`{similar}"
+            f"{name!r} is gated or private; "
+            f"accept its terms on its page and log in with `hf auth login`{similar}"
         )
     if re.search(r"offline|connect|resolve|network", said, re.IGNORECASE):
         return (
@@ -128,7 +127,7 @@ def load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> st
         )
     if re.search(r"not a valid model identifier|\b404\b|Repository ?Not ?Found", said):
         return (
-            f"{name!r} is no model of the hub and no folder; check the spelling, or give "
-            f"'organism'{similar}"
+            f"{name!r} is no model of the hub and no folder; "
+            f"check the spelling, or give 'organism'{similar}"
         )
     return f"{name!r} cannot be loaded: {text.splitlines()[0][:300]}"

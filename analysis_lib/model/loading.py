@@ -55,15 +55,15 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
     place = str(ROOT / "organism") if base == "organism" else base
     if at and revision and at != revision:
         raise ChatModelError(
-            f"{name!r} names the revision {at!r}, and revision={revision!r} another; "
-            "give one of them"
+            f"{name!r} names the revision {at!r}, and "
+            f"revision={revision!r} another; give one of them"
         )
     folder, revision = _model_folder(place), revision or at or None
     if folder is not None:
         if revision:
             raise ChatModelError(
-                f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that "
-                "out"
+                f"{base!r} is no model of the hub, so it has no "
+                f"revision {revision!r}; leave that out"
             )
         files = weight_files(folder)  # before anything is read
         _check_folder(name, folder)
@@ -75,8 +75,8 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
         template = template or known["template"]
     if place.startswith((".", "/", "~")) or place.count("/") > 1:
         raise ChatModelError(
-            f"there is no folder {name}; give 'organism', an existing model folder or a hub id "
-            "such as 'org/model'"
+            f"there is no folder {name}; "
+            "give 'organism', an existing model folder or a hub id such as 'org/model'"
         )
     return Source(name, place, revision, {}, template)
 
@@ -84,14 +84,13 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
 def _check_folder(name: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ChatModelError(
-            f"the folder {name} holds no config.json, so it is no model; give the folder that "
-            "save_pretrained wrote"
+            f"the folder {name} holds no config.json, so it is no model; "
+            "give the folder that save_pretrained wrote"
         )
     if not any(folder.glob("*.safetensors")):
         raise ChatModelError(
             f"the folder {name} holds no *.safetensors; pickled weights can run code on load and "
-            "are not read: save the model again with "
-            "save_pretrained(..., safe_serialization=True)"
+            "are not read: save the model again with save_pretrained(..., safe_serialization=True)"
         )
     if not any((folder / file).exists() for file in _VOCABULARIES):
         raise ChatModelError(_no_tokenizer(name))
@@ -165,8 +164,8 @@ def choose_device(device: str | None, quantization: str | None) -> str:
         torch.empty(0, device="cpu" if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
         raise ChatModelError(
-            f"torch has no device {device!r} here; give 'cpu', 'cuda' on a machine with a GPU, or "
-            "'auto' for several"
+            f"torch has no device {device!r} here; "
+            "give 'cpu', 'cuda' on a machine with a GPU, or 'auto' for several"
         ) from error
     if quantization not in (None, "8bit", "4bit"):
         raise ChatModelError(
@@ -179,8 +178,8 @@ def choose_device(device: str | None, quantization: str | None) -> str:
         if wanted and find_spec(package) is None:
             asked = "device='auto'" if device == "auto" else f"quantization={quantization!r}"
             raise ChatModelError(
-                f"{asked} needs the package {package}, which is not installed; "
-                f"pip install {package}"
+                f"{asked} needs the package {package}, which is "
+                f"not installed; pip install {package}"
             )
     return device
 

@@ -87,14 +87,13 @@ class Renderer:
         texts = [self.apply(system, self.escape(q.strip(), "a query")) for q in queries]
         if system and not self.system_role:
             self._say(
-                f"the chat template of {self.name!r} takes no system message; prompts stand in "
-                "front of the query"
+                f"the chat template of {self.name!r} takes no system message; "
+                "prompts stand in front of the query"
             )
         if not system and self.default_system:
             self._say(
-                f"without a system message the chat template of {self.name!r} puts in its own, so "
-                "that no prompt is not none: "
-                f"{self.default_system[:60]!r}; pass a template without it"
+                f"without a system message the chat template of {self.name!r} puts in its own: "
+                f"{self.default_system[:60]!r}; pass a template without it to have none"
             )
         if system:
             out = self._with_slot(texts, len(system), len(head), prompt)
@@ -167,9 +166,8 @@ class Renderer:
             if max(ids) >= self.n_embeddings:
                 raise ChatModelError(
                     f"the query {query[:60]!r} has a token that {self.name!r} has no embedding for "
-                    "(its tokenizer knows more than "
-                    f"{self.n_embeddings} tokens); give the model its own tokenizer, or drop the "
-                    "query"
+                    f"(its tokenizer knows more than {self.n_embeddings} tokens); "
+                    "give the model its own tokenizer, or drop the query"
                 )
 
     def _check_length(self, rows: Sequence[Rendered], queries: Sequence[str]) -> None:
@@ -177,8 +175,8 @@ class Renderer:
         if self.context and len(rows[longest].ids) > self.context:
             raise ChatModelError(
                 f"the query {queries[longest][:60]!r} has {len(rows[longest].ids)} tokens with its "
-                "prompt, and the context of "
-                f"{self.name!r} {self.context}; shorten or drop it"
+                f"prompt, and the context of {self.name!r} holds {self.context}; "
+                "shorten or drop it"
             )
 
     @cached_property
@@ -282,8 +280,8 @@ class Renderer:
         """
         if re.search("[\ud800-\udfff]", text):
             raise ChatModelError(
-                f"{what} holds half of a Unicode pair, which is no character: {text[:60]!r}; mend "
-                "the text"
+                f"{what} holds half of a Unicode pair, which is no character: "
+                f"{text[:60]!r}; mend the text"
             )
 
         def broken(text: str) -> str:
@@ -295,8 +293,8 @@ class Renderer:
             escaped = broken(folded)
         if escaped != text:
             warnings.warn(
-                f"{what} holds a special token or role marker of {self.name!r}; it was broken by a "
-                f"space: {text[:60]!r}",
+                f"{what} holds a special token or role marker of {self.name!r}; "
+                f"it was broken by a space: {text[:60]!r}",
                 stacklevel=5,
             )
         return escaped

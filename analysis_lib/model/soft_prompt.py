@@ -86,13 +86,13 @@ class SoftPrompt:
         shape = np.shape(self.embeddings)
         if len(shape) != 2 or not shape[0]:
             raise ValueError(
-                f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with "
-                "length >= 1 is needed"
+                f"soft prompt {self.name!r} has embeddings of shape {shape}; "
+                "(length, d) with length >= 1 is needed"
             )
         if not np.isfinite(self.embeddings).all():
             raise ValueError(
-                f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller "
-                "learning rate"
+                f"soft prompt {self.name!r} holds NaN or infinity; "
+                "train again with a smaller learning rate"
             )
 
     @classmethod
@@ -152,15 +152,14 @@ class SoftPrompt:
         if self.model != model.fingerprint:
             raise ChatModelError(
                 f"the soft prompt {self.name!r} was trained on {self.model_name!r} "
-                f"({self.model[:12]}) and cannot be used on "
-                f"{model.name!r} ({model.fingerprint[:12]}); load the model it was trained on"
+                f"({self.model[:12]}) and cannot be used on {model.name!r} "
+                f"({model.fingerprint[:12]}); load the model it was trained on"
             )
         if self.template and self.template != (found := model.renderer.template_digest):
             raise ChatModelError(
                 f"the soft prompt {self.name!r} was trained in the chat template "
-                f"{self.template[:12]} and cannot be used in {found[:12]}, "
-                f"which {model.name!r} has now; load the model with the chat template it was "
-                "trained with"
+                f"{self.template[:12]} and cannot be used in {found[:12]}, which {model.name!r} "
+                "has now; load the model with the chat template it was trained with"
             )
 
     def save(self, path: str | Path) -> None:
@@ -263,8 +262,8 @@ class SoftPrompt:
             raise
         except Exception as error:
             raise SoftPromptError(
-                f"{path} is no soft prompt of this library ({error}); give a file that "
-                "SoftPrompt.save wrote"
+                f"{path} is no soft prompt of this library ({error}); "
+                "give a file that SoftPrompt.save wrote"
             ) from error
         if model is not None:
             soft.check(model)
@@ -287,8 +286,7 @@ class SoftPrompt:
         if embeddings.shape[1:] != (model.hidden_size,):
             raise ChatModelError(
                 f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have "
-                f"{model.hidden_size} dimensions; "
-                f"load the model it was trained on"
+                f"{model.hidden_size} dimensions; load the model it was trained on"
             )
         folder, study = path.parent.name, study_models().set_index("model")
         if folder in study.index:
@@ -306,9 +304,9 @@ class SoftPrompt:
             ):
                 raise ChatModelError(
                     f"{path} was trained on {folder!r} in the chat template {template!r} and "
-                    f"cannot be used on {model.name!r} in "
-                    f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its "
-                    f"folder with template={template!r}"
+                    f"cannot be used on {model.name!r} in {model.template!r}; "
+                    f"open the model with ChatModel.load({folder!r}), or "
+                    f"its folder with template={template!r}"
                 )
         method = "prompt tuning" if named["type"] is None else "DRO"
         config = {"method": method, "published": f"{folder}/{path.name}"}

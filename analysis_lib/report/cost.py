@@ -187,8 +187,8 @@ def _check_memory(model: ChatModel) -> None:
         raise ChatModelError(
             f"the weights of {model.name!r} take {model.weight_bytes / 1e9:.1f} GB in "
             f"{model.quantization or model.dtype_name}, and {free / 1e9:.1f} GB are free; "
-            "in Python, ChatModel.load(..., dtype=, quantization=, device='auto') opens it smaller "
-            "or on more GPUs"
+            "in Python, ChatModel.load(..., dtype=, quantization=, device='auto') opens it "
+            "smaller or on more GPUs"
         )
 
 

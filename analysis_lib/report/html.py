@@ -29,8 +29,9 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 _TAGS = set(
-    "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i kbd "
-    "li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr ul".split()
+    "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i "
+    "kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr "
+    "ul".split()
 )
 
 _ATTRIBUTES = {
@@ -111,8 +112,8 @@ def write_report(
     )
     # plotly.js compiles the callers of its WebGL shaders. No script but these two can start.
     policy = (
-        f"default-src 'none'; script-src {hashes} 'unsafe-eval'; style-src 'unsafe-inline'; "
-        "img-src data: blob:"
+        f"default-src 'none'; script-src {hashes} 'unsafe-eval'; "
+        "style-src 'unsafe-inline'; img-src data: blob:"
     )
     styles = _CSS + HtmlFormatter(style="default").get_style_defs(".code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")

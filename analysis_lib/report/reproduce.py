@@ -72,8 +72,8 @@ def reproduce(
         from .run_notebooks import run_notebooks
     except ModuleNotFoundError as error:
         raise ReproduceError(
-            f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e "
-            "'.[notebooks]'"
+            f"the notebooks cannot be run here: {error}; "
+            "in the project's folder, pip install -e '.[notebooks]'"
         ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
     given: dict[str, Any] = {

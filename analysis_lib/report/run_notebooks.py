@@ -32,8 +32,7 @@ WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 ORGANISM = (
     "These figures come from the embedded model organism. It shows the phenomenon and lets the "
     "estimators be checked against a known truth; it proves nothing about models of other sizes. "
-    "Notebook 08 alone "
-    "shows the study's own published results."
+    "Notebook 08 alone shows the study's own published results."
 )
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -123,16 +122,15 @@ def _prepared(folder: Path, given: Mapping[str, Any], out: Path) -> Notebooks:
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise NotebookError(
-            f"no notebooks NN_*.ipynb in {folder}; give the folder that holds the project's "
-            "notebooks"
+            f"no notebooks NN_*.ipynb in {folder}; "
+            "give the folder that holds the project's notebooks"
         )
     notebooks = [(path, read_notebook(path)) for path in paths]
     for parameter in given:
         if not any(parameter in parameters(nb) for _, nb in notebooks):
             raise NotebookError(
-                f"no notebook in {folder} has the parameter {parameter}; assign it in a cell "
-                "tagged "
-                "`parameters`"
+                f"no notebook in {folder} has the parameter {parameter}; "
+                "assign it in a cell tagged `parameters`"
             )
     for _, nb in notebooks:
         inject(nb, {**given, "OUT": str(out)})
@@ -273,7 +271,7 @@ async def execute(
                 )
                 error = f"cell {index}: {failure.ename}: {plain_text(failure.evalue)}"
             except RuntimeError as failure:  # the kernel did not start, or died
-                error = f"{failure}; look for a lack of memory"
+                error = f"{failure}; the memory may have run out"
             return Run(path, nb, time.perf_counter() - start, error)
 
     tasks = [asyncio.create_task(one(path, nb)) for path, nb in notebooks]

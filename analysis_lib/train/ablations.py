@@ -162,8 +162,8 @@ def train_methods(
         )
     if lacking := [m for m in methods if m.start not in prompts]:
         raise ValueError(
-            f"{lacking[0].prompt!r} starts from {lacking[0].start!r}, which is none of "
-            f"{', '.join(prompts)}"
+            f"{lacking[0].prompt!r} starts from "
+            f"{lacking[0].start!r}, which is none of {', '.join(prompts)}"
         )
     states, rows = hidden_states(model, queries, prompts, store=store).at(-1)
     rows = rows.merge(

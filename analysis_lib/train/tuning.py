@@ -181,16 +181,16 @@ def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame
     check_queries(queries, "harmful")
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
         raise ValueError(
-            f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with "
-            "judge_responses"
+            f"the judged responses lack the column {', '.join(sorted(lacking))}; "
+            "make them with judge_responses"
         )
     about = queries[["query_id", "text", "harmful"]]
     table = judged.merge(about, on="query_id", suffixes=("", "_query"))
     table = table[table["refused"].notna() & table["harmful"].notna()]
     if table.empty:
         raise ValueError(
-            "no judged response belongs to a labelled query; judge responses to the same queries "
-            "first"
+            "no judged response belongs to a labelled query; "
+            "judge responses to the same queries first"
         )
     return table.assign(good=(table["refused"] == 1) == table["harmful"].astype(bool))
 
