@@ -316,9 +316,7 @@ class _Capture:
         dtype: str,
         certificate: dict[str, Any],
     ) -> None:
-        """Commits the rows (position in block, keys by layer), but those that the store holds
-        already.
-        """
+        """Commits the rows (position in block, keys by layer) that the store does not hold yet."""
         assert self.store is not None
         for j, layer in enumerate(self.layers):
             about = {

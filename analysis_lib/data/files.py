@@ -50,9 +50,7 @@ LABELS = {
 
 
 class DataError(ValueError):
-    """Something about a file or a name given by the user; the message says what, where and what to
-    do.
-    """
+    """A file or a name given by the user is wrong; the message says what, where and what to do."""
 
 
 _Row = tuple[int, dict[str, object]]  # line in the file, from 1; fields

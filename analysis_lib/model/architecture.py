@@ -90,10 +90,9 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 @contextmanager
 def last_feed_forward_at(last_block: torch.nn.Module, at: torch.Tensor) -> Iterator[None]:
-    """Within this context the last block's feed-forward part runs at the distinct flat positions
-    `at` alone, and gives 0 elsewhere.
+    """Within this context the last block's feed-forward part runs at the positions `at` alone.
 
-    No later block reads its other outputs. A block without a part named `mlp` runs whole.
+    These are distinct flat positions. The part gives 0 elsewhere.
     """
     part: Any = getattr(last_block, "mlp", None)
     if part is None:

@@ -112,11 +112,11 @@ class Forward:
 
     @contextmanager
     def soft_tokens(self, embeddings: torch.Tensor | NDArray[Any] | None) -> Iterator[None]:
-        """Within this context, token ids from `n_embeddings` on stand for the rows of embeddings
-        (length, d).
+        """Within this context, token ids from `n_embeddings` on stand for rows of embeddings.
 
-        A tensor that requires grad receives gradients. Model and tokenizer are left as found.
-        Another thread that enters this context waits; with None, that is all it does.
+        The embeddings are (length, d). A tensor that requires grad receives gradients. Model and
+        tokenizer are left as found. Another thread that enters this context waits; with None, that
+        is all it does.
         """
         with self._lock:
             if embeddings is None:

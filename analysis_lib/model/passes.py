@@ -94,8 +94,9 @@ def _prefix_cache(forward: Forward, prefix: Sequence[int]) -> Any:
 def _inputs(
     forward: Forward, pack: Pack, prefix: Sequence[torch.Tensor], length: int
 ) -> dict[str, Any]:
-    """What the model is called with for a pack behind a prefix: its keys and values, layer by
-    layer, of `length` tokens.
+    """What the model is called with for a pack behind a prefix of `length` tokens.
+
+    keys and values come layer by layer.
     """
     from transformers import DynamicCache
 
@@ -229,8 +230,9 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def log_probabilities(
     forward: Forward, heads: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
-    """Log probability of each token of replies[i] after heads[i], float64; shared beginnings are
-    computed once.
+    """Log probability (float64) of each token of replies[i] after heads[i].
+
+    Shared beginnings are computed once.
     """
     rows = [(*head, *reply[:-1]) for head, reply in zip(heads, replies, strict=True)]
     out: list[Any] = [None] * len(rows)

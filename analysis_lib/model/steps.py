@@ -143,11 +143,11 @@ def attending(
     length: int,
     here: torch.Tensor,
 ) -> Iterator[None]:
-    """Within this context, one new token per row is put behind the row's `length` own tokens, and
-    sees these and the prefix.
+    """Within this context, each row gets one new token, which sees the row and the prefix.
 
-    prefix, own: keys, then values, layer by layer: (heads, tokens, d) and (rows, heads, tokens and
-    room, d); here: the new tokens' positions (rows, 1).
+    The token stands behind the row's `length` own tokens. prefix and own hold keys, then values,
+    layer by layer: (heads, tokens, d) and (rows, heads, tokens and room, d). here: the new tokens'
+    positions (rows, 1).
     """
     from transformers import AttentionInterface
 
@@ -172,12 +172,9 @@ def attending(
         query = query.reshape(rows, kv_heads, heads // kv_heads, d)
         # All rows meet the prefix in one product a head.
         stacked = query.transpose(0, 1).reshape(kv_heads, -1, d)
-        shared = (
-            (stacked @ shared_key.transpose(1, 2))
-            .view(kv_heads, rows, -1, n_shared)
-            .transpose(0, 1)
-        )
-        scores = torch.cat([shared, query @ own_key.transpose(2, 3)], dim=-1) * scaling
+        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, n_shared)
+        both = [shared.transpose(0, 1), query @ own_key.transpose(2, 3)]
+        scores = torch.cat(both, dim=-1) * scaling
         if options.get("softcap"):
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
         scores[..., n_shared:] += mask
@@ -188,9 +185,8 @@ def attending(
             )
         weight = torch.softmax(scores, dim=-1, dtype=forward.work_dtype).to(value.dtype)
         stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, -1, n_shared)
-        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[
-            ..., n_shared:
-        ] @ own_value
+        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1)
+        out = out + weight[..., n_shared:] @ own_value
         return out.reshape(rows, 1, heads, d), None
 
     AttentionInterface.register("analysis_lib_shared_prefix", attend)

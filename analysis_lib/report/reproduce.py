@@ -205,13 +205,11 @@ def plan(
     }
     trainings = costs["anchor"][costs["anchor"]["step"].isin(more)].copy()
     for column in ("rows", "tokens", "seconds"):
-        trainings[column] = (trainings[column] * trainings["step"].map(more)).astype(
-            trainings[column].dtype
-        )
+        scaled = trainings[column] * trainings["step"].map(more)
+        trainings[column] = scaled.astype(trainings[column].dtype)
     costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), trainings])
-    table = pd.concat(
-        [cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True
-    )
+    parts = [cost.assign(queries=name) for name, cost in costs.items()]
+    table = pd.concat(parts, ignore_index=True)
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()
     print(

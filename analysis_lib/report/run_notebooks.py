@@ -160,8 +160,9 @@ def _print_benchmark(table: Path) -> None:
 
 
 def parameters(nb: NotebookNode) -> dict[str, int]:
-    """The names that the cell tagged `parameters` assigns, each with that cell's index; empty
-    without such a cell.
+    """The names that the cell tagged `parameters` assigns, each with that cell's index.
+
+    There are none without such a cell.
     """
     for index, cell in enumerate(nb.cells):
         if "parameters" in cell.metadata.get("tags", []):

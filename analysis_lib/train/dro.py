@@ -113,8 +113,9 @@ def dro_loss(
 
 @dataclass(frozen=True)
 class Geometry:
-    """Anchor space and directions as tensors: mean (d,), basis (d, d), refusal (k,), harmfulness
-    (k,).
+    """Anchor space and directions as tensors.
+
+    mean (d,), basis (d, d), refusal (k,), harmfulness (k,)
     """
 
     mean: torch.Tensor

@@ -29,11 +29,11 @@ def array_digest(array: NDArray[Any]) -> str:
 
 
 class KeptTraining:
-    """One training under the key of all that it depends on: its embeddings, then a row with the
-    rest.
+    """One training under the key of all that it depends on.
 
-    While it trains, the store holds its last checkpoint: soft tokens, the optimizer's moments and
-    the history, bit for bit. Without a store, nothing is found and nothing kept.
+    Its embeddings are kept first, then a row with the rest. While it trains, the store holds its
+    last checkpoint: soft tokens, the optimizer's moments and the history, bit for bit. Without a
+    store, nothing is found and nothing kept.
     """
 
     def __init__(
