@@ -1,7 +1,7 @@
 """Representation analysis of safety prompts for chat language models.
 
-Names are imported at their first use, so that `import analysis_lib` costs nothing and a core room never pulls in
-plotly or Jupyter.
+Names are imported at their first use, so that `import analysis_lib` costs nothing and a core room
+never pulls in plotly or Jupyter.
 """
 
 from __future__ import annotations

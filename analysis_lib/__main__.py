@@ -1,7 +1,7 @@
 """The command line: one thin layer over the library.
 
-Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says what to do), 130 interrupted,
-141 the reader of the output went away.
+Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says
+what to do), 130 interrupted, 141 the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from .store.upkeep import DAY, parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
-  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 --prompt my_prompt.txt --out my_report
-  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 --prompt my_prompt.txt --dry-run
-  python -m analysis_lib export my_report/soft_prompts/dro_my_prompt.safetensors --model mistralai/Mistral-7B-Instruct-v0.2 --out served --form vllm
+  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 \\
+      --prompt my_prompt.txt --out my_report
+  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 \\
+      --prompt my_prompt.txt --dry-run
+  python -m analysis_lib export my_report/soft_prompts/dro_my_prompt.safetensors \\
+      --model mistralai/Mistral-7B-Instruct-v0.2 --out served --form vllm
   python -m analysis_lib cache ls
   python -m analysis_lib cache prune --older-than 30d --dry-run
   python -m analysis_lib organism card
@@ -42,9 +45,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         from .judge.models import chat_judge
         from .model.chat import ChatModel
 
-        chat_judge(
-            ChatModel.load(args.guard, device=args.device, dtype=args.dtype)
-        )  # loads no weights
+        # Loads no weights.
+        chat_judge(ChatModel.load(args.guard, device=args.device, dtype=args.dtype))
     from .report.reproduce import plan, reproduce
 
     asked = {
@@ -57,11 +59,12 @@ def _reproduce(args: argparse.Namespace) -> int:
         table = plan(model, args.out, **asked)
         print(table.round({"seconds": 1, "GB": 2}).to_string(index=False))
         print(
-            f"About {table['seconds'].sum() / 60:.1f} minutes for these, trainings that are in the store included"
+            f"About {table['seconds'].sum() / 60:.1f} minutes for these, "
+            "trainings that are in the store included"
         )
         print(
-            "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles (05, 07), the notebooks' own work"
-            + ", the guard's verdicts (06)" * bool(args.guard)
+            "Not counted: wrapped queries, trials of a weight and probabilities (09), consoles "
+            "(05, 07), the notebooks' own work" + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
@@ -92,7 +95,8 @@ def _export(args: argparse.Namespace) -> int:
         print(f"{form:<6} {folder / 'README.md'}")
     if args.form is None and "plain" not in written:
         print(
-            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; --form plain writes it"
+            f"plain left out: it copies {model.weight_bytes / 1e9:.2f} GB of weights; "
+            "--form plain writes it"
         )
     return 0
 
@@ -105,7 +109,8 @@ def _cache(args: argparse.Namespace) -> int:
     store = Store(args.store)
     if args.store is not None and not store.folder.exists():
         raise StoreError(
-            f"there is no store at {args.store}; check the path, or leave --store out for the default"
+            f"there is no store at {args.store}; "
+            "check the path, or leave --store out for the default"
         )
     if args.action == "info":
         lines = [f"{key:<17} {value}" for key, value in upkeep.info(store).items()]
@@ -274,7 +279,8 @@ def _of_cache(command: argparse.ArgumentParser) -> None:
         "ls": "what is kept, by kind, model and dtype",
         "info": "folder, format, counts, parity certificates",
         "verify": "read every byte; exit status 1 where a file is damaged",
-        "prune": f"remove the files that meet every condition, and what killed processes left; {young}",
+        "prune": "remove the files that meet every condition, "
+        f"and what killed processes left; {young}",
         "compact": f"merge small files and drop damaged rows; {young}",
     }
     made = {name: actions.add_parser(name, help=t, description=t) for name, t in actions_of.items()}

@@ -16,7 +16,7 @@ from ..store.store import Store
 
 
 class ParityError(RuntimeError):
-    """States differ from the plain forward pass by more than the dtype explains; nothing was stored."""
+    """States differ from the plain pass by more than the dtype explains; nothing was stored."""
 
 
 def new_certificate(model: ChatModel) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def certify(
 ) -> dict[str, float]:
     """Re-runs the chosen rows (positions in rows) one by one: their largest differences.
 
-    rows, texts and states (n, len(layers), d) belong together. Raises ParityError where a state is not finite, or lies
-    further from the plain one than the dtype explains.
+    rows, texts and states (n, len(layers), d) belong together. Raises ParityError where a state is
+    not finite, or lies further from the plain one than the dtype explains.
     """
     _refuse_infinite(model, texts, states)
     worst = {"max_abs": 0.0, "max_rel": 0.0}
@@ -50,9 +50,9 @@ def certify(
     limit = TOLERANCE.get(model.dtype_name, 1e-3)
     if worst["max_rel"] > limit:
         raise ParityError(
-            f"states of {model.name!r} differ from the plain forward pass by {worst['max_rel']:.2g} of "
-            f"their size (limit {limit:g} for {model.dtype_name}); nothing was stored: report the "
-            "model, or load it with dtype='float32'"
+            f"states of {model.name!r} differ from the plain forward pass by "
+            f"{worst['max_rel']:.2g} of their size (limit {limit:g} for {model.dtype_name}); "
+            "nothing was stored: report the model, or load it with dtype='float32'"
         )
     return worst
 

@@ -1,4 +1,4 @@
-"""What captures, samplings and trainings check before they begin, and the bar they show meanwhile."""
+"""What is checked before a capture, sampling or training begins, and the bar it shows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from ..store.store import Store
 
 
 class Progress:
-    """A tqdm bar that says what was found and computed, the rate of computing and the time left; it opens at the first
-    computed row and goes when all is done. shown None: where a terminal or a notebook is there to show it."""
+    """A tqdm bar that says what was found and computed, the rate of computing and the time left.
+
+    It opens at the first computed row and goes when all is done. With shown None it appears where a
+    terminal or a notebook can show it.
+    """
 
     def __init__(self, total: int, what: str, shown: bool | None):
         self._total, self._what, self._counts = total, what, {"found": 0, "computed": 0}
@@ -36,9 +39,8 @@ class Progress:
         self._counts["found"] += found
         self._counts["computed"] += computed
         if self._bar is not None:
-            self._bar.initial = self._counts[
-                "found"
-            ]  # the rate, over the whole time, is that of computing
+            # So the rate over the whole time is that of computing.
+            self._bar.initial = self._counts["found"]
             self._bar.set_postfix(self._counts, refresh=False)
             self._bar.update(sum(self._counts.values()) - self._bar.n)
 
@@ -48,12 +50,16 @@ class Progress:
 
 
 def usable(store: Store | None, model: ChatModel) -> Store | None:
-    """The store, or None with a warning where a forward hook may change what the model computes: no key knows of it."""
+    """The store, or None with a warning where a forward hook may change what the model computes.
+
+    No key knows of such a hook.
+    """
     name = hooked_module(model.model) if store is not None and model.loaded else ""
     if name:
         warnings.warn(
-            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: nothing is read from the store and "
-            "nothing kept; remove the hook for that",
+            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: "
+            "nothing is read from the store and nothing kept; "
+            "remove the hook to use the store",
             stacklevel=3,
         )
         return None
@@ -74,7 +80,8 @@ def check_queries(queries: pd.DataFrame, *more: str) -> None:
     ]
     if len(wrong):
         raise ValueError(
-            f"query {wrong.iloc[0]!r} has no text; drop such rows, or load the file with load_queries"
+            f"query {wrong.iloc[0]!r} has no text; "
+            "drop such rows, or load the file with load_queries"
         )
 
 
@@ -85,5 +92,6 @@ def check_prompts(prompts: Mapping[str, Prompt]) -> None:
         or not all(isinstance(p, (str, SoftTokens)) for p in prompts.values())
     ):
         raise ValueError(
-            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, such as load_safety_prompts()"
+            f"prompts = {prompts!r:.100}: give {{name: text or SoftPrompt}}, "
+            "such as load_safety_prompts()"
         )

@@ -1,10 +1,11 @@
 """Last-token hidden states, each distinct token computed once.
 
-Rendered chats share long prefixes: the template's head, the safety prompt, the query's first words. They are
-laid out as a prefix tree. The common prefix runs once; what remains is packed into sequences of many rows, in which
-every token sees exactly its ancestors (a 4-D mask) at its true position; the last block's feed-forward part runs
-on the rows' last tokens alone. The states are those of the plain forward pass up to floating-point order: each capture
-re-runs some rows plainly and keeps the difference as a certificate.
+Rendered chats share long prefixes: the template's head, the safety prompt, the query's first words.
+They are laid out as a prefix tree. The common prefix runs once; what remains is packed into
+sequences of many rows, in which every token sees exactly its ancestors (a 4-D mask) at its true
+position; the last block's feed-forward part runs on the rows' last tokens alone. The states are
+those of the plain forward pass up to floating-point order: each capture re-runs some rows plainly
+and keeps the difference as a certificate.
 """
 
 from __future__ import annotations
@@ -35,13 +36,29 @@ CHUNK_ROWS = 512  # rows computed and kept at a time: what a killed run can lose
 class HiddenStates:
     """Hidden states at the last token of each rendered chat.
 
-    states       (n, len(layers), d) float32
-    rows         n rows: query_id, prompt, and the query table's other columns
-    layers       0 the embedding output, i the output of block i, -1 the state after the final norm
-    certificate  rows computed and found; the way ("tree" or "plain") and the largest absolute and relative difference from
-                 rows re-run plainly, of the computed rows and of the batches in which the found ones were committed; how
-                 many rows were re-run now, and found rows of batches of which none was ("unchecked"); seconds; the peak
-                 memory where any was computed
+    Parameters
+    ----------
+    states : ndarray
+        Shape (n, len(layers), d), float32.
+    rows : DataFrame
+        n rows: query_id, prompt and the other columns of the query table.
+    layers : tuple of int
+        0 is the embedding output, i the output of block i, -1 the state after the final norm.
+    certificate : mapping
+        How the rows came about. computed and found count rows. way is "tree" or "plain". max_abs
+        and max_rel are the largest absolute and relative differences from rows re-run plainly: of
+        the computed rows, and of the batches in which the found ones were committed. checked counts
+        the rows re-run now, unchecked the found rows of batches of which none was. seconds is the
+        time taken. peak_bytes is the peak memory, where any row was computed. dtype and template
+        are the model's.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, hidden_states, load_queries
+    >>> queries = load_queries("anchor").head(3)
+    >>> states = hidden_states(ChatModel.load("organism"), queries, {"none": ""}, layers=(0, -1))
+    >>> states.states.shape, states.layers, states.certificate["computed"]
+    ((3, 2, 128), (0, -1), 3)
     """
 
     states: NDArray[np.float32]
@@ -50,10 +67,41 @@ class HiddenStates:
     certificate: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, layer: int = -1, **where: Any) -> tuple[NDArray[np.float32], pd.DataFrame]:
-        """States (m, d) of one layer and their rows, of the rows where column == value (or is in a list of values)."""
+        """States of one layer, of the rows whose columns have the given values.
+
+        Parameters
+        ----------
+        layer : int
+            One of `layers`.
+        **where
+            column=value, or column=[values].
+
+        Returns
+        -------
+        states : ndarray
+            Shape (m, d), float32.
+        rows : DataFrame
+            Their m rows.
+
+        Raises
+        ------
+        KeyError
+            Where the layer was not captured, or the rows have no such column.
+
+        Examples
+        --------
+        >>> from analysis_lib import ChatModel, hidden_states, load_queries
+        >>> queries = load_queries("anchor").head(3)
+        >>> prompts = {"none": "", "kind": "Be kind."}
+        >>> captured = hidden_states(ChatModel.load("organism"), queries, prompts)
+        >>> states, rows = captured.at(-1, prompt="kind")
+        >>> states.shape, rows["prompt"].unique().tolist()
+        ((3, 128), ['kind'])
+        """
         if layer not in self.layers:
             raise KeyError(
-                f"layer {layer} was not captured; captured are {self.layers}: pass layers=({layer},) to hidden_states"
+                f"layer {layer} was not captured; captured are {self.layers}: pass "
+                f"layers=({layer},) to hidden_states"
             )
         keep = np.ones(len(self.rows), dtype=bool)
         for column, value in where.items():
@@ -78,14 +126,59 @@ def hidden_states(
 ) -> HiddenStates:
     """Captures the last-token state of every query under every prompt.
 
-    queries: table with query_id and text; prompts: {name: text or SoftPrompt}, "" for no system message.
-    layers: 0 .. L and -1. Layer -1 is the state after the final norm (transformers' hidden_states[-1], the one
-    the study uses); layer L is the last block's raw output before it.
-    store: found rows are read, computed rows are kept, prompt by prompt.
-    n_check: rows of this call re-run plainly (batch 1, nothing shared), at least one of each prompt computed unless 0;
-    ParityError past the dtype's tolerance.
-    progress: a bar, by default where a terminal or a notebook shows it and something is to be computed.
-    Order of rows: prompts outer, queries inner.
+    Parameters
+    ----------
+    model : ChatModel
+        The model to capture.
+    queries : DataFrame
+        Has the columns query_id and text.
+    prompts : mapping
+        {name: text or SoftPrompt}; the text "" means no system message.
+    layers : sequence of int
+        0 .. L and -1. Layer -1 is the state after the final norm (transformers' hidden_states[-1],
+        the one the study uses). Layer L is the last block's raw output before it.
+    store : Store, optional
+        Kept rows are read from it; computed rows are kept in it, prompt by prompt.
+    n_check : int
+        Rows of this call that are re-run plainly (batch 1, nothing shared): at least one of each
+        prompt that is computed, unless 0.
+    progress : bool, optional
+        Whether a bar is shown. Default: in a terminal or a notebook, where something is to be
+        computed.
+
+    Returns
+    -------
+    HiddenStates
+        Prompts outer, queries inner.
+
+    Raises
+    ------
+    ValueError
+        For wrong layers, queries or prompts.
+    ParityError
+        Where a re-run row differs by more than the dtype's tolerance, or a state is not finite.
+    ChatModelError
+        Where a text cannot be rendered, or a soft prompt does not fit the model.
+    StoreError
+        Where the store cannot be read or written.
+
+    References
+    ----------
+    Zheng et al. 2024, "On Prompt-Driven Safeguarding for Large Language Models", arXiv 2401.18018:
+    the representation of a query is the last token's state of the last layer.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from analysis_lib import ChatModel, Store, hidden_states, load_queries
+    >>> model, queries = ChatModel.load("organism"), load_queries("anchor").head(2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     first = hidden_states(model, queries, {"none": ""}, store=Store(folder))
+    ...     again = hidden_states(model, queries, {"none": ""}, store=Store(folder))
+    >>> first.certificate["computed"], again.certificate["found"]
+    (2, 2)
+    >>> bool((first.states == again.states).all())
+    True
     """
     store = usable(store, model)
     layers = _checked_layers(model, layers)
@@ -116,7 +209,10 @@ def missing_states(
     layers: Sequence[int] = (-1,),
     store: Store | None,
 ) -> NDArray[np.bool_]:
-    """Which states `hidden_states` would have to compute: (prompts, queries, layers). Loads no weights."""
+    """Which states `hidden_states` would have to compute: (prompts, queries, layers).
+
+    Loads no weights.
+    """
     store, layers = usable(store, model), _checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
@@ -133,8 +229,8 @@ def _checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
     wrong = [i for i in layers if not -1 <= i <= model.n_layers]
     if wrong or not layers or len(set(layers)) < len(layers):
         raise ValueError(
-            f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the state "
-            "after the final norm"
+            f"layers {layers}: give distinct numbers from 0 to {model.n_layers}, or -1 for the "
+            "state after the final norm"
         )
     return layers
 
@@ -188,7 +284,10 @@ class _Capture:
         prompt: Prompt,
         take: int,
     ) -> tuple[str, dict[str, Any]]:
-        """Computes the rows of a part, `take` of them certified: the dtype they came in, and the part's certificate."""
+        """Computes the rows of a part and certifies `take` of them.
+
+        Returns the dtype they came in, and the part's certificate.
+        """
         forward = self.model.forward
         wanted = [rows[i] for i in part]
         embeddings = None if isinstance(prompt, str) else prompt.embeddings
@@ -199,7 +298,8 @@ class _Capture:
             chosen = self.rng.choice(len(part), take, replace=False)
             texts = [self.texts[i] for i in part]
             worst = certify(self.model, wanted, texts, block[part], self.layers, chosen)
-        certificate = {"way": way, "checked": take, **worst}  # as Store.certificates knows them
+        # The names that Store.certificates knows.
+        certificate = {"way": way, "checked": take, **worst}
         self.certificate["computed"] += len(part)
         self.certificate["checked"] += take
         widen(self.certificate, certificate)
@@ -216,7 +316,7 @@ class _Capture:
         dtype: str,
         certificate: dict[str, Any],
     ) -> None:
-        """Commits the rows (position in block, keys by layer), but those that the store holds already."""
+        """Commits the rows (position in block, keys by layer) that the store does not hold yet."""
         assert self.store is not None
         for j, layer in enumerate(self.layers):
             about = {
@@ -241,7 +341,10 @@ def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> 
 def _fill(
     block: NDArray[Any], keys: list[list[str]], store: Store
 ) -> tuple[NDArray[Any], set[str]]:
-    """Writes the stored states into block; returns the positions of rows with any layer missing, and the keys that are kept."""
+    """Writes the stored states into block.
+
+    Returns the positions of rows with any layer missing, and the keys that are kept.
+    """
     read = store.read_states([k for row in keys for k in row])
     found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}
     missing = []

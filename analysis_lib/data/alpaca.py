@@ -1,10 +1,11 @@
-"""General ability by AlpacaEval: instructions as queries, answers in the form of the `alpaca_eval` package, its verdicts as wins.
+"""General ability by AlpacaEval: instructions in, answers and verdicts in the package's form.
 
     alpaca_eval --model_outputs answers.json --output_path DIR
 
-judges the file against text-davinci-003 (the study's reference; another one by --reference_outputs) and writes
-DIR/.../annotations.json. Any local judge may write the same file: a list of objects with instruction, generator_2 and
-preference. Source: github.com/tatsu-lab/alpaca_eval (README, metrics/winrate.py).
+judges the file against text-davinci-003 (the study's reference; another one by --reference_outputs)
+and writes DIR/.../annotations.json. Any local judge may write the same file: a list of objects with
+instruction, generator_2 and preference. Source: github.com/tatsu-lab/alpaca_eval (README,
+metrics/winrate.py).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from .files import DataError, read_text
 
 
 def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
-    """The first n instructions (the study's 100; None: all) of a json list of objects with `instruction`, as a query table.
+    """The first n instructions of a json list of objects with `instruction`, as a query table.
 
-    query_id is alpaca-0001, ..., harmful False, query_set "alpaca_eval". Raises DataError naming file and entry.
+    n is 100 in the study; None takes all. query_id is alpaca-0001, ..., harmful False, query_set
+    "alpaca_eval". Raises DataError naming file and entry.
     """
     entries = _entries(Path(path), "instruction")[:n]
     texts = [entry["instruction"].strip() for entry in entries]
@@ -35,13 +37,15 @@ def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
 def write_alpaca_eval(
     responses: pd.DataFrame, queries: pd.DataFrame, path: str | Path, *, generator: str
 ) -> None:
-    """Writes one response a query, of one prompt, as the package's model outputs: instruction, output, generator, dataset.
+    """Writes one response a query, of one prompt, as the package's model outputs.
 
-    generator: the name under which the package lists these answers, such as "my-model under my-prompt".
+    The fields are instruction, output, generator and dataset. generator: the name under which the
+    package lists these answers, such as "my-model under my-prompt".
     """
     if responses["prompt"].nunique() != 1 or responses["query_id"].duplicated().any():
         raise ValueError(
-            "one file holds one answer a query under one prompt; keep one prompt and one sample of the responses"
+            "one file holds one answer a query under one prompt; "
+            "keep one prompt and one sample of the responses"
         )
     about = queries.set_index("query_id")
     if lacking := set(responses["query_id"]) - set(about.index):
@@ -63,8 +67,9 @@ def write_alpaca_eval(
 def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) -> pd.DataFrame:
     """Wins from the package's annotations.json: [query_id, prompt, value] for `metric_table`.
 
-    value is the preference for our answer: 1 a win, 0 a loss, 0.5 a draw, or between them where the annotator gives a
-    probability; NaN where it gave none. Instructions that are no query are left out. Raises DataError naming the entry.
+    value is the preference for our answer: 1 a win, 0 a loss, 0.5 a draw, or between them where the
+    annotator gives a probability; NaN where it gave none. Instructions that are no query are left
+    out. Raises DataError naming the entry.
     """
     path = Path(path)
     ids = dict(zip(queries["text"], queries["query_id"], strict=True))
@@ -72,7 +77,8 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
     entries = _entries(path, "instruction", "generator_2")
     if len(names := {entry["generator_2"] for entry in entries}) > 1:
         raise DataError(
-            f"{path}: annotations of several generators ({', '.join(sorted(names))}); give one file a generator"
+            f"{path}: annotations of several generators ({', '.join(sorted(names))}); "
+            "give one file a generator"
         )
     for number, entry in enumerate(entries, start=1):
         preference = entry.get("preference")
@@ -81,7 +87,8 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
             number_given and (preference == 0 or 1 <= preference <= 2)
         ):
             raise DataError(
-                f"{path}, entry {number}: preference {preference!r}; it is 1 to 2 (2: ours wins), 0 for a draw, or null"
+                f"{path}, entry {number}: preference {preference!r}; "
+                "it is 1 to 2 (2: ours wins), 0 for a draw, or null"
             )
         if (query_id := ids.get(entry["instruction"].strip())) is not None:
             value = (
@@ -90,7 +97,8 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
             rows.append((query_id, prompt, value))
     if not rows:
         raise DataError(
-            f"{path}: none of its instructions is among the queries; pass the queries that were answered"
+            f"{path}: none of its instructions is among the queries; "
+            "pass the queries that were answered"
         )
     return pd.DataFrame(rows, columns=["query_id", "prompt", "value"])
 
@@ -101,7 +109,8 @@ def _entries(path: Path, *fields: str) -> list[dict[str, Any]]:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: cannot be read as JSON ({error}); give a list of objects with {', '.join(fields)}"
+            f"{path}: cannot be read as JSON ({error}); "
+            f"give a list of objects with {', '.join(fields)}"
         ) from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{path}: not a list of objects; give one with {', '.join(fields)} in each")

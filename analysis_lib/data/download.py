@@ -17,7 +17,7 @@ from .files import DataError, query_table, read_text, txt_rows
 
 @dataclass(frozen=True)
 class OfficialSet:
-    """A query set of the study's repository: its path there, SHA-256, label, and how many of its lines the study uses."""
+    """A query set of the study's repository: path, SHA-256, label, and how many lines are used."""
 
     path: str
     sha256: str
@@ -31,7 +31,7 @@ class OfficialSet:
         )
 
 
-# The study's held-out harmless queries are called harmless_testset: heldout_harmless is our own set.
+# The study's held-out harmless queries are called harmless_testset; heldout_harmless is ours.
 OFFICIAL_SETS: Mapping[str, OfficialSet] = {
     "custom_harmful": OfficialSet(
         "data/custom.txt", "72963102a9fdb29f65044bc12ac54caab471f2a3f071dcd05cf8f8cb72873129", True
@@ -60,7 +60,7 @@ OFFICIAL_SETS: Mapping[str, OfficialSet] = {
 
 
 def queries_folder() -> Path:
-    """Where downloaded query sets lie: ANALYSIS_LIB_DATA, else the user's cache folder of the platform."""
+    """Where downloaded query sets lie: ANALYSIS_LIB_DATA, else the platform's cache folder."""
     given = os.environ.get("ANALYSIS_LIB_DATA")
     return (
         Path(given).expanduser()
@@ -77,9 +77,10 @@ def download(
 ) -> dict[str, Path]:
     """Fetches the study's query sets into `folder` (default: `queries_folder()`): {name: file}.
 
-    A file whose SHA-256 is the pinned one is put in place whole; another is not kept, and DataError is raised. Files already
-    there are not fetched again. With a folder of your own, set ANALYSIS_LIB_DATA to it so that `load_queries` finds them by
-    name. downloader: one of pooch's, or a function like them; default: that of the address.
+    A file is put in place whole once its SHA-256 is the pinned one. Any other file is not kept, and
+    DataError is raised. Files already there are not fetched again. With a folder of your own, set
+    ANALYSIS_LIB_DATA to it so that `load_queries` finds them by name. downloader: one of pooch's,
+    or a function like them; default: that of the address.
     """
     import pooch
 
@@ -103,8 +104,8 @@ def download(
             ) from error
         except ValueError as error:
             raise DataError(
-                f"{official.url}: its SHA-256 is not {official.sha256}, nothing kept; something on the way changes the file: try "
-                "another connection"
+                f"{official.url}: its SHA-256 is not {official.sha256}, nothing kept; "
+                "something on the way changes the file: try another connection"
             ) from error
     return files
 
@@ -117,11 +118,13 @@ def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
         )
     if not path.is_file():
         raise DataError(
-            f"{path}: the query set {name!r} is not downloaded; run `python -m analysis_lib download`"
+            f"{path}: the query set {name!r} is not downloaded; "
+            "run `python -m analysis_lib download`"
         )
     if _sha256(path.read_bytes()) != official.sha256:
         raise DataError(
-            f"{path}: not the official file (wrong SHA-256); run `python -m analysis_lib download` to replace it"
+            f"{path}: not the official file (wrong SHA-256); "
+            "run `python -m analysis_lib download` to replace it"
         )
     return query_table(path, txt_rows(path, read_text(path))[: official.n], official.harmful)
 

@@ -1,4 +1,4 @@
-"""What travels with the package, and a user's own files: read with care, their faults named by file and line."""
+"""The package's own files, and a user's, whose faults are named by file and line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import pandas as pd
 
 
 def shipped(name: str) -> Path:
-    """The folder `name` ("data" or "notebooks") that travels with the package: inside it where it is installed, beside it in a
-    checkout."""
+    """The folder `name` ("data" or "notebooks") that travels with the package.
+
+    It lies inside the package where this is installed, beside it in a checkout.
+    """
     package = Path(str(resources.files("analysis_lib")))
     inside = package / "shipped" / name
     return inside if inside.is_dir() else package.parent / name
@@ -32,7 +34,9 @@ MAX_BYTES = 64_000_000
 """The largest file of a user that is read."""
 
 MAX_CHARACTERS = 20_000
-"""The longest text of a user: some thousand tokens, whose attention still fits a small machine's memory."""
+"""The longest text of a user: some thousand tokens, whose attention still fits a small machine's
+memory.
+"""
 
 LABELS = {
     "true": True,
@@ -46,7 +50,7 @@ LABELS = {
 
 
 class DataError(ValueError):
-    """Something about a file or a name given by the user; the message says what, where and what to do."""
+    """A file or a name given by the user is wrong; the message says what, where and what to do."""
 
 
 _Row = tuple[int, dict[str, object]]  # line in the file, from 1; fields
@@ -65,16 +69,18 @@ def csv_rows(path: Path, content: str) -> list[_Row]:
                 header = [name.strip() for name in values]
                 if repeated := [name for name, count in Counter(header).items() if count > 1]:
                     raise DataError(
-                        f"{path}, line {line}: the column {shown(repeated[0])} occurs twice; rename or delete one"
+                        f"{path}, line {line}: the column "
+                        f"{shown(repeated[0])} occurs twice; rename or delete one"
                     )
                 if "text" not in header:
                     raise DataError(
-                        f"{path}, line {line}: no column 'text', only {shown(header)}; name the queries' column text "
-                        "(comma-separated)"
+                        f"{path}, line {line}: no column 'text', only {shown(header)}; "
+                        "name the queries' column text (comma-separated)"
                     )
             elif len(values) != len(header):
                 raise DataError(
-                    f"{path}, line {line}: {len(values)} fields, but the header has {len(header)}; put a text with a comma in double quotes"
+                    f"{path}, line {line}: {len(values)} fields, but the header has {len(header)}; "
+                    "put a text with a comma in double quotes"
                 )
             else:
                 rows.append((line, dict(zip(header, values, strict=True))))
@@ -108,14 +114,15 @@ def jsonl_rows(path: Path, content: str) -> list[_Row]:
             name for name, count in Counter(name for name, _ in row).items() if count > 1
         ]:
             raise DataError(
-                f"{path}, line {line}: the field {shown(repeated[0])} occurs twice; rename or delete one"
+                f"{path}, line {line}: the field "
+                f"{shown(repeated[0])} occurs twice; rename or delete one"
             )
         rows.append((line, fields))
     return rows
 
 
 class JsonPairs(list[tuple[str, Any]]):
-    """The (name, value) pairs of a JSON object, of which a dict would keep the last of equal names."""
+    """The (name, value) pairs of a JSON object; a dict would keep the last of equal names."""
 
 
 def txt_rows(path: Path, content: str) -> list[_Row]:
@@ -132,12 +139,14 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
     columns = {column for _, row in rows for column in row}
     if harmful is not None and "harmful" in columns:
         raise DataError(
-            f"{path}: has labels of its own (column 'harmful'); leave out harmful={harmful}, or that column"
+            f"{path}: has labels of its own (column 'harmful'); "
+            f"leave out harmful={harmful}, or that column"
         )
     kept = ["query_id", "text", "harmful", "query_set", *(c for c in OPTIONAL if c in columns)]
     if ignored := sorted(columns - set(kept)):
         warnings.warn(
-            f"{path}: columns left out: {shown(ignored)[1:-1]}; known are {', '.join((*kept[:4], *OPTIONAL))}",
+            f"{path}: columns left out: {shown(ignored)[1:-1]}; "
+            f"known are {', '.join((*kept[:4], *OPTIONAL))}",
             stacklevel=3,
         )
     lines: dict[str, int] = {}
@@ -149,12 +158,14 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
             raise DataError(f"{where}, column 'text': blank; write the query or delete the line")
         if (label := fields["harmful"].lower()) not in LABELS:
             raise DataError(
-                f"{where}, column 'harmful': {shown(fields['harmful'])}; write true, false, 1, 0, harmful, harmless or nothing"
+                f"{where}, column 'harmful': {shown(fields['harmful'])}; write true, false, 1, 0, "
+                "harmful, harmless or nothing"
             )
         query_id = fields["query_id"] or f"{path.stem}-{number:04d}"
         if (first := lines.setdefault(query_id, line)) != line:
             raise DataError(
-                f"{where}, column 'query_id': {shown(query_id)} is the id of line {first} too; give each query its own"
+                f"{where}, column 'query_id': {shown(query_id)} is the id of line {first} too; "
+                "give each query its own"
             )
         labelled = LABELS[label] if harmful is None else harmful
         table.append(
@@ -170,9 +181,8 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
 
 def _field(value: object, column: str, where: str) -> str:
     """A cell as text, without surrounding space; "" where it is missing."""
-    number = (
-        isinstance(value, int) and column != "text"
-    )  # an id or a label; JSON's true and false are ints too
+    # An id or a label may be a number; JSON's true and false are ints too.
+    number = isinstance(value, int) and column != "text"
     if not (value is None or isinstance(value, str) or number):
         raise DataError(f"{where}, column {column!r}: {shown(value)} is no text; put it in quotes")
     text = "" if value is None else str(value)
@@ -194,7 +204,8 @@ def check_text(text: str, where: str) -> None:
     for character in text:
         if character not in "\t\n" and unicodedata.category(character) in ("Cc", "Cs"):
             raise DataError(
-                f"{where}: control character U+{ord(character):04X}; delete it (tab and newline may stay)"
+                f"{where}: control character U+{ord(character):04X}; "
+                "delete it (tab and newline may stay)"
             )
 
 
@@ -212,7 +223,8 @@ def read_text(path: Path) -> str:
         raise DataError(
             f"{path}: cannot be read ({why}); check the path and its permissions"
         ) from error
-    if content is None:  # a pipe or a device may never end
+    # A pipe or a device may never end.
+    if content is None:
         what = (
             f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}"
             if stat.S_ISREG(status.st_mode)
@@ -226,6 +238,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); save the file as UTF-8"
+            f"{path}, line {line}: not UTF-8 (byte 0x{content[error.start]:02X}); "
+            "save the file as UTF-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""DOC analysis_lib.data.prompts."""
+"""Safety prompts: the study's, and a user's own from files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,37 @@ RESERVED_PROMPTS = ("dro", "tuned")
 
 
 def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
-    """Safety prompts by name: "none" (no system message), "default", "short", "mistral", then the user's.
+    """Safety prompts by name: "none", "default", "short", "mistral", then the user's.
 
-    path: a .txt file (its stem is the name), a folder of them, or a .json file {name: text}. Texts are
-    stripped of surrounding space. Raises DataError for a blank text, a built-in name with another text, a name of
-    RESERVED_PROMPTS or one that cannot be part of a file's name, and a link in the folder that leads out of it.
+    "none" has the text "", which means no system message.
+
+    Parameters
+    ----------
+    path : str or Path, optional
+        A .txt file (its stem is the name), a folder of them, or a .json file {name: text}.
+
+    Returns
+    -------
+    dict
+        {name: text}, texts stripped of surrounding space.
+
+    Raises
+    ------
+    DataError
+        For a blank text; a built-in name with another text; a name of RESERVED_PROMPTS; a name that
+        cannot be part of a file's name; and a link in the folder that leads out of it.
+
+    References
+    ----------
+    Zheng et al. 2024, arXiv 2401.18018, whose three prompts are "default" (LLaMA-2's), "short" and
+    "mistral".
+
+    Examples
+    --------
+    >>> from analysis_lib import load_safety_prompts
+    >>> prompts = load_safety_prompts()
+    >>> list(prompts), prompts["none"]
+    (['none', 'default', 'short', 'mistral'], '')
     """
     prompts = {"none": ""} | {
         name: read_text(ROOT / "prompts" / f"{name}.txt").strip() for name in PROMPTS
@@ -30,25 +56,27 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
     path = Path(os.path.expanduser(path))
     for name, text, where in _user_prompts(path):
         check_text(text, where)
-        if (
-            not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100
-        ):  # files are saved under it
+        # Files are saved under this name.
+        if not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100:
             raise DataError(
-                f"{where}: the name {shown(name)} cannot be part of a file's name; write letters, digits, space, - and _, "
-                "at most 100 of them"
+                f"{where}: the name {shown(name)} cannot be part of a file's name; "
+                "write letters, digits, space, - and _, at most 100 of them"
             )
         if not text.strip():
             raise DataError(
-                f"{where}: the prompt {name!r} has no text; write one, or use the built-in 'none' for no system message"
+                f"{where}: the prompt {name!r} has no text; "
+                "write one, or use the built-in 'none' for no system message"
             )
         if name in RESERVED_PROMPTS:
             raise DataError(
-                f"{where}: {name!r} is the name of a trained prompt in the notebooks; give this one another name"
+                f"{where}: {name!r} is the name of a trained prompt in the notebooks; "
+                "give this one another name"
             )
         if prompts.setdefault(name, text.strip()) != text.strip():
             kind = "a built-in prompt" if name in ("none", *PROMPTS) else "another prompt of yours"
             raise DataError(
-                f"{where}: {name!r} is the name of {kind} with another text; give this one a name of its own"
+                f"{where}: {name!r} is the name of {kind} with another text; "
+                "give this one a name of its own"
             )
     return prompts
 
@@ -72,7 +100,8 @@ def _user_prompts(path: Path) -> Iterable[tuple[str, str, str]]:
         return [(path.stem, read_text(path), str(path))]
     if suffix != ".json":
         raise DataError(
-            f"{path}: unknown kind of file; safety prompts come as a .txt file, a folder of .txt files, or a .json file {{name: text}}"
+            f"{path}: unknown kind of file; safety prompts come as a .txt file, a folder of .txt "
+            f"files, or a .json file {{name: text}}"
         )
     content = read_text(path)
     try:

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..collect.responses import Settings, sample_rows
+from ..collect.responses import sample_rows
+from ..collect.sampling import Settings
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.loading import load_classifier

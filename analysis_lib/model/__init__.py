@@ -1,6 +1,7 @@
-"""The model room: a chat model opened, its chats rendered, its forward passes shared. Only this room imports transformers.
+"""The model room opens a chat model, renders its chats and runs its forward passes.
 
-`chat.ChatModel` is the way in. Below it: `rendering` (chats as token ids), `loading` (weights and tokenizers, checked),
-`fingerprint` (what a stored row is keyed by), `architecture` (all that is special to a model family), `tree` and `forward`
-(states of rows that share prefixes), `steps` (sampling's next token). Above it: `soft_prompt`.
+Only this room imports transformers. `chat.ChatModel` is the way in. Below it are `rendering` (chats
+as token ids), `loading` (weights and tokenizers, checked), `fingerprint` (a stored row's key),
+`architecture` (all that is special to a model family), `tree` and `forward` (states of rows that
+share prefixes) and `steps` (sampling's next token). Above it is `soft_prompt`.
 """

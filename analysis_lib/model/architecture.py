@@ -1,7 +1,8 @@
-"""All that is special to a model family. A family with an odd part gets its line here, and nowhere else.
+"""All that is special to a model family: a family with an odd part gets its line here alone.
 
-Each function asks a transformers model or its configuration. What no function knows is found out by asking the model itself:
-`forward.shares_prefixes` and `steps.steps_from_cache` compare short rows with the plain forward pass.
+Each function asks a transformers model or its configuration. What no function knows is found out by
+asking the model itself: `passes.shares_prefixes` and `steps.steps_from_cache` compare short rows
+with the plain forward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def text_config(config: Any) -> Any:
 
 
 def decoder(model: Any) -> Any:
-    """The decoder without its vocabulary head; of a model that also takes images, the language part."""
+    """The decoder without its vocabulary head; its language part where it also takes images."""
     found = model.get_decoder()
     return found if found is not model else model.model
 
@@ -45,16 +46,20 @@ def embedding_scale(embedding: torch.nn.Module) -> float | torch.Tensor:
 
 
 def attends_in_chunks(config: Any) -> bool:
-    """Whether attention is cut into chunks longer than the rows by which a model is asked whether it shares prefixes (Llama 4)."""
+    """Whether attention is cut into chunks (Llama 4).
+
+    The chunks are longer than the rows by which a model is asked whether it shares prefixes.
+    """
     return "chunked_attention" in (getattr(text_config(config), "layer_types", None) or [])
 
 
 def attention_mask(
     config: Any, see: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The additive 4-D mask (batch, 1, q, k) of see (batch, q, k), for tokens at positions rows (batch, q) and columns (batch, k).
+    """The additive 4-D mask (batch, 1, q, k) of see (batch, q, k).
 
-    Layers with a sliding window are also cut by these positions; models that mix both kinds get one mask of each.
+    rows (batch, q) and columns (batch, k) are the tokens' positions. Layers with a sliding window
+    are also cut by these. A model that mixes both kinds gets one mask of each.
     """
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
@@ -85,9 +90,9 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 @contextmanager
 def last_feed_forward_at(last_block: torch.nn.Module, at: torch.Tensor) -> Iterator[None]:
-    """Within this context the last block's feed-forward part runs at the distinct flat positions `at` alone, and gives 0 elsewhere.
+    """Within this context the last block's feed-forward part runs at the positions `at` alone.
 
-    No later block reads its other outputs. A block without a part named `mlp` runs whole.
+    These are distinct flat positions. The part gives 0 elsewhere.
     """
     part: Any = getattr(last_block, "mlp", None)
     if part is None:

@@ -13,7 +13,10 @@ def new_llama(**settings: Any) -> Any:
 
 
 def fast_tokenizer(backend: Any, **special: Any) -> Any:
-    """A transformers tokenizer around one of the tokenizers package; special: its special tokens by role."""
+    """A transformers tokenizer around one of the tokenizers package.
+
+    special: its special tokens by role.
+    """
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)

@@ -30,7 +30,29 @@ from .rendering import Prompt, Rendered, Renderer
 
 
 class ChatModel:
-    """A causal language model with a chat template. Weights are loaded at the first use of `.model`."""
+    """A causal language model with a chat template; its weights are loaded at the first use.
+
+    Open one with `ChatModel.load` or `ChatModel.wrap`. Tokenizer and configuration are read at
+    once, the weights at the first use of `.model` or `.forward`. `n_layers` counts the blocks,
+    `hidden_size` the dimensions of a state, `n_embeddings` the rows of the input embeddings; soft
+    tokens take the ids from there on. `dtype_name` is the dtype without "torch.".
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel
+    >>> model = ChatModel.load("organism")
+    >>> model.n_layers, model.hidden_size, len(model.fingerprint)
+    (4, 128, 64)
+    >>> tuple(model.embedding_table().shape), sorted(model.key_parts()), model.loaded
+    ((1536, 128), ['dtype', 'model'], False)
+    >>> model.about()["prompt_goes"]
+    'into the system message'
+    >>> model.model.training, model.loaded
+    (False, True)
+    >>> model.unload()
+    >>> model.loaded
+    False
+    """
 
     def __init__(
         self,
@@ -53,14 +75,13 @@ class ChatModel:
         text = text_config(config)
         self.n_layers, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
         self.n_embeddings = self.renderer.n_embeddings
-        self.lock = threading.RLock()  # of what changes how the model computes
+        # Held while something changes how the model computes.
+        self.lock = threading.RLock()
         self._forward: Forward | None = None
-        self._loaded: tuple[Any, ...] | None = (
-            None  # the state of the weights when they were read from `source`
-        )
-        self._hashed: tuple[tuple[Any, ...] | None, str] | None = (
-            None  # that state and its fingerprint
-        )
+        # The state of the weights when they were read from `source`.
+        self._loaded: tuple[Any, ...] | None = None
+        # That state, and the fingerprint taken of it.
+        self._hashed: tuple[tuple[Any, ...] | None, str] | None = None
         self._files: Any = {}  # of a folder, as they were when it was opened
 
     @classmethod
@@ -74,22 +95,52 @@ class ChatModel:
         template: str | Path | None = None,
         quantization: str | None = None,
     ) -> ChatModel:
-        """Opens "organism" (the embedded model), a local folder, a hub id, or one of the study's models by its name there.
+        """Opens a model; its weights stay on disk until they are used.
 
-        A name of `study_models()` ("vicuna-7b-v1.5") stands for its hub id, revision and the study's chat template.
-        revision: a branch, tag or commit of the hub; "org/model@REVISION" says the same.
-        device: ANALYSIS_LIB_DEVICE, else "cuda" where there is one, else "cpu"; "auto" spreads the weights over all GPUs
-        (needs accelerate).
-        dtype: ANALYSIS_LIB_DTYPE, else float32 on a CPU and bfloat16 elsewhere; the embedded model takes float64 on a CPU,
-        so that whole trainings repeat on other processors and numbers of threads to the printed digit.
-        template: a file with a Jinja chat template, or the name of one of the study's (`TEMPLATES`); default: the tokenizer's.
-        quantization: "8bit" or "4bit" (needs bitsandbytes), for capture and sampling only.
-        The attention implementation is the one transformers picks, SDPA where the architecture has it.
-        Never runs a repository's own code and reads weights from safetensors only, those of a folder from that folder. A
-        folder that changes while its model is open, and a checkpoint that lacks tensors, are ChatModelErrors of `.model`.
-        Raises ChatModelError: unknown id or folder, no network, gated, pickled weights only, an adapter beside the model, a
-        configuration or index that names other files or code, no chat template or one that
-        cannot be rendered, no tokenizer or one without offsets, a device or dtype that torch does not have, a package that lacks.
+        Weights are read from safetensors only, and a folder's weights from that folder only. A
+        repository's own code never runs. transformers picks the attention implementation: SDPA
+        where the architecture has it.
+
+        Parameters
+        ----------
+        name : str or Path
+            "organism" (the embedded model), a local folder, a hub id, or a name of
+            `study_models()`. A study name ("vicuna-7b-v1.5") stands for its hub id, its revision
+            and the study's chat template.
+        revision : str, optional
+            A branch, tag or commit of the hub. "org/model@REVISION" says the same.
+        device : str, optional
+            Default: ANALYSIS_LIB_DEVICE, else "cuda" where there is one, else "cpu". "auto"
+            spreads the weights over all GPUs and needs accelerate.
+        dtype : str or torch.dtype, optional
+            Default: ANALYSIS_LIB_DTYPE, else float32 on a CPU and bfloat16 elsewhere. The
+            embedded model takes float64 on a CPU, so that whole trainings repeat on other
+            processors and numbers of threads to the printed digit.
+        template : str or Path, optional
+            A file with a Jinja chat template, or the name of one of the study's (`TEMPLATES`).
+            Default: the tokenizer's.
+        quantization : str, optional
+            "8bit" or "4bit". Needs bitsandbytes; for capture and sampling only.
+
+        Returns
+        -------
+        ChatModel
+
+        Raises
+        ------
+        ChatModelError
+            For an unknown id or folder, no network, a gated model, or pickled weights only; an
+            adapter beside the model; a configuration or index that names other files or code; a
+            missing chat template, or one that cannot be rendered; a missing tokenizer, or one
+            without offsets; a device or dtype that torch does not have; a missing package. `.model`
+            raises it where the folder has changed since, or a checkpoint lacks tensors.
+
+        Examples
+        --------
+        >>> from analysis_lib import ChatModel
+        >>> model = ChatModel.load("organism", dtype="float32", device="cpu")
+        >>> model.name, model.dtype_name, model.device.type
+        ('organism', 'float32', 'cpu')
         """
         source = find_source(str(name), revision, template)
         config, tokenizer, commit = read_source(source)
@@ -106,14 +157,36 @@ class ChatModel:
             quantization=quantization,
         )
         chat._files = source.files
-        chat.renderer.frame("")  # a template that cannot be rendered is told now
+        # A template that cannot be rendered is told now.
+        chat.renderer.frame("")
         if source.is_folder:
             _ = chat._weight_map, chat.stop_ids
         return chat
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "in-memory") -> ChatModel:
-        """A chat model around transformers objects already in memory."""
+        """Makes a chat model of transformers objects in memory.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            It is put into eval mode and frozen.
+        tokenizer : transformers.PreTrainedTokenizerFast
+            A fast tokenizer with a chat template.
+        name : str
+            The model's name in tables and messages.
+
+        Returns
+        -------
+        ChatModel
+
+        Examples
+        --------
+        >>> from analysis_lib import ChatModel
+        >>> organism = ChatModel.load("organism")
+        >>> ChatModel.wrap(organism.model, organism.tokenizer, name="mine").loaded
+        True
+        """
         spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         chat = cls(
             name,
@@ -134,16 +207,18 @@ class ChatModel:
 
     @property
     def forward(self) -> Forward:
-        """The forward passes of the loaded model; weights are loaded here. One thread at a time."""
+        """The forward passes of the loaded model, for one thread at a time; loads the weights."""
         with self.lock:
             if self._forward is None:
                 _ = self._weight_map
-                where = {
-                    "device": self.asked_device,
-                    "dtype": self.dtype,
-                    "quantization": self.quantization,
-                }
-                model = load_weights(self.name, self.source, self.revision, **where)  # type: ignore[arg-type]
+                model = load_weights(
+                    self.name,
+                    self.source,
+                    self.revision,
+                    device=self.asked_device,
+                    dtype=self.dtype,
+                    quantization=self.quantization,
+                )
                 self._refuse_change()
                 self._loaded = state_of(model)
                 self._forward = _passes(self, model)
@@ -160,7 +235,10 @@ class ChatModel:
         return self.forward.model
 
     def unload(self) -> None:
-        """Gives the weights' memory back; they are loaded again at the next use. A model in memory alone keeps them."""
+        """Gives the weights' memory back; the next use loads them again.
+
+        A model in memory alone keeps its weights.
+        """
         with self.lock:
             if self.source and self._forward is not None:
                 self._forward = self._loaded = None
@@ -170,23 +248,24 @@ class ChatModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids and soft embeddings go. With "auto", weights are loaded to know."""
+        """Where token ids and soft embeddings go; to know it under "auto", weights are loaded."""
         return (
             self.forward.device if self.asked_device == "auto" else torch.device(self.asked_device)
         )
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Memory of the weights in this dtype and quantization, known without loading them."""
+        """Bytes of the weights in this dtype and quantization, known without loading them."""
         if self.loaded:
             return int(self.model.get_memory_footprint())
         return bytes_of_weights(self.config, self.dtype, self.quantization)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of configuration and weights: of their content for a folder, of id and commit for a hub model.
+        """SHA-256 of configuration and weights, 64 hex digits.
 
-        Weights changed in memory (assigned, or in place outside `.data`) are hashed anew.
+        Of a folder the content is hashed, of a hub model its id and commit. Weights that were
+        changed in memory (assigned, or in place outside `.data`) are hashed anew.
         """
         state = state_of(self.model) if self.loaded and not self.quantization else self._loaded
         if self._hashed is None or self._hashed[0] != state:
@@ -199,14 +278,14 @@ class ChatModel:
         return self._hashed[1]
 
     def key_parts(self) -> dict[str, str]:
-        """What a stored row's key says of the model: fingerprint and dtype."""
+        """The model's part in a stored row's key: {"model": fingerprint, "dtype": name}."""
         return {"model": self.fingerprint, "dtype": self.dtype_name}
 
     def _refuse_change(self) -> None:
         if self._files and weight_files(Path(self.source)) != self._files:
             raise ChatModelError(
-                f"the files of {self.name!r} changed after the model was opened; open it again with ChatModel.load, so that what is "
-                "computed is kept as the new model's"
+                f"the files of {self.name!r} changed after the model was opened; "
+                "open it again with ChatModel.load to use the new ones"
             )
 
     @cached_property
@@ -239,17 +318,51 @@ class ChatModel:
         return (found,) if isinstance(found, str) else tuple(found)
 
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
-        """Renders each query under the prompt, with the generation prompt, through the chat template.
+        """Renders each query under the prompt, with the generation prompt, as token ids.
 
-        Text "" means no system message. A model without a system role gets the prompt in front of the query, and says so once.
-        Soft tokens take exactly the positions of their start text's tokens. Special tokens and role markers
-        inside a query are broken by a space, so that no query opens a new role. Raises ChatModelError where a text is no
-        valid Unicode, or is longer with its prompt than the model's context.
+        The chat template does it. A model without a system role gets the prompt in front of the
+        query; a warning says so once. Soft tokens take exactly the positions of their start text's
+        tokens. Special tokens and role markers inside a query are broken by a space, so that no
+        query opens a new role.
+
+        Parameters
+        ----------
+        queries : sequence of str
+            The users' messages.
+        prompt : str or SoftPrompt
+            The safety prompt; the text "" means no system message.
+
+        Returns
+        -------
+        list of Rendered
+            One a query: ids (token ids), slot (start and stop of the system message's tokens,
+            (0, 0) without one) and soft (SHA-256 of the soft embeddings, "" for text).
+
+        Raises
+        ------
+        ChatModelError
+            For a text that is not valid Unicode, or longer with its prompt than the context.
+
+        Examples
+        --------
+        >>> from analysis_lib import ChatModel
+        >>> model = ChatModel.load("organism")
+        >>> row = model.render(["How to bake bread?"], "Be kind.")[0]
+        >>> model.tokenizer.decode(row.ids[slice(*row.slot)])
+        'Be kind.'
         """
         return self.renderer.render(queries, prompt)
 
     def about(self) -> dict[str, Any]:
-        """What a record of a run says of the model; loads no weights."""
+        """What a record of a run says of the model; loads no weights.
+
+        Returns
+        -------
+        dict
+            name, revision, fingerprint, dtype, quantization, template, template_sha256, prompt_goes
+            ("into the system message" or "in front of the query") and default_system (the system
+            message that the template puts in by itself, "" for most).
+        """
         return {
             "name": self.name,
             "revision": self.revision,
@@ -265,7 +378,11 @@ class ChatModel:
         }
 
     def embedding_table(self) -> torch.Tensor:
-        """The input embeddings (rows, d); where the weights are not loaded, read alone from their file, in the file's dtype."""
+        """The input embeddings (n_embeddings, hidden_size), without loading the weights.
+
+        Where these are not loaded, the table alone is read from its file, in the file's dtype.
+        Raises ChatModelError where the folder changed after the model was opened.
+        """
         if not self.loaded and not self.quantization:
             table = embeddings_of_file(
                 self.source, self.revision, self.config, self.dtype, self._weight_map

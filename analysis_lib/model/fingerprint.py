@@ -17,7 +17,7 @@ from .forward import SoftEmbedding
 
 
 def weight_files(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """{name: (bytes, modification time in ns, inode)} of what a model folder's fingerprint covers."""
+    """{name: (bytes, time in ns, inode)} of the files that a folder's fingerprint covers."""
     paths = [
         *sorted(folder.glob("*.safetensors")),
         folder / "model.safetensors.index.json",
@@ -28,9 +28,10 @@ def weight_files(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
-    """What changes when a weight is assigned or changed in place; cheap, and of no meaning outside this process."""
+    """What changes when a weight is assigned or changed in place; cheap, for this process alone."""
     tensors = (*model.parameters(), *model.buffers())
-    kinds = frozenset(map(type, model.modules())) - {SoftEmbedding}  # a block may have been wrapped
+    # The types of modules, since a block may have been wrapped.
+    kinds = frozenset(map(type, model.modules())) - {SoftEmbedding}
     return (
         kinds,
         *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in tensors if not w.is_meta),
@@ -38,17 +39,16 @@ def state_of(model: Any) -> tuple[Any, ...]:
 
 
 def digest_in_memory(model: Any, name: str, quantization: str | None) -> str:
-    """SHA-256 of configuration, weights and buffers. Raises ChatModelError where weights are offloaded."""
+    """SHA-256 of configuration, weights and buffers. Raises ChatModelError for offloaded ones."""
     digest = hashlib.sha256((quantization or "").encode())
     digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    tensors = {
-        **dict(model.named_buffers()),
-        **model.state_dict(),
-    }  # with buffers that are not saved
+    # With the buffers that are not saved.
+    tensors = dict(model.named_buffers()) | model.state_dict()
     for key, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             raise ChatModelError(
-                f"weights of {name!r} are offloaded, so that its fingerprint cannot be taken; open it with ChatModel.load"
+                f"weights of {name!r} are offloaded, so it has no fingerprint; "
+                "open it with ChatModel.load"
             )
         digest.update(
             key.encode()
@@ -69,7 +69,7 @@ def digest_of_source(source: str, revision: str | None, quantization: str | None
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, remembered by (path, size, modification time): a 14 GB model is hashed once."""
+    """SHA-256 of a file, remembered by path, size and time: a 14 GB model is hashed once."""
     from platformdirs import user_cache_path
 
     stat = path.stat()
@@ -91,7 +91,10 @@ def file_digest(path: Path) -> str:
 
 
 def hooked_module(model: Any) -> str:
-    """The first module with a forward hook of the user's, which may change what the model computes; "" without one."""
+    """The first module with a forward hook of the user's, "" without one.
+
+    Such a hook may change what the model computes.
+    """
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             owner = str(getattr(hook, "__module__", "")).partition(".")[0]

@@ -1,4 +1,4 @@
-"""A loaded model and how it is run: its device and dtype, soft tokens, the sizes of what runs at a time."""
+"""A loaded model and how it is run: device and dtype, soft tokens, how much runs at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ACTIVATION_BYTES = 1 << 29  # on a CPU; on a GPU, a quarter of the free memory
 class Forward:
     """A loaded transformers model and how it is run: what capture, sampling and training take.
 
-    known holds the answers to what was asked of the model itself, once: whether it shares prefixes, say.
+    `known` holds what the model itself was asked once, such as whether it shares prefixes.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class Forward:
         self.known: dict[str, bool] = {}
         self.pack_divisor = 1
         embedding = model.get_input_embeddings()
-        hook = getattr(
-            embedding, "_hf_hook", None
-        )  # accelerate's: with offloaded weights, where they are worked with
+        # accelerate's hook says where offloaded weights are worked with.
+        hook = getattr(embedding, "_hf_hook", None)
+        # The device of token ids and soft tokens.
         self.device = torch.device(
             getattr(hook, "execution_device", None) or embedding.weight.device
-        )  # of ids and soft tokens
-        self._lock = lock  # soft tokens, captures and samplings change how the model computes: one thread at a time
+        )
+        # Soft tokens, captures and samplings change how the model computes: one thread at a time.
+        self._lock = lock
 
     @property
     def body(self) -> Any:
@@ -71,7 +72,7 @@ class Forward:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """Precision of what is computed around the model (losses, soft prompts, probabilities): at least float32."""
+        """Precision of losses, soft prompts and probabilities: at least float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
@@ -85,7 +86,10 @@ class Forward:
 
     @property
     def backward_tokens(self) -> int:
-        """Tokens of a pack that is run backward: what is kept of them meanwhile, some 34 numbers of a state's size a block, must fit."""
+        """Tokens of a pack that is run backward.
+
+        What is kept of a token meanwhile must fit: some 34 numbers of a state's size a block.
+        """
         n_layers = int(text_config(self.model.config).num_hidden_layers)
         kept = 34 * n_layers * self.hidden_size * torch.finfo(self.dtype).bits // 8
         room = (
@@ -96,7 +100,7 @@ class Forward:
         return max(1, min(self.pack_tokens, max(64, room // kept)))
 
     def with_smaller_packs(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls the function; where the device runs out of memory, halves the packs and calls it again."""
+        """Calls the function; halves the packs and calls again where memory runs out."""
         while True:
             try:
                 return function(*arguments)
@@ -108,10 +112,11 @@ class Forward:
 
     @contextmanager
     def soft_tokens(self, embeddings: torch.Tensor | NDArray[Any] | None) -> Iterator[None]:
-        """Within this context, token ids from `n_embeddings` on stand for the rows of embeddings (length, d).
+        """Within this context, token ids from `n_embeddings` on stand for rows of embeddings.
 
-        A tensor that requires grad receives gradients. Model and tokenizer are left as found. Another thread that enters
-        this context waits; with None, that is all it does.
+        The embeddings are (length, d). A tensor that requires grad receives gradients. Model and
+        tokenizer are left as found. Another thread that enters this context waits; with None, that
+        is all it does.
         """
         with self._lock:
             if embeddings is None:
@@ -121,11 +126,13 @@ class Forward:
             rows = torch.as_tensor(embeddings, device=self.device)
             if rows.requires_grad and not self.trains:
                 raise ChatModelError(
-                    f"{self.name!r} is quantized, for capture and sampling only; load it without quantization to train"
+                    f"{self.name!r} is quantized, for capture and sampling only; "
+                    "load it without quantization to train"
                 )
             if rows.dim() != 2 or rows.shape[1] != self.hidden_size:
                 raise ChatModelError(
-                    f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose embeddings have {self.hidden_size} dimensions"
+                    f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose "
+                    f"embeddings have {self.hidden_size} dimensions"
                 )
             self.model.set_input_embeddings(SoftEmbedding(base, rows))
             try:
@@ -156,7 +163,7 @@ class SoftEmbedding(torch.nn.Module):
 
 
 def tokens_of_a_pack(device: torch.device) -> int:
-    """Tokens of a pack: enough to fill the device's matrix units, few enough that its activations stay near them."""
+    """Tokens of a pack: they fill the matrix units, and their activations stay near these."""
     return PACK_TOKENS.get(device.type, PACK_TOKENS["cuda"])
 
 
@@ -166,7 +173,7 @@ def tokens_of_a_line(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """High-water mark of this process: allocated memory of a GPU, else resident memory; 0 where the system keeps none."""
+    """The most memory this process has used: of a GPU, else resident; 0 where it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub: found, checked, loaded; safetensors only, never a repository's own code."""
+"""Finds, checks and loads models and tokenizers: safetensors only, never a repository's code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Source:
     place     a folder, or an id of the hub
     revision  the commit of a hub model that stands for its files, else None
     files     of a folder, as they were when it was opened (see `weight_files`)
-    template  the chat template to use in place of the tokenizer's: a name or a file, None for the tokenizer's
+    template  name or file of the chat template; None for the tokenizer's own
     """
 
     name: str
@@ -50,18 +50,20 @@ class Source:
 
 
 def find_source(name: str, revision: str | None, template: str | Path | None) -> Source:
-    """Where "organism", a folder, a hub id or a model of the study lies; a folder is checked. Raises ChatModelError."""
+    """Where a model of this name lies; a folder is checked. Raises ChatModelError."""
     base, _, at = (name, "", "") if _model_folder(name) else name.partition("@")
     place = str(ROOT / "organism") if base == "organism" else base
     if at and revision and at != revision:
         raise ChatModelError(
-            f"{name!r} names the revision {at!r}, and revision={revision!r} another; give one of them"
+            f"{name!r} names the revision {at!r}, and "
+            f"revision={revision!r} another; give one of them"
         )
     folder, revision = _model_folder(place), revision or at or None
     if folder is not None:
         if revision:
             raise ChatModelError(
-                f"{base!r} is no model of the hub, so it has no revision {revision!r}; leave that out"
+                f"{base!r} is no model of the hub, so it has no "
+                f"revision {revision!r}; leave that out"
             )
         files = weight_files(folder)  # before anything is read
         _check_folder(name, folder)
@@ -73,7 +75,8 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
         template = template or known["template"]
     if place.startswith((".", "/", "~")) or place.count("/") > 1:
         raise ChatModelError(
-            f"there is no folder {name}; give 'organism', an existing model folder or a hub id such as 'org/model'"
+            f"there is no folder {name}; "
+            "give 'organism', an existing model folder or a hub id such as 'org/model'"
         )
     return Source(name, place, revision, {}, template)
 
@@ -81,23 +84,27 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
 def _check_folder(name: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ChatModelError(
-            f"the folder {name} holds no config.json, so it is no model; give the folder that save_pretrained wrote"
+            f"the folder {name} holds no config.json, so it is no model; "
+            "give the folder that save_pretrained wrote"
         )
     if not any(folder.glob("*.safetensors")):
         raise ChatModelError(
-            f"the folder {name} holds no *.safetensors; pickled weights can run code on load and are not read: "
-            "save the model again with save_pretrained(..., safe_serialization=True)"
+            f"the folder {name} holds no *.safetensors; pickled weights can run code on load and "
+            "are not read: save the model again with save_pretrained(..., safe_serialization=True)"
         )
     if not any((folder / file).exists() for file in _VOCABULARIES):
         raise ChatModelError(_no_tokenizer(name))
 
 
 def _no_tokenizer(name: str) -> str:
-    return f"{name!r} comes without a tokenizer; save it into the same folder with tokenizer.save_pretrained"
+    return (
+        f"{name!r} comes without a tokenizer; save it into the same folder "
+        "with tokenizer.save_pretrained"
+    )
 
 
 def read_source(source: Source) -> tuple[Any, Any, str | None]:
-    """(configuration, tokenizer with its chat template, commit) of a source, checked; no weights. Raises ChatModelError."""
+    """Configuration, tokenizer with its chat template, and commit. Raises ChatModelError."""
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import cached_file, extract_commit_hash
 
@@ -105,7 +112,8 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
     try:
         if source.is_folder:
             adapter = (Path(place) / "adapter_config.json").exists()
-        else:  # one commit for all files; it stands for the weights in the fingerprint
+        else:
+            # One commit for all files; it stands for the weights in the fingerprint.
             found = cached_file(place, "config.json", revision=revision)
             revision = extract_commit_hash(found, None) or revision
             adapter = bool(
@@ -124,8 +132,8 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
         raise ChatModelError(load_advice(name, error, meant=meant)) from error
     if adapter:
         raise ChatModelError(
-            f"{name!r} holds an adapter beside the model, and which of both is meant is not clear; merge the adapter "
-            "(merge_and_unload) and save the model, or take adapter_config.json away"
+            f"{name!r} holds an adapter beside the model, so it is not clear which one is meant; "
+            "merge the adapter (merge_and_unload) and save the model, or remove adapter_config.json"
         )
     refuse_configuration(name, config)
     _check_tokenizer(name, tokenizer, source.template)
@@ -139,22 +147,25 @@ def _check_tokenizer(name: str, tokenizer: Any, template: str | Path | None) -> 
         tokenizer.chat_template = read_template(template)
     if not tokenizer.chat_template:
         raise ChatModelError(
-            f"no chat template in {name!r}; choose an instruction-tuned model, or pass template=FILE or one of {', '.join(TEMPLATES)}"
+            f"no chat template in {name!r}; choose an instruction-tuned model, or pass "
+            f"template=FILE or one of {', '.join(TEMPLATES)}"
         )
     if not tokenizer.is_fast:
         raise ChatModelError(
-            f"{name!r} has no fast tokenizer, which is needed to locate the system message; install the package `tokenizers` builds for it"
+            f"{name!r} has no fast tokenizer, which is needed to locate the system message; "
+            "install the package `tokenizers` builds for it"
         )
 
 
 def choose_device(device: str | None, quantization: str | None) -> str:
-    """The device asked for, by argument or ANALYSIS_LIB_DEVICE, else "cuda" where there is one. Raises ChatModelError."""
+    """The device asked for, else ANALYSIS_LIB_DEVICE's, else the default. Raises ChatModelError."""
     device = device or os.environ.get("ANALYSIS_LIB_DEVICE") or default_device()
     try:
         torch.empty(0, device="cpu" if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
         raise ChatModelError(
-            f"torch has no device {device!r} here; give 'cpu', 'cuda' on a machine with a GPU, or 'auto' for several"
+            f"torch has no device {device!r} here; "
+            "give 'cpu', 'cuda' on a machine with a GPU, or 'auto' for several"
         ) from error
     if quantization not in (None, "8bit", "4bit"):
         raise ChatModelError(
@@ -167,7 +178,8 @@ def choose_device(device: str | None, quantization: str | None) -> str:
         if wanted and find_spec(package) is None:
             asked = "device='auto'" if device == "auto" else f"quantization={quantization!r}"
             raise ChatModelError(
-                f"{asked} needs the package {package}, which is not installed; pip install {package}"
+                f"{asked} needs the package {package}, which is "
+                f"not installed; pip install {package}"
             )
     return device
 
@@ -179,7 +191,7 @@ def default_device() -> str:
 def choose_dtype(
     dtype: str | torch.dtype | None, name: str, device: str, quantization: str | None
 ) -> torch.dtype:
-    """The dtype asked for, by argument or ANALYSIS_LIB_DTYPE, else `default_dtype`. Raises ChatModelError."""
+    """The dtype asked for, else ANALYSIS_LIB_DTYPE's, else the default. Raises ChatModelError."""
     dtype = dtype or os.environ.get("ANALYSIS_LIB_DTYPE") or None
     if dtype is None:
         return torch.bfloat16 if quantization else default_dtype(name, device)
@@ -258,9 +270,8 @@ def bytes_of_weights(config: Any, dtype: torch.dtype, quantization: str | None) 
     model = without_weights(config, dtype)
     bits = {None: torch.finfo(dtype).bits, "8bit": 8, "4bit": 4}[quantization]
     head = model.get_output_embeddings()
-    linear = [
-        m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head
-    ]  # what is quantized
+    # Linear layers are quantized, except the vocabulary head.
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     packed = sum(m.weight.numel() for m in linear)
     return int(
         sum(p.nbytes for p in model.parameters()) - packed * (torch.finfo(dtype).bits - bits) / 8
@@ -274,9 +285,9 @@ def embeddings_of_file(
     dtype: torch.dtype,
     files: Mapping[str, str] | None,
 ) -> torch.Tensor | None:
-    """The input embeddings (rows, d), read alone from their file, in its dtype. files: `weight_map` of the model.
+    """The input embeddings (rows, d) alone, in their file's dtype. files: see `weight_map`.
 
-    None where the files do not hold the embeddings under the name and in the shape that the model has for them.
+    None where the files do not hold them under the model's own name and shape.
     """
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
@@ -298,7 +309,7 @@ def embeddings_of_file(
 
 
 def read_generation(name: str, place: str, revision: str | None) -> Any:
-    """The generation configuration of a folder or a hub model; an empty one where there is none. Raises ChatModelError."""
+    """A model's generation configuration; empty where it has none. Raises ChatModelError."""
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
@@ -329,17 +340,17 @@ def read_generation(name: str, place: str, revision: str | None) -> Any:
         return config
     except Exception as error:
         raise ChatModelError(
-            f"generation_config.json of {name!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]}); mend it "
-            "or take it away: it says where a reply ends"
+            f"generation_config.json of {name!r} cannot be read ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}); mend or remove it: it says where a reply ends"
         ) from error
 
 
 def load_classifier(
     name: str | Path, *, revision: str | None = None, device: str | None = None
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a text-classification model: a local folder or a hub id, frozen; safetensors only, no remote code.
+    """A frozen text-classification model of a folder or hub id, and its tokenizer.
 
-    Raises ChatModelError as `ChatModel.load` does.
+    Reads safetensors only and runs no remote code. Raises ChatModelError as `ChatModel.load` does.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -364,7 +375,7 @@ def load_classifier(
 
 
 def _model_folder(name: str) -> Path | None:
-    """The folder of that name, whole, so that a later change of the working folder does not move it; None where there is none."""
+    """The absolute path of the folder of that name; None where there is none."""
     try:
         path = Path(name).expanduser()
         return path.resolve() if path.is_dir() else None

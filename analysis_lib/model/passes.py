@@ -1,8 +1,8 @@
 """Passes of rows through a model: as a prefix tree, or plainly, and whether both agree.
 
-The common prefix of the rows runs once. What remains is packed into sequences of many rows, in which every token sees
-exactly its ancestors (a 4-D mask) at its true position. The last block's feed-forward part runs on the rows' last tokens
-alone.
+The common prefix of the rows runs once. What remains is packed into sequences of many rows, in
+which every token sees exactly its ancestors (a 4-D mask) at its true position. The last block's
+feed-forward part runs on the rows' last tokens alone.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from .architecture import attends_in_chunks, attention_mask, last_feed_forward_a
 from .forward import Forward
 from .tree import Pack, Plan, plan_rows
 
-# Largest accepted difference from the plain forward pass, relative to the states' own root mean square.
+# Largest accepted difference from the plain pass, relative to the states' own root mean square.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2.5e-1}
 
 
 def last_states(
     forward: Forward, rows: Sequence[Sequence[int]], layers: Sequence[int] = (-1,)
 ) -> tuple[torch.Tensor, str]:
-    """Last-token states (n, len(layers), d) of token rows, differentiable, and the way taken: "tree" or "plain"."""
+    """Last-token states (n, len(layers), d) of token rows, and the way taken: "tree" or "plain".
+
+    They are differentiable.
+    """
     if not shares_prefixes(forward):
         return plain_states(forward, rows, layers), "plain"
     plan = plan_rows(rows, forward.pack_tokens, line_tokens=forward.line_tokens)
@@ -40,11 +43,13 @@ def run_plan(
     logits_at: Callable[[Pack], Sequence[int]] | None = None,
     backward_by_pack: bool = False,
 ) -> Iterator[tuple[Pack, torch.Tensor, Any]]:
-    """For each pack: its rows' last states (rows, len(layers), d) and its key-value cache (prefix and pack). Differentiable.
+    """For each pack: its rows' last states (rows, len(layers), d) and its key-value cache.
 
-    With logits_at, the vocabulary logits (m, vocabulary) at those m positions of the pack (of one line) instead of states.
-    With backward_by_pack, the caller runs backward on each pack's own loss before asking for the next pack, and the
-    prefix is run backward once at the end: the same gradient, with one pack's activations in memory.
+    The cache holds prefix and pack; all is differentiable. With logits_at, the vocabulary logits
+    (m, vocabulary) at those m positions of the pack (of one line) come instead of states. With
+    backward_by_pack, the caller runs backward on each pack's own loss before asking for the next
+    pack, and the prefix is run backward once at the end. The gradient is the same, with one pack's
+    activations in memory.
     """
     prefix = _prefix_cache(forward, plan.prefix)
     ends = [tensor for layer in prefix.layers for tensor in (layer.keys, layer.values)]
@@ -89,7 +94,10 @@ def _prefix_cache(forward: Forward, prefix: Sequence[int]) -> Any:
 def _inputs(
     forward: Forward, pack: Pack, prefix: Sequence[torch.Tensor], length: int
 ) -> dict[str, Any]:
-    """What the model is called with for a pack behind a prefix: its keys and values, layer by layer, of `length` tokens."""
+    """What the model is called with for a pack behind a prefix of `length` tokens.
+
+    keys and values come layer by layer.
+    """
     from transformers import DynamicCache
 
     device, (b, t) = forward.device, pack.tokens.shape
@@ -158,10 +166,10 @@ class _recorded:
 
 
 def shares_prefixes(forward: Forward) -> bool:
-    """Whether this architecture's states come out right in a prefix tree: asked of the model itself, once.
+    """Whether this architecture's states come out right in a prefix tree: the model is asked, once.
 
-    Recurrent and hybrid models, and those without explicit positions or masks, answer no and run plainly; so do models with
-    chunked attention, whose chunks are longer than the question.
+    Recurrent and hybrid models, and those without explicit positions or masks, answer no and run
+    plainly. So do models with chunked attention, whose chunks are longer than the question.
     """
     if attends_in_chunks(forward.model.config):
         return False
@@ -191,7 +199,10 @@ def shares_prefixes(forward: Forward) -> bool:
 def plain_states(
     forward: Forward, rows: Sequence[Sequence[int]], layers: Sequence[int], *, batch: int = 32
 ) -> torch.Tensor:
-    """Whole rows in batches of equal length, without padding, mask or cache: right for every architecture."""
+    """Whole rows in batches of equal length, without padding, mask or cache.
+
+    This is right for every architecture.
+    """
     out: list[torch.Tensor | None] = [None] * len(rows)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
@@ -219,7 +230,10 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def log_probabilities(
     forward: Forward, heads: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
-    """Log probability of each token of replies[i] after heads[i], float64; shared beginnings are computed once."""
+    """Log probability (float64) of each token of replies[i] after heads[i].
+
+    Shared beginnings are computed once.
+    """
     rows = [(*head, *reply[:-1]) for head, reply in zip(heads, replies, strict=True)]
     out: list[Any] = [None] * len(rows)
     if not shares_prefixes(forward):

@@ -1,4 +1,4 @@
-"""Chats as token ids: a query under a safety prompt through the chat template, with the place of the system message known."""
+"""Chats as token ids: a query under a safety prompt, and the place of the system message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Encoded = tuple[tuple[int, ...], list[tuple[int, int]]]  # token ids and their o
 
 @runtime_checkable
 class SoftTokens(Protocol):
-    """What the system slot takes besides text: embeddings (length, d) and the text whose place they take."""
+    """Soft tokens for the system slot: embeddings (length, d) and the text they replace."""
 
     @property
     def name(self) -> str: ...
@@ -61,8 +61,8 @@ class Rendered:
 class Renderer:
     """Renders chats with one tokenizer and its chat template.
 
-    config is the model's configuration; name and template are for messages. Soft tokens take the ids from n_embeddings on,
-    the rows of the input embedding matrix.
+    config is the model's configuration; name and template are for messages. Soft tokens take the
+    ids from n_embeddings on, the rows of the input embedding matrix.
     """
 
     def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str):
@@ -87,12 +87,13 @@ class Renderer:
         texts = [self.apply(system, self.escape(q.strip(), "a query")) for q in queries]
         if system and not self.system_role:
             self._say(
-                f"the chat template of {self.name!r} takes no system message; prompts stand in front of the query"
+                f"the chat template of {self.name!r} takes no system message; "
+                "prompts stand in front of the query"
             )
         if not system and self.default_system:
             self._say(
-                f"without a system message the chat template of {self.name!r} puts in its own, so that no prompt is not none: "
-                f"{self.default_system[:60]!r}; pass a template without it"
+                f"without a system message the chat template of {self.name!r} puts in its own: "
+                f"{self.default_system[:60]!r}; pass a template without it to have none"
             )
         if system:
             out = self._with_slot(texts, len(system), len(head), prompt)
@@ -105,7 +106,7 @@ class Renderer:
     def _with_slot(
         self, texts: list[str], length: int, head: int, prompt: Prompt
     ) -> list[Rendered]:
-        """Rows of the rendered texts, whose system message has `length` characters; soft tokens take its place."""
+        """Rows whose system message has `length` characters; soft tokens take its place."""
         begin = self.apply(_SYSTEM, _USER).index(_SYSTEM)
         end = begin + length
         soft: tuple[int, ...] | None = None
@@ -128,8 +129,9 @@ class Renderer:
     def _encode(self, texts: list[str], slot_end: int, head: int) -> list[Encoded]:
         """Token ids of each text and, at least up to character `slot_end`, their offsets.
 
-        Text on both sides of a special token is tokenized apart. So what precedes the last special token between the
-        characters `slot_end` and `head` is tokenized once, where the first and the last text show that this changes nothing.
+        Text on both sides of a special token is tokenized apart. So what precedes the last special
+        token between the characters `slot_end` and `head` is tokenized once, where the first and
+        the last text show that this changes nothing.
         """
 
         def whole(part: list[str]) -> list[Encoded]:
@@ -163,16 +165,18 @@ class Renderer:
             ids = (*row.ids[: row.slot[0]], *row.ids[row.slot[1] :]) if row.soft else row.ids
             if max(ids) >= self.n_embeddings:
                 raise ChatModelError(
-                    f"the query {query[:60]!r} has a token that {self.name!r} has no embedding for (its tokenizer knows more than "
-                    f"{self.n_embeddings} tokens); give the model its own tokenizer, or drop the query"
+                    f"the query {query[:60]!r} has a token that {self.name!r} has no embedding for "
+                    f"(its tokenizer knows more than {self.n_embeddings} tokens); "
+                    "give the model its own tokenizer, or drop the query"
                 )
 
     def _check_length(self, rows: Sequence[Rendered], queries: Sequence[str]) -> None:
         longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
         if self.context and len(rows[longest].ids) > self.context:
             raise ChatModelError(
-                f"the query {queries[longest][:60]!r} has {len(rows[longest].ids)} tokens with its prompt, and the context of "
-                f"{self.name!r} {self.context}; shorten or drop it"
+                f"the query {queries[longest][:60]!r} has {len(rows[longest].ids)} tokens with its "
+                f"prompt, and the context of {self.name!r} holds {self.context}; "
+                "shorten or drop it"
             )
 
     @cached_property
@@ -182,7 +186,7 @@ class Renderer:
         )
 
     def apply(self, system: str, query: str) -> str:
-        """The rendered text of one chat, with the generation prompt. Raises ChatModelError where the template cannot."""
+        """The rendered text of one chat, with the generation prompt. Raises ChatModelError."""
         if self.system_role:
             messages = ([{"role": "system", "content": system}] if system else []) + [
                 {"role": "user", "content": query}
@@ -197,7 +201,8 @@ class Renderer:
             )
         except Exception as error:  # a template raises what it likes
             raise ChatModelError(
-                f"the chat template of {self.name!r} ({self.template}) cannot be rendered: {type(error).__name__}: {error}; "
+                f"the chat template of {self.name!r} ({self.template}) cannot be rendered: "
+                f"{type(error).__name__}: {error}; "
                 f"mend it, or pass template=FILE or one of {', '.join(TEMPLATES)}"
             ) from error
 
@@ -254,7 +259,7 @@ class Renderer:
 
     @cached_property
     def _markers(self) -> re.Pattern[str]:
-        """Special tokens of the tokenizer and the template's role markers: bracketed ones, and labels such as "USER:"."""
+        """Special tokens and the template's role markers: bracketed ones, or labels ("USER:")."""
         special = set(self.tokenizer.all_special_tokens) | {
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special
         }
@@ -269,23 +274,27 @@ class Renderer:
         )
 
     def escape(self, text: str, what: str) -> str:
-        """The text with special tokens and role markers broken by a space, so that it opens no new role; warns where it did."""
+        """The text with special tokens and role markers broken by a space; warns where it did.
+
+        So it opens no new role. Raises ChatModelError for half of a Unicode pair.
+        """
         if re.search("[\ud800-\udfff]", text):
             raise ChatModelError(
-                f"{what} holds half of a Unicode pair, which is no character: {text[:60]!r}; mend the text"
+                f"{what} holds half of a Unicode pair, which is no character: "
+                f"{text[:60]!r}; mend the text"
             )
 
         def broken(text: str) -> str:
             return self._markers.sub(lambda m: m[0][0] + " " + m[0][1:], text)
 
         escaped = broken(text)
-        if self._markers.search(
-            folded := unicodedata.normalize("NFKC", escaped)
-        ):  # what many tokenizers do first
+        # Many tokenizers normalize first.
+        if self._markers.search(folded := unicodedata.normalize("NFKC", escaped)):
             escaped = broken(folded)
         if escaped != text:
             warnings.warn(
-                f"{what} holds a special token or role marker of {self.name!r}; it was broken by a space: {text[:60]!r}",
+                f"{what} holds a special token or role marker of {self.name!r}; "
+                f"it was broken by a space: {text[:60]!r}",
                 stacklevel=5,
             )
         return escaped

@@ -20,9 +20,10 @@ from .chat import ChatModel
 from .errors import ChatModelError
 from .templates import read_template, study_models
 
-# Names of the study's published files; "type" is there for DRO and lacks for the prompt-tuning baseline.
+# Names of the study's published files. DRO's have a "type", those of prompt tuning do not.
 _PUBLISHED = re.compile(
-    r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)(?P<ablation>_no\w+)?\.safetensors"
+    r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)"
+    r"(?P<ablation>_no\w+)?\.safetensors"
 )
 
 
@@ -34,11 +35,42 @@ class SoftPromptError(ValueError):
 class SoftPrompt:
     """A safety prompt as trained embeddings; it goes wherever a safety prompt's text goes.
 
-    embeddings  (length, d) float32, rows of the input embedding space
-    start_text  the text prompt whose tokens' place it takes, and where its training began
-    model       fingerprint of the model it belongs to;  model_name for people
-    config      the training's configuration;  history one row a step: step, epoch, losses, gradient norm
-    template    SHA-256 of the chat template it was trained in; "" where it was not recorded
+    Parameters
+    ----------
+    name : str
+        Its name in tables and files.
+    embeddings : ndarray
+        Shape (length, d), float32: rows of the input embedding space.
+    start_text : str
+        The text prompt whose tokens' place it takes, and where its training began.
+    model, model_name : str
+        Fingerprint and name of the model it belongs to.
+    config : mapping
+        The training's configuration.
+    history : DataFrame
+        One row a step: step, epoch, the losses and gradient_norm.
+    template : str
+        SHA-256 of the chat template it was trained in; "" where it was not recorded.
+
+    Raises
+    ------
+    ValueError
+        Where the embeddings are not of shape (length >= 1, d), or hold NaN or infinity.
+
+    References
+    ----------
+    Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning",
+    arXiv 2104.08691; Zheng et al. 2024, arXiv 2401.18018.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, SoftPrompt
+    >>> model = ChatModel.load("organism")
+    >>> soft = SoftPrompt.from_text(model, "Be kind.", name="kind")
+    >>> soft.name, soft.embeddings.shape
+    ('kind', (4, 128))
+    >>> model.render(["How to bake bread?"], soft)[0].slot
+    (3, 7)
     """
 
     name: str
@@ -54,16 +86,46 @@ class SoftPrompt:
         shape = np.shape(self.embeddings)
         if len(shape) != 2 or not shape[0]:
             raise ValueError(
-                f"soft prompt {self.name!r} has embeddings of shape {shape}; (length, d) with length >= 1 is needed"
+                f"soft prompt {self.name!r} has embeddings of shape {shape}; "
+                "(length, d) with length >= 1 is needed"
             )
         if not np.isfinite(self.embeddings).all():
             raise ValueError(
-                f"soft prompt {self.name!r} holds NaN or infinity; train again with a smaller learning rate"
+                f"soft prompt {self.name!r} holds NaN or infinity; "
+                "train again with a smaller learning rate"
             )
 
     @classmethod
     def from_text(cls, model: ChatModel, text: str, *, name: str) -> SoftPrompt:
-        """The soft prompt equal to a text prompt: the embeddings of its tokens exactly as rendered in context."""
+        """The soft prompt equal to a text prompt: its tokens' embeddings, exactly as rendered.
+
+        Parameters
+        ----------
+        model : ChatModel
+            The model it will belong to.
+        text : str
+            The text prompt.
+        name : str
+            Its name in tables and files.
+
+        Returns
+        -------
+        SoftPrompt
+            Without config and history.
+
+        Raises
+        ------
+        ChatModelError
+            Where the text is empty, or cannot be rendered.
+
+        Examples
+        --------
+        >>> from analysis_lib import ChatModel, SoftPrompt
+        >>> model = ChatModel.load("organism")
+        >>> soft = SoftPrompt.from_text(model, "Be kind.", name="kind")
+        >>> soft.start_text, soft.model == model.fingerprint
+        ('Be kind.', True)
+        """
         return cls(
             name,
             embed_text(model, text),
@@ -74,20 +136,51 @@ class SoftPrompt:
         )
 
     def check(self, model: ChatModel) -> None:
-        """Raises ChatModelError where it was trained on another model, or in another chat template."""
+        """Raises where the soft prompt belongs to another model or chat template.
+
+        Raises
+        ------
+        ChatModelError
+            Where it was trained on another model, or in another chat template.
+
+        Examples
+        --------
+        >>> from analysis_lib import ChatModel, SoftPrompt
+        >>> model = ChatModel.load("organism")
+        >>> SoftPrompt.from_text(model, "Be kind.", name="kind").check(model)
+        """
         if self.model != model.fingerprint:
             raise ChatModelError(
-                f"the soft prompt {self.name!r} was trained on {self.model_name!r} ({self.model[:12]}) and cannot be used on "
-                f"{model.name!r} ({model.fingerprint[:12]}); load the model it was trained on"
+                f"the soft prompt {self.name!r} was trained on {self.model_name!r} "
+                f"({self.model[:12]}) and cannot be used on {model.name!r} "
+                f"({model.fingerprint[:12]}); load the model it was trained on"
             )
         if self.template and self.template != (found := model.renderer.template_digest):
             raise ChatModelError(
-                f"the soft prompt {self.name!r} was trained in the chat template {self.template[:12]} and cannot be used in {found[:12]}, "
-                f"which {model.name!r} has now; load the model with the chat template it was trained with"
+                f"the soft prompt {self.name!r} was trained in the chat template "
+                f"{self.template[:12]} and cannot be used in {found[:12]}, which {model.name!r} "
+                "has now; load the model with the chat template it was trained with"
             )
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON in the metadata."""
+        """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON metadata.
+
+        Parameters
+        ----------
+        path : str or Path
+            Where to; missing folders are made. A file of that name is replaced whole.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from analysis_lib import ChatModel, SoftPrompt
+        >>> soft = SoftPrompt.from_text(ChatModel.load("organism"), "Be kind.", name="kind")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     soft.save(f"{folder}/kind.safetensors")
+        ...     again = SoftPrompt.load(f"{folder}/kind.safetensors")
+        >>> bool((again.embeddings == soft.embeddings).all())
+        True
+        """
         from safetensors.numpy import save
 
         meta = {
@@ -110,31 +203,58 @@ class SoftPrompt:
 
     @classmethod
     def load(cls, path: str | Path, model: ChatModel | None = None) -> SoftPrompt:
-        """Reads what `save` wrote, or a soft prompt published with the study (give its model: see `_published`).
+        """Reads what `save` wrote, or a soft prompt that was published with the study.
 
-        With a model given, raises ChatModelError when it was trained on another one or in another chat template.
+        The 48 published ones (github.com/chujiezheng/LLM-Safeguard_data) need their model: the
+        folder names the model, the file the start prompt.
+
+        Parameters
+        ----------
+        path : str or Path
+            The safetensors file.
+        model : ChatModel, optional
+            The model it is to be used on. It is checked: see `check`.
+
+        Returns
+        -------
+        SoftPrompt
+
+        Raises
+        ------
+        FileNotFoundError
+            Where there is no such file.
+        SoftPromptError
+            Where the file holds no soft prompt.
+        ChatModelError
+            Where it belongs to another model or chat template. Where a published one is read
+            without its model.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from analysis_lib import ChatModel, SoftPrompt
+        >>> model = ChatModel.load("organism")
+        >>> soft = SoftPrompt.from_text(model, "Be kind.", name="kind")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     soft.save(f"{folder}/kind.safetensors")
+        ...     SoftPrompt.load(f"{folder}/kind.safetensors", model).name
+        'kind'
         """
         from safetensors import safe_open
 
         try:
-            with safe_open(
-                path, framework="pt"
-            ) as file:  # the published ones are bfloat16, which numpy has not
-                meta, embeddings = (
-                    file.metadata() or {},
-                    file.get_tensor("soft_prompt").float().numpy(),
-                )
+            # With torch: the published ones are bfloat16, which numpy does not have.
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                embeddings = file.get_tensor("soft_prompt").float().numpy()
             if "start_text" not in meta and (named := _PUBLISHED.fullmatch(Path(path).name)):
                 return cls._published(Path(path), embeddings, named, model)
-            config, history = (
-                json.loads(meta["config"]),
-                pd.DataFrame(**json.loads(meta["history"])),
-            )
+            config, history = json.loads(meta["config"]), json.loads(meta["history"])
             names = {k: meta[k] for k in ("name", "start_text", "model", "model_name")}
             soft = cls(
                 embeddings=embeddings,
                 config=config,
-                history=history,
+                history=pd.DataFrame(**history),
                 template=meta.get("template", ""),
                 **names,
             )
@@ -142,7 +262,8 @@ class SoftPrompt:
             raise
         except Exception as error:
             raise SoftPromptError(
-                f"{path} is no soft prompt of this library ({error}); give a file that SoftPrompt.save wrote"
+                f"{path} is no soft prompt of this library ({error}); "
+                "give a file that SoftPrompt.save wrote"
             ) from error
         if model is not None:
             soft.check(model)
@@ -156,15 +277,16 @@ class SoftPrompt:
         named: re.Match[str],
         model: ChatModel | None,
     ) -> SoftPrompt:
-        """One of the study's 48 (github.com/chujiezheng/LLM-Safeguard_data): the folder names the model, the file the start prompt."""
+        """One of the study's 48: the folder names the model, the file the start prompt."""
         if model is None:
             raise ChatModelError(
-                f"{path.name} does not say which model it belongs to; load it with SoftPrompt.load(path, model)"
+                f"{path.name} does not say which model it belongs to; load it with "
+                "SoftPrompt.load(path, model)"
             )
         if embeddings.shape[1:] != (model.hidden_size,):
             raise ChatModelError(
-                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have {model.hidden_size} dimensions; "
-                f"load the model it was trained on"
+                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have "
+                f"{model.hidden_size} dimensions; load the model it was trained on"
             )
         folder, study = path.parent.name, study_models().set_index("model")
         if folder in study.index:
@@ -181,12 +303,15 @@ class SoftPrompt:
                 or model.renderer.apply("s", "q") != theirs
             ):
                 raise ChatModelError(
-                    f"{path} was trained on {folder!r} in the chat template {template!r} and cannot be used on {model.name!r} in "
-                    f"{model.template!r}; open the model with ChatModel.load({folder!r}), or its folder with template={template!r}"
+                    f"{path} was trained on {folder!r} in the chat template {template!r} and "
+                    f"cannot be used on {model.name!r} in {model.template!r}; "
+                    f"open the model with ChatModel.load({folder!r}), or "
+                    f"its folder with template={template!r}"
                 )
         method = "prompt tuning" if named["type"] is None else "DRO"
         config = {"method": method, "published": f"{folder}/{path.name}"}
-        name = f"{'tuned' if named['type'] is None else 'dro'}_{named['length']}{named['ablation'] or ''}"
+        kind = "tuned" if named["type"] is None else "dro"
+        name = f"{kind}_{named['length']}{named['ablation'] or ''}"
         start = load_safety_prompts()[named["length"]]
         return cls(
             name,
@@ -200,7 +325,31 @@ class SoftPrompt:
 
 
 def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
-    """Embeddings (length, d) of a system message's tokens exactly as rendered in context."""
+    """Embeddings of a system message's tokens, exactly as rendered in context.
+
+    Parameters
+    ----------
+    model : ChatModel
+        The model whose input embeddings are taken.
+    text : str
+        The system message.
+
+    Returns
+    -------
+    ndarray
+        Shape (length, d), float32: one row a token.
+
+    Raises
+    ------
+    ChatModelError
+        Where the text is empty, or cannot be rendered.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, embed_text
+    >>> embed_text(ChatModel.load("organism"), "Be kind.").shape
+    (4, 128)
+    """
     if not text.strip():
         raise ChatModelError(
             "a soft prompt starts at a text prompt; give its text, not an empty one"
@@ -214,7 +363,30 @@ def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
 def nearest_tokens(
     model: ChatModel, embeddings: NDArray[Any], *, n: int = 1
 ) -> list[list[tuple[str, float]]]:
-    """For each row of embeddings (length, d), the n vocabulary tokens of largest cosine, with it."""
+    """The vocabulary tokens whose embeddings have the largest cosine with each row.
+
+    Parameters
+    ----------
+    model : ChatModel
+        The model whose vocabulary is searched.
+    embeddings : ndarray
+        Shape (length, d), such as `SoftPrompt.embeddings`.
+    n : int
+        Tokens a row.
+
+    Returns
+    -------
+    list of list of (str, float)
+        For each row, n pairs of token and cosine (4 digits), the largest first.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, embed_text, nearest_tokens
+    >>> model = ChatModel.load("organism")
+    >>> nearest = nearest_tokens(model, embed_text(model, "Be kind."))
+    >>> [row[0][0] for row in nearest]
+    ['Be', ' k', 'ind', '.']
+    """
     table = torch.nn.functional.normalize(
         model.embedding_table().to(model.dtype).float().cpu(), dim=1
     )

@@ -1,4 +1,4 @@
-"""Sampling's next-token logits: from a cache where the model's attention allows it, else from whole rows."""
+"""Sampling's next-token logits: from a cache where attention allows it, else from whole rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ ROOM = 16  # tokens
 
 
 class CachedStep:
-    """Next-token logits with one row of keys and values per node for its own tokens; the common prefix is kept once for all.
+    """Next-token logits from a cache: one row of keys and values a node, for its own tokens.
 
-    A row holds the tokens after the prefix, padded on the left, the sampled ones, and room for up to ROOM more.
+    The common prefix is kept once for all. A row holds the tokens after the prefix, padded on the
+    left, the sampled ones, and room for up to ROOM more.
     """
 
     def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]]):
@@ -34,12 +35,10 @@ class CachedStep:
         width = max(len(path) for pack in plan.packs for path in pack.paths)
         n, device = len(self.ids), self.forward.device
         logits: list[torch.Tensor | None] = [None] * n
-        own: list[
-            list[torch.Tensor | None]
-        ] = []  # keys, then values, layer by layer -> row -> (heads, width, d)
-        self.prefix: list[
-            torch.Tensor
-        ] = []  # keys, then values, layer by layer: (heads, length, d)
+        # Keys, then values, layer by layer; then row by row: (heads, width, d).
+        own: list[list[torch.Tensor | None]] = []
+        # Keys, then values, layer by layer: (heads, length, d).
+        self.prefix: list[torch.Tensor] = []
         self.see = torch.zeros(n, width, dtype=torch.bool, device=device)
         self.positions = torch.zeros(n, width, dtype=torch.long, device=device)
         for pack, ends, cache in run_plan(
@@ -98,9 +97,10 @@ class CachedStep:
 
 
 def steps_from_cache(forward: Forward) -> bool:
-    """Whether a cached step gives this architecture's own logits: asked of the model itself, once. Others sample plainly, and slowly.
+    """Whether a cached step gives this architecture's own logits: the model is asked, once.
 
-    No, for example, where attention does not go through the interface of transformers, or has sinks.
+    The answer is no where attention does not go through the interface of transformers, or has
+    sinks. Such models sample plainly, and slowly.
     """
     known = forward.known.get("steps_from_cache")
     if known is None:
@@ -143,10 +143,11 @@ def attending(
     length: int,
     here: torch.Tensor,
 ) -> Iterator[None]:
-    """Within this context, one new token per row is put behind the row's `length` own tokens, and sees these and the prefix.
+    """Within this context, each row gets one new token, which sees the row and the prefix.
 
-    prefix, own: keys, then values, layer by layer: (heads, tokens, d) and (rows, heads, tokens and room, d); here: the new
-    tokens' positions (rows, 1).
+    The token stands behind the row's `length` own tokens. prefix and own hold keys, then values,
+    layer by layer: (heads, tokens, d) and (rows, heads, tokens and room, d). here: the new tokens'
+    positions (rows, 1).
     """
     from transformers import AttentionInterface
 
@@ -159,7 +160,9 @@ def attending(
         scaling: float,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own). Exact softmax over both parts."""
+        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own).
+        Exact softmax over both parts.
+        """
         rows, heads, _, d = query.shape
         layer = slice(2 * module.layer_idx, 2 * module.layer_idx + 2)
         shared_key, shared_value = prefix[layer]
@@ -167,15 +170,11 @@ def attending(
         own_key[:, :, length], own_value[:, :, length] = key[:, :, 0], value[:, :, 0]
         kv_heads, n_shared = shared_key.shape[:2]
         query = query.reshape(rows, kv_heads, heads // kv_heads, d)
-        stacked = query.transpose(0, 1).reshape(
-            kv_heads, -1, d
-        )  # all rows against the prefix in one product a head
-        shared = (
-            (stacked @ shared_key.transpose(1, 2))
-            .view(kv_heads, rows, -1, n_shared)
-            .transpose(0, 1)
-        )
-        scores = torch.cat([shared, query @ own_key.transpose(2, 3)], dim=-1) * scaling
+        # All rows meet the prefix in one product a head.
+        stacked = query.transpose(0, 1).reshape(kv_heads, -1, d)
+        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, n_shared)
+        both = [shared.transpose(0, 1), query @ own_key.transpose(2, 3)]
+        scores = torch.cat(both, dim=-1) * scaling
         if options.get("softcap"):
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
         scores[..., n_shared:] += mask
@@ -186,9 +185,8 @@ def attending(
             )
         weight = torch.softmax(scores, dim=-1, dtype=forward.work_dtype).to(value.dtype)
         stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, -1, n_shared)
-        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1) + weight[
-            ..., n_shared:
-        ] @ own_value
+        out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1)
+        out = out + weight[..., n_shared:] @ own_value
         return out.reshape(rows, 1, heads, d), None
 
     AttentionInterface.register("analysis_lib_shared_prefix", attend)
@@ -205,7 +203,10 @@ def attending(
 
 
 class PlainStep:
-    """Next-token logits without a cache, whole rows in batches of equal length: right for every architecture, and slow."""
+    """Next-token logits without a cache, from whole rows in batches of equal length.
+
+    This is right for every architecture, and slow.
+    """
 
     def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]]):
         self.forward, self.rows = forward, [tuple(r) for r in ids]

@@ -1,4 +1,4 @@
-"""DOC analysis_lib.model.tree."""
+"""Token rows laid out as a prefix tree, so that each distinct token is computed once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Pack:
     """Part of a prefix tree, laid out as b lines of t tokens, short lines padded at their end.
 
     tokens, depths  (b, t) ids and true positions
-    sees            (b, t, t) bool: a token (second axis) sees a token of its line (third axis): its ancestors and itself
-    rows, paths     the rows that end here and, for each, the flat positions (line x t + place) of its tokens after the prefix
+    sees            (b, t, t) bool: a token (second axis) sees a token of its line (third axis): its
+                    ancestors and itself
+    rows, paths     the rows that end here and, for each, the flat positions (line x t + place) of
+                    its tokens after the prefix
     """
 
     tokens: NDArray[np.int64]
@@ -29,7 +31,10 @@ class Pack:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows as a common prefix and packs; `n_tokens` distinct tokens are computed for `n_row_tokens` in the rows."""
+    """Rows as a common prefix and packs.
+
+    `n_tokens` distinct tokens are computed for `n_row_tokens` in the rows.
+    """
 
     prefix: tuple[int, ...]
     packs: list[Pack]
@@ -75,9 +80,11 @@ def plan_rows(
     most: int | None = None,
     line_tokens: int | None = None,
 ) -> Plan:
-    """Lays token rows out as a prefix tree, in packs of at most pack_tokens and lines of at most line_tokens (one row at least).
+    """Lays token rows out as a prefix tree.
 
-    Without line_tokens a pack is one line. The common prefix has at most `most` tokens, and never a row's last one.
+    A pack has at most pack_tokens, a line at most line_tokens, and each at least one row.
+    Without line_tokens a pack is one line. The common prefix has at most `most` tokens, and never a
+    row's last one.
     """
     if not rows or min(map(len, rows)) < 2:
         raise ValueError("rows of at least 2 tokens are needed")
@@ -94,9 +101,8 @@ def plan_rows(
             lines.append(_Line())
         lines[-1].add(i, row, shared)
     groups: list[list[_Line]] = [[]]
-    for line in sorted(
-        lines, key=lambda line: len(line.tokens)
-    ):  # lines of like length: little padding
+    # Lines of like length stand together: little padding.
+    for line in sorted(lines, key=lambda line: len(line.tokens)):
         if groups[-1] and (
             line_tokens is None or len(line.tokens) * (len(groups[-1]) + 1) > pack_tokens
         ):

@@ -1,4 +1,4 @@
-"""What a run would cost, told before it is started: rows that are not in the store, tokens, time from a short probe, memory."""
+"""What a run would cost, told before it starts: missing rows, tokens, time and memory."""
 
 from __future__ import annotations
 
@@ -53,17 +53,22 @@ def estimate(
     store: Store | None = None,
     probe: bool = True,
 ) -> pd.DataFrame:
-    """The cost of the states and the responses of queries under prompts, and of a DRO training from the first text prompt.
+    """The cost of states, responses and a DRO training from the first text prompt.
 
-    sampling: options of `sample_responses`. tuning adds a prompt tuning on the responses under none and that prompt. Returns
-    [step, rows, found, tokens, seconds, memory_bytes], one row per step: rows in all (of a training: its steps) and those
-    found in the store; tokens still to be computed, common ones once (for responses: sampled, at most; for prompt tuning:
-    those of all replies, at most); the time they take, as measured on a few of them; the process's high-water mark of memory
-    (a GPU's, where there is one), to which the cache of sampling adds up to 30 % of what is then free.
-    Responses are taken to be as long as allowed where the probe did not see their end. A training is left out where it cannot
-    run: a quantized model, no text prompt, queries of one class. A finished training in the store is not looked for.
-    probe = False loads no weights: no seconds, and memory_bytes are the weights alone; tokens as if prefixes can be shared.
-    Raises ChatModelError where the weights do not fit the free memory.
+    sampling: options of `sample_responses`. tuning adds a prompt tuning on the responses under none
+    and that prompt. probe = False loads no weights: there are no seconds, memory_bytes are the
+    weights alone, and tokens are counted as if prefixes can be shared.
+
+    Returns one row a step: step, rows, found, tokens, seconds, memory_bytes. rows are all rows (of
+    a training its steps), found those in the store. tokens are still to be computed, common ones
+    once: for responses those sampled, at most; for prompt tuning those of all replies, at most.
+    seconds are measured on a few of them. memory_bytes is the process's high-water mark (a GPU's,
+    where there is one); the cache of sampling adds up to 30 % of what is then free.
+
+    Responses are taken to be as long as allowed where the probe did not see their end. A training
+    that cannot run is left out: a quantized model, no text prompt, queries of one class. A finished
+    training in the store is not looked for. Raises ChatModelError where the weights do not fit the
+    free memory.
     """
     options = {"n_samples": 20, "max_new_tokens": 300, **(sampling or {})}
     config = config or DROConfig()
@@ -180,14 +185,15 @@ def _check_memory(model: ChatModel) -> None:
     free = _free_bytes(model.asked_device)
     if free is not None and model.weight_bytes > free:
         raise ChatModelError(
-            f"the weights of {model.name!r} take {model.weight_bytes / 1e9:.1f} GB in {model.quantization or model.dtype_name}, and "
-            f"{free / 1e9:.1f} GB are free; in Python, "
-            "ChatModel.load(..., dtype=, quantization=, device='auto') opens it smaller or on more GPUs"
+            f"the weights of {model.name!r} take {model.weight_bytes / 1e9:.1f} GB in "
+            f"{model.quantization or model.dtype_name}, and {free / 1e9:.1f} GB are free; "
+            "in Python, ChatModel.load(..., dtype=, quantization=, device='auto') opens it "
+            "smaller or on more GPUs"
         )
 
 
 def _free_bytes(device: str) -> int | None:
-    """Memory that can be had on a model's device ("auto": all GPUs, where there are any); None where the system does not say."""
+    """Free memory of a device ("auto": all GPUs, if any); None where the system does not say."""
     if device == "auto" and torch.cuda.is_available():
         return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     if torch.device("cpu" if device == "auto" else device).type == "cuda":
@@ -263,7 +269,10 @@ def _seconds_a_response(
 def _seconds_a_trained_token(
     model: ChatModel, labelled: pd.DataFrame, prompt: str, config: DROConfig, count: Count
 ) -> float:
-    """Of a step's distinct tokens, forward and backward; the directions it trains along do not matter for the time."""
+    """Of a step's distinct tokens, forward and backward.
+
+    The directions it trains along do not matter for the time.
+    """
     some = _some_of_each(labelled)
     space = AnchorSpace(np.zeros(model.hidden_size), np.eye(model.hidden_size), 2, np.ones(2))
     along = Direction("probe", np.ones(2), 0.0)
@@ -297,9 +306,8 @@ def _seconds_a_tuned_query(
     )
     replies = model.tokenizer(responses["response"].tolist(), add_special_tokens=False)["input_ids"]
     rows = [(*heads[query_id], *reply) for query_id, reply in zip(responses["query_id"], replies)]
-    of_heads = count(model, list(heads.values())) / count(
-        model, rows
-    )  # which are not longer where replies are
+    # The heads' share of the tokens: they are not longer where replies are.
+    of_heads = count(model, list(heads.values())) / count(model, rows)
     grown = [
         len(ids) * longest / short if end == "length" else len(ids)
         for ids, end in zip(replies, responses["end"])

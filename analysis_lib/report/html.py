@@ -1,4 +1,7 @@
-"""Executed notebooks in, one self-contained HTML page out: interactive figures, no outside request, untrusted text escaped."""
+"""Executed notebooks as one self-contained HTML page.
+
+Figures are interactive, nothing is requested from outside, and untrusted text is escaped.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,9 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 _TAGS = set(
-    "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i kbd li ol p pre s small span"
-    " strong sub summary sup table tbody td tfoot th thead tr ul".split()
+    "a b blockquote br caption code col colgroup dd details div dl dt em h1 h2 h3 h4 h5 h6 hr i "
+    "kbd li ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr "
+    "ul".split()
 )
 
 _ATTRIBUTES = {
@@ -40,30 +44,37 @@ _DRAW = """
 const draw = (entries, watch) => entries.filter(e => e.isIntersecting).forEach(e => {
   watch.unobserve(e.target);
   const figure = JSON.parse(e.target.nextElementSibling.textContent);
-  Plotly.newPlot(e.target, figure.data, figure.layout, {responsive: true, displaylogo: false, showSendToCloud: false});
+  Plotly.newPlot(e.target, figure.data, figure.layout,
+    {responsive: true, displaylogo: false, showSendToCloud: false});
 });
 const watch = new IntersectionObserver(draw, {rootMargin: '400px'});
 document.querySelectorAll('.figure').forEach(figure => watch.observe(figure));
-window.addEventListener('beforeprint', () => draw([...document.querySelectorAll('.figure:empty')].map(
-  target => ({target, isIntersecting: true})), watch));
+window.addEventListener('beforeprint', () => draw(
+  [...document.querySelectorAll('.figure:empty')].map(target => ({target, isIntersecting: true})),
+  watch));
 """
 
 _CSS = """
-:root { color-scheme: light dark; --text: #1d2329; --soft: #59636e; --back: #fff; --box: #f4f6f8; --line: #d5dae0; --link: #0550ae; }
+:root { color-scheme: light dark; --text: #1d2329; --soft: #59636e; --back: #fff;
+  --box: #f4f6f8; --line: #d5dae0; --link: #0550ae; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e3e8ee; --soft: #9aa5b1; --back: #14181d; --box: #1d232a; --line: #353d47; --link: #79b8ff; }
+  :root { --text: #e3e8ee; --soft: #9aa5b1; --back: #14181d;
+    --box: #1d232a; --line: #353d47; --link: #79b8ff; }
 }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; font: 16px/1.6 system-ui, sans-serif; color: var(--text); background: var(--back); }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; font: 16px/1.6 system-ui, sans-serif;
+  color: var(--text); background: var(--back); }
 a { color: var(--link); }
 h2 { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 nav ul { list-style: none; padding-left: 1.2rem; } nav > ul { padding-left: 0; }
 .note { padding: .6rem 1rem; border-left: 4px solid #E69F00; background: var(--box); }
-pre { overflow-x: auto; padding: .7rem 1rem; border-radius: 4px; background: var(--box); font-size: .85rem; line-height: 1.45; }
+pre { overflow-x: auto; padding: .7rem 1rem; border-radius: 4px; background: var(--box);
+  font-size: .85rem; line-height: 1.45; }
 code { font-size: .9em; } summary { color: var(--soft); cursor: pointer; font-size: .85rem; }
 .error { border-left: 4px solid #d1242f; }
 .output { overflow-x: auto; margin: .8rem 0; } .output img { max-width: 100%; background: #fff; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; } th { font-weight: 600; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { font-weight: 600; }
 """
 
 
@@ -74,7 +85,10 @@ def write_report(
     note: str = "",
     title: str = "Safety prompts, analysed",
 ) -> Path:
-    """Writes executed `notebooks` {name: notebook} as one page to `path`, and returns it; `note` stands at its head."""
+    """Writes executed `notebooks` {name: notebook} as one page to `path`, and returns it.
+
+    `note` stands at its head.
+    """
     contents, sections = [], []
     for name, nb in notebooks.items():
         markdown = _Markdown(name, notebooks)
@@ -96,14 +110,19 @@ def write_report(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in scripts
     )
-    # plotly.js compiles its WebGL shaders' callers; a script that is not one of these two still cannot start
-    policy = f"default-src 'none'; script-src {hashes} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+    # plotly.js compiles the callers of its WebGL shaders. No script but these two can start.
+    policy = (
+        f"default-src 'none'; script-src {hashes} 'unsafe-eval'; "
+        "style-src 'unsafe-inline'; img-src data: blob:"
+    )
     styles = _CSS + HtmlFormatter(style="default").get_style_defs(".code")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".code")
     page = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>\n<style>{styles}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.code, .code pre {{ background: none }}</style>",
+        f"<title>{escape(title)}</title>\n<style>{styles}\n@media (prefers-color-scheme: dark) "
+        f"{{ {dark} }}\n.code, .code pre {{ background: none }}</style>",
         f"</head>\n<body>\n<h1>{escape(title)}</h1>",
         f'<p class="note">{escape(note)}</p>' if note else "",
         f'<nav aria-label="Contents"><ul>{"".join(contents)}</ul></nav>\n<main>',
@@ -114,9 +133,8 @@ def write_report(
     ]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "\n".join(page), encoding="utf-8", errors="replace"
-    )  # a lone surrogate is no UTF-8
+    # A lone surrogate is no UTF-8.
+    path.write_text("\n".join(page), encoding="utf-8", errors="replace")
     return path
 
 
@@ -126,7 +144,10 @@ def plain_text(text: str) -> str:
 
 
 class _Markdown(mistune.HTMLRenderer):
-    """Markdown of one notebook: raw HTML escaped, no images from elsewhere, links between notebooks kept inside the page."""
+    """Markdown of one notebook: raw HTML is escaped, images from elsewhere are left out.
+
+    Links between notebooks stay inside the page.
+    """
 
     def __init__(self, name: str, notebooks: Mapping[str, NotebookNode]):
         super().__init__(escape=True)
@@ -169,9 +190,13 @@ def _output(output: NotebookNode, markdown: _Markdown) -> str:
     if PLOTLY_MIME in data:
         return _figure(data[PLOTLY_MIME])
     if "image/png" in data:
-        return f'<div class="output"><img alt="" src="data:image/png;base64,{escape("".join(data["image/png"].split()))}"></div>'
+        return (
+            '<div class="output"><img alt="" '
+            f'src="data:image/png;base64,{escape("".join(data["image/png"].split()))}"></div>'
+        )
     if "text/html" in data:
-        return f'<div class="output">{nh3.clean(_whole(data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)}</div>'
+        html = nh3.clean(_whole(data["text/html"]), tags=_TAGS, attributes=_ATTRIBUTES)
+        return f'<div class="output">{html}</div>'
     if "text/markdown" in data:
         return f'<div class="output">{markdown.convert(data["text/markdown"])}</div>'
     return _pre(data.get("text/plain", ""))
@@ -186,10 +211,11 @@ def _figure(figure: Mapping[str, Any]) -> str:
     layout = figure.get("layout", {})
     height = int(layout.get("height") or 450)
     label = layout.get("title", {}).get("text") or "figure"
-    # "<" would end the script element early; as \u003c it is the same JSON
+    # "<" would end the script element early. As \u003c it is the same JSON.
     data = json.dumps({"data": figure.get("data", []), "layout": layout}).replace("<", "\\u003c")
     return (
-        f'<div class="output"><div class="figure" role="img" aria-label="{escape(label)}" style="height:{height}px"></div>'
+        f'<div class="output"><div class="figure" role="img" aria-label="{escape(label)}" '
+        f'style="height:{height}px"></div>'
         f'<script type="application/json">{data}</script></div>'
     )
 

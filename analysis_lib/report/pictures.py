@@ -18,7 +18,7 @@ class NotebookError(Exception):
 
 
 class Pictures:
-    """A browser that turns plotly JSON into PNG: one for all notebooks, since its start takes seconds."""
+    """A browser that turns plotly JSON into PNG: one for all notebooks, since it starts slowly."""
 
     def __enter__(self) -> Pictures:
         import kaleido
@@ -26,7 +26,8 @@ class Pictures:
 
         if not Chromium.find_browser(skip_local=False):
             raise NotebookError(
-                "no Chromium or Chrome found, which draws the stored pictures; install one (Debian: apt-get install chromium)"
+                "no Chromium or Chrome found, which draws the stored pictures; install one "
+                "(Debian: apt-get install chromium)"
             )
         kaleido.start_sync_server(mathjax=False)  # MathJax would come from the network
         self._draw = kaleido.calc_fig_sync
@@ -52,9 +53,10 @@ class Pictures:
 
 
 def write_figures(notebooks: Mapping[str, NotebookNode], folder: str | Path) -> list[Path]:
-    """Writes each plotly figure of executed notebooks {stem: notebook} as NOTEBOOK-N.html, and as .svg where Chromium is found.
+    """Writes each plotly figure of executed notebooks {stem: notebook} as NOTEBOOK-N.html.
 
-    The .html files share one plotly.js, beside them, and open offline.
+    The pages share one plotly.js beside them, and open offline. Where Chromium is found, each
+    figure is written as .svg too.
     """
     folder = Path(folder)
     figures: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What `analysis-lib reproduce` leaves in its folder: the notebooks' results, figures, exports and `summary.json`."""
+"""What `analysis-lib reproduce` leaves: results, figures, exports and `summary.json`."""
 
 from __future__ import annotations
 
@@ -36,15 +36,11 @@ PACKAGES = (
     "plotly",
 )
 
-# What notebook 09 trains in its stored run: rows of DRO and their epochs; epochs of prompt tuning (its row, and two weights on
-# one half of the queries and on the other); every which held-out query it samples, how often.
-ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS, ABLATION_EVERY, ABLATION_SAMPLES = (
-    7,
-    10,
-    3,
-    4,
-    5,
-)
+# What notebook 09 trains in its stored run: rows of DRO and their epochs, and epochs of prompt
+# tuning (its row, and two weights on one half of the queries and on the other).
+ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS = 7, 10, 3
+# It samples every fourth held-out query, five times.
+ABLATION_EVERY, ABLATION_SAMPLES = 4, 5
 
 
 class ReproduceError(Exception):
@@ -63,19 +59,21 @@ def reproduce(
     forms: Sequence[str] | None = None,
     jobs: int = 1,
 ) -> bool:
-    """Runs every notebook on the model into `out`, exports the soft prompts and writes `summary.json`.
+    """Runs every notebook on the model into `out`, exports soft prompts, writes `summary.json`.
 
-    What was computed lies in the store: after an interruption the same call goes on from there. heldout: names or files of
-    the query sets that prompts are compared on. guard: a chat model that judges replies to harmful queries as well, as in
-    the study (`published_judge`); default: the string judge alone. forms: see `export`.
-    Returns whether every notebook ran and every form was written. Raises ReproduceError where what runs notebooks lacks.
+    What was computed lies in the store: after an interruption the same call goes on from there.
+    heldout: names or files of the query sets that prompts are compared on. guard: a chat model that
+    judges replies to harmful queries as well, as in the study (`published_judge`); default: the
+    string judge alone. forms: see `export`. Returns whether every notebook ran and every form was
+    written. Raises ReproduceError where a package that runs notebooks is missing.
     """
     try:
         from .pictures import write_figures
         from .run_notebooks import run_notebooks
     except ModuleNotFoundError as error:
         raise ReproduceError(
-            f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e '.[notebooks]'"
+            f"the notebooks cannot be run here: {error}; "
+            "in the project's folder, pip install -e '.[notebooks]'"
         ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
     given: dict[str, Any] = {
@@ -119,7 +117,7 @@ def reproduce(
 
 
 def _export(path: Path, model: ChatModel, out: Path, forms: Sequence[str] | None) -> dict[str, Any]:
-    """Exports a soft prompt of this run: its entry in the summary, with the error where it failed."""
+    """Exports a soft prompt of this run; returns its entry in the summary, errors included."""
     entry: dict[str, Any] = {"file": str(path.relative_to(out)), "config": {}, "exports": {}}
     try:
         soft = SoftPrompt.load(path, model)
@@ -161,27 +159,28 @@ def plan(
     heldout: Sequence[str] | None = None,
     guard: str | None = None,
 ) -> pd.DataFrame:
-    """What `reproduce` would still compute and its cost, from a short probe; prints where it would run and write.
+    """What `reproduce` would still compute, and its cost from a short probe.
 
-    Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are counted on the held-out
-    queries as two more that nothing is known of, and those of notebook 09, for which its short run is taken, as eight. Not
-    counted: replies to wrapped queries and of the trials of a weight, the probabilities and losses of replies, a guard's
-    verdicts, the widgets' consoles.
+    Prints where it would run and write. Returns [queries, step, rows, found, tokens, seconds, GB]
+    (see `estimate`). On the held-out queries the trained prompts are counted as two more that
+    nothing is known of, and those of notebook 09, whose short run is taken, as eight. Not counted:
+    replies to wrapped queries and of the trials of a weight, the probabilities and losses of
+    replies, a guard's verdicts, the widgets' consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
-    start = next(
-        (name for name in prompts if name not in load_safety_prompts()), "default"
-    )  # what DRO starts from
+    # DRO starts from the user's prompt, else from "default".
+    start = next((name for name in prompts if name not in load_safety_prompts()), "default")
     anchor = {start: prompts[start], **prompts}
-    trained = {
-        f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)
-    }  # as long as one, and in no store
+    # As long as a trained prompt, and in no store.
+    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}
     two = {name: trained[name] for name in ("trained 1", "trained 2")}
     sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
     anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
     asked = load_heldout_queries(heldout, anchors)
-    whole = sampling if guard is None else {"n_samples": 20}  # a guard reads whole replies
-    asked = asked.drop(columns="harmful")  # nothing is trained on them
+    # A guard reads whole replies.
+    whole = sampling if guard is None else {"n_samples": 20}
+    # Nothing is trained on the held-out queries.
+    asked = asked.drop(columns="harmful")
     forms = load_queries("heldout_forms").drop(columns="harmful").iloc[::ABLATION_EVERY]
     every_layer = (*range(model.n_layers + 1), -1)
     costs = {
@@ -199,30 +198,33 @@ def plan(
             model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store
         ),
     }
-    more = {  # trainings of the same steps
+    # Trainings of the same steps.
+    more = {
         "DRO": ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs,
         "prompt tuning": ABLATION_TUNING_EPOCHS / tuning.epochs,
     }
     trainings = costs["anchor"][costs["anchor"]["step"].isin(more)].copy()
     for column in ("rows", "tokens", "seconds"):
-        trainings[column] = (trainings[column] * trainings["step"].map(more)).astype(
-            trainings[column].dtype
-        )
+        scaled = trainings[column] * trainings["step"].map(more)
+        trainings[column] = scaled.astype(trainings[column].dtype)
     costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), trainings])
-    table = pd.concat(
-        [cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True
-    )
+    parts = [cost.assign(queries=name) for name, cost in costs.items()]
+    table = pd.concat(parts, ignore_index=True)
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()
     print(
-        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts {about['prompt_goes']}, into {out}"
+        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts "
+        f"{about['prompt_goes']}, into {out}"
     )
     print(f"The plain form of a soft prompt copies {model.weight_bytes / 1e9:.2f} GB of weights")
     return table[["queries", *table.columns.drop("queries")]]
 
 
 def environment_of(model: ChatModel) -> dict[str, str]:
-    """The environment under which `load` opens a model on the same device and in the same dtype, where they are not the default."""
+    """The environment under which `load` opens a model with the same device and dtype.
+
+    It names those that are not the default.
+    """
     asked = (
         {}
         if model.asked_device == default_device()

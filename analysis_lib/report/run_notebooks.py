@@ -30,8 +30,9 @@ FOLDER = shipped("notebooks")
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 ORGANISM = (
-    "These figures come from the embedded model organism. It shows the phenomenon and lets the estimators be checked"
-    " against a known truth; it proves nothing about models of other sizes. Notebook 08 alone shows the study's own published results."
+    "These figures come from the embedded model organism. It shows the phenomenon and lets the "
+    "estimators be checked against a known truth; it proves nothing about models of other sizes. "
+    "Notebook 08 alone shows the study's own published results."
 )
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -39,7 +40,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 
 @dataclass(frozen=True)
 class Run:
-    """One executed notebook. `error` is None where every cell ran, else the failing cell and its exception."""
+    """One executed notebook. `error` is None, or the failing cell and its exception."""
 
     notebook: Path
     nb: NotebookNode
@@ -48,7 +49,7 @@ class Run:
 
 
 class _ThisPython(AsyncKernelManager):
-    """Starts the kernel in the running interpreter, whatever kernels are registered on the machine."""
+    """Starts the kernel in the running interpreter, whatever kernels the machine has."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -68,12 +69,14 @@ def run_notebooks(
     jobs: int = 2,
     env: Mapping[str, str] | None = None,
 ) -> tuple[Run, ...]:
-    """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html`, and the tables that the notebooks write.
+    """Runs every `folder`/NN_*.ipynb into `out`: executed copies, `report.html` and their tables.
 
-    `model`, `prompt` (a file), `queries` (a name or a file), `heldout` (several such), `guard` (a model), `template` (a name
-    or a file) and `out` replace MODEL, PROMPT, QUERIES, HELDOUT, GUARD, TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `env` joins the environment
-    of their kernels (ANALYSIS_LIB_DEVICE and ANALYSIS_LIB_DTYPE, say). `jobs` notebooks run at a time; lines are printed in order.
-    A failing notebook does not stop the others: look at `Run.error`. Raises NotebookError where nothing can be run.
+    `model`, `prompt` (a file), `queries` (a name or a file), `heldout` (several such), `guard` (a
+    model), `template` (a name or a file) and `out` replace MODEL, PROMPT, QUERIES, HELDOUT, GUARD,
+    TEMPLATE and OUT in the cell tagged `parameters` of each notebook that assigns them. `env` joins
+    the environment of their kernels (such as ANALYSIS_LIB_DEVICE). `jobs` notebooks run at a time;
+    lines are printed in order. A failing notebook does not stop the others: look at `Run.error`.
+    Raises NotebookError where nothing can be run.
     """
     out = Path(out).resolve()
     if prompt is not None and not Path(prompt).is_file():
@@ -119,14 +122,15 @@ def _prepared(folder: Path, given: Mapping[str, Any], out: Path) -> Notebooks:
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise NotebookError(
-            f"no notebooks NN_*.ipynb in {folder}; give the folder that holds the project's notebooks"
+            f"no notebooks NN_*.ipynb in {folder}; "
+            "give the folder that holds the project's notebooks"
         )
     notebooks = [(path, read_notebook(path)) for path in paths]
     for parameter in given:
         if not any(parameter in parameters(nb) for _, nb in notebooks):
             raise NotebookError(
-                f"no notebook in {folder} has the parameter {parameter}; assign it in a cell tagged "
-                "`parameters`"
+                f"no notebook in {folder} has the parameter {parameter}; "
+                "assign it in a cell tagged `parameters`"
             )
     for _, nb in notebooks:
         inject(nb, {**given, "OUT": str(out)})
@@ -156,7 +160,10 @@ def _print_benchmark(table: Path) -> None:
 
 
 def parameters(nb: NotebookNode) -> dict[str, int]:
-    """The names that the cell tagged `parameters` assigns, each with that cell's index; empty without such a cell."""
+    """The names that the cell tagged `parameters` assigns, each with that cell's index.
+
+    There are none without such a cell.
+    """
     for index, cell in enumerate(nb.cells):
         if "parameters" in cell.metadata.get("tags", []):
             assigned = [
@@ -172,7 +179,7 @@ def parameters(nb: NotebookNode) -> dict[str, int]:
 
 
 def inject(nb: NotebookNode, values: Mapping[str, Any]) -> None:
-    """Adds a cell after the one tagged `parameters` which sets those of `values` that it assigns."""
+    """Adds a cell after the one tagged `parameters`; it sets the `values` assigned there."""
     known = parameters(nb)
     lines = [f"{name} = {value!r}" for name, value in values.items() if name in known]
     if lines:
@@ -183,7 +190,10 @@ def inject(nb: NotebookNode, values: Mapping[str, Any]) -> None:
 
 
 def clean(nb: NotebookNode) -> None:
-    """Removes, in place, what differs from run to run or is dead in a file: widget state and views, timings, versions, random ids."""
+    """Removes, in place, what differs from run to run or is dead in a file.
+
+    That is widget state and views, timings, versions and random ids.
+    """
     nb.metadata = NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     nb.nbformat, nb.nbformat_minor = 4, 5
     for index, cell in enumerate(nb.cells):
@@ -196,7 +206,10 @@ def clean(nb: NotebookNode) -> None:
 
 
 def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without live widgets: their view and text form (it holds random ids) go, a picture beside them stays."""
+    """Outputs without live widgets; a picture beside a widget stays.
+
+    A widget's view and its text form, which holds random ids, go.
+    """
     kept = []
     for output in outputs:
         data = output.get("data", {})
@@ -220,7 +233,7 @@ def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
 async def execute(
     notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env: Mapping[str, str]
 ) -> AsyncIterator[Run]:
-    """Runs each notebook in its own kernel and its own folder, `jobs` at a time; yields in the order given."""
+    """Runs each notebook in its own kernel and folder, `jobs` at a time; yields them in order."""
     if jobs < 1:
         raise NotebookError(f"jobs is {jobs}; it must be 1 or more")
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -244,7 +257,8 @@ async def execute(
                 resources={"metadata": {"path": str(path.parent)}},
                 coalesce_streams=True,
                 record_timing=False,
-                # nbclient's own handler ends this kernel alone; without it Ctrl-C is a KeyboardInterrupt that ends all
+                # nbclient's own handler ends this kernel alone. Without it Ctrl-C is a
+                # KeyboardInterrupt, which ends all of them.
                 on_notebook_start=lambda notebook: loop.remove_signal_handler(signal.SIGINT),
             )
             error = None
@@ -258,7 +272,7 @@ async def execute(
                 )
                 error = f"cell {index}: {failure.ename}: {plain_text(failure.evalue)}"
             except RuntimeError as failure:  # the kernel did not start, or died
-                error = f"{failure}; look for a lack of memory"
+                error = f"{failure}; the memory may have run out"
             return Run(path, nb, time.perf_counter() - start, error)
 
     tasks = [asyncio.create_task(one(path, nb)) for path, nb in notebooks]
@@ -267,7 +281,10 @@ async def execute(
 
 
 def progress_line(run: Run, number: int, total: int) -> str:
-    return f"[{number}/{total}] {run.notebook.name:<40} {run.seconds:6.1f} s  {'ok' if run.error is None else 'FAILED  ' + run.error}"
+    return (
+        f"[{number}/{total}] {run.notebook.name:<40} {run.seconds:6.1f} s  "
+        f"{'ok' if run.error is None else 'FAILED  ' + run.error}"
+    )
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -281,7 +298,10 @@ def notebook_text(nb: NotebookNode) -> str:
 
 
 def _absolute(value: str | Path) -> str:
-    """A notebook runs in its own folder, so a path given in the caller's folder is made absolute; names and hub ids stay."""
+    """A path of the caller's folder made absolute, since a notebook runs in its own folder.
+
+    Names and hub ids stay.
+    """
     names_a_path = Path(value).is_file() or (
         value != "organism" and Path(value, "config.json").is_file()
     )

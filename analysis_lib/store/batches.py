@@ -104,9 +104,9 @@ def _check_part(name: str, value: Any) -> None:
         return
     if kind not in (list, tuple):
         raise TypeError(
-            f"key part {name!r} holds a {kind.__module__}.{kind.__qualname__}; give str, int, "
-            "float, bool, None or a list of them (int(x), x.tolist() or the hex digest of its "
-            "bytes)"
+            f"key part {name!r} holds a {kind.__module__}.{kind.__qualname__}; "
+            "give str, int, float, bool, None or a list of them (int(x), "
+            "x.tolist() or the hex digest of its bytes)"
         )
     if all(type(item) is int for item in value):  # token ids: the long ones
         return
@@ -350,8 +350,8 @@ def encode_states(keys: Sequence[str], states: np.ndarray, dtype: str) -> list[b
         row, column = np.argwhere(~exact)[0]
         raise ValueError(
             f"{dtype} cannot hold states[{row}, {column}] = {states[row, column]!r} exactly (key "
-            f"{keys[row]}); give the dtype in which the model computed the states, or "
-            "dtype='float32'"
+            f"{keys[row]}); give the dtype in which the model "
+            "computed the states, or dtype='float32'"
         )
     return [row.tobytes() for row in kept]
 
@@ -373,13 +373,13 @@ def encode_response(key: str, row: Mapping[str, Any]) -> bytes:
         line = dump({"key": key, "row": row})
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the response of key {key} is not JSON: {error}; give str, int, finite float, bool, "
-            "None"
+            f"the response of key {key} is not JSON: {error}; "
+            "give str, int, finite float, bool, None"
         ) from error
     if not isinstance(row, dict) or not comes_back(row):
         raise ValueError(
-            f"the response of key {key} does not come back from JSON as it was: {row!r}; use lists "
-            "and str keys"
+            f"the response of key {key} does not come back from JSON as it was: "
+            f"{row!r}; use lists and str keys"
         )
     return line.encode("ascii") + b"\n"
 

@@ -32,8 +32,32 @@ from .index import Index
 class Store:
     """Rows and checkpoints in one folder, which several processes may share.
 
-    Nothing is created before the first write. Raises StoreError where the folder cannot be a path.
-    Where it cannot be read or written, the first use raises StoreError.
+    Nothing is created before the first write.
+
+    Parameters
+    ----------
+    folder : Path or str, optional
+        Default: ANALYSIS_LIB_STORE, else the platform's folder for caches.
+
+    Raises
+    ------
+    StoreError
+        Where the folder cannot be a path. Where it cannot be read or written, the first use raises
+        it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from analysis_lib import Store
+    >>> from analysis_lib.store.batches import row_key
+    >>> key = row_key(model="a fingerprint", ids=[1, 2], layer=-1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = Store(folder)
+    ...     store.write_states([key], np.ones((1, 3), np.float32), dtype="float32", about={})
+    ...     found = Store(folder).read_states([key])
+    >>> found[key].tolist()
+    [1.0, 1.0, 1.0]
     """
 
     def __init__(self, folder: Path | str | None = None) -> None:
@@ -49,10 +73,24 @@ class Store:
         return self.folder / f"v{FORMAT_VERSION}"
 
     def read_states(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """{key: state (d,) float32} for those of `keys` that are kept, in the order of `keys`.
+        """Those of the states that are kept.
 
-        Rows that fail their checksum are left out; a StoreDamage warning names them. Raises
-        StoreError.
+        Rows that fail their checksum are left out; a StoreDamage warning names them.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            Keys made with `row_key`.
+
+        Returns
+        -------
+        dict
+            {key: state (d,) float32}, in the order of `keys`.
+
+        Raises
+        ------
+        StoreError
+            Where the folder cannot be read.
         """
         parts: dict[tuple[str, int], list[tuple[str, bytes]]] = defaultdict(list)
         for key, (batch, data) in self._index["states"].fetch(keys).items():
@@ -67,10 +105,34 @@ class Store:
         return {key: found[key] for key in dict.fromkeys(keys) if key in found}
 
     def certificates(self, keys: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """{key: parity certificates that a kept state was committed with}, as of the last read.
+        """The parity certificates that kept states were committed with, as of the last read.
 
         There are several where a row was committed twice, or where batches were compacted. Those of
         another program are left out.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            Keys made with `row_key`.
+
+        Returns
+        -------
+        dict
+            {key: list of certificates} for the states that are kept.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from analysis_lib import Store
+        >>> certificate = {"way": "tree", "checked": 1, "max_abs": 0.0, "max_rel": 0.0}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     about = {"certificate": certificate}
+        ...     store.write_states([key], np.ones((1, 3), np.float32), dtype="float32", about=about)
+        ...     _ = store.read_states([key])
+        ...     store.certificates([key])[key] == [certificate]
+        True
         """
         index, known = self._index["states"], dict[tuple[str, ...], list[dict[str, Any]]]()
         found = {}
@@ -86,12 +148,39 @@ class Store:
     def write_states(
         self, keys: Sequence[str], states: np.ndarray, *, dtype: str, about: Mapping[str, Any]
     ) -> None:
-        """Commit one batch: states (n, d) float32, kept as `dtype`.
+        """Commits one batch of states.
 
-        dtype: "bfloat16", "float16" or "float32". about (JSON) describes the batch for `ls` and
-        `prune`: model (fingerprint), model_name, prompts, layer, certificate. It does not take part
-        in finding rows. Raises ValueError where `dtype` cannot hold a value exactly, and StoreError
-        where the folder cannot be written. Nothing of the batch is kept then.
+        Parameters
+        ----------
+        keys : sequence of str
+            One a row, made with `row_key`.
+        states : ndarray
+            Shape (n, d), float32.
+        dtype : str
+            "bfloat16", "float16" or "float32": what the states are kept as.
+        about : mapping
+            JSON that describes the batch for `ls` and `prune`: model (fingerprint), model_name,
+            prompts, layer, certificate. It does not take part in finding rows.
+
+        Raises
+        ------
+        ValueError
+            Where `dtype` cannot hold a value exactly, or an argument is wrong. Nothing of the batch
+            is kept then.
+        StoreError
+            Where the folder cannot be written. Nothing of the batch is kept then.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from analysis_lib import Store
+        >>> states = np.ones((2, 3), np.float32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, keys = Store(folder), ["0" * 64, "1" * 64]
+        ...     store.write_states(keys, states, dtype="bfloat16", about={"layer": -1})
+        ...     len(store.read_states(keys))
+        2
         """
         dtype = dtype.removeprefix("torch.")
         if dtype not in DTYPES:
@@ -105,20 +194,87 @@ class Store:
             self._commit_batch("states", states_head(keys, rows, check_about(about), dtype), rows)
 
     def read_responses(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """{key: row} for those of `keys` that are kept, in their order; else as `read_states`."""
+        """Those of the responses that are kept.
+
+        Parameters, errors and warnings are those of `read_states`.
+
+        Returns
+        -------
+        dict
+            {key: row}, in the order of `keys`.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from analysis_lib import Store
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     store.write_responses([key], [{"response": "Yes.", "end": "eos"}], about={})
+        ...     store.read_responses([key, "1" * 64])[key]["response"]
+        'Yes.'
+        """
         found = self._index["responses"].fetch(keys)
         return {key: found[key][1] for key in dict.fromkeys(keys) if key in found}
 
     def write_responses(
         self, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], *, about: Mapping[str, Any]
     ) -> None:
-        """Commit one batch of JSON rows; `about` and errors as in `write_states`."""
+        """Commits one batch of responses.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            One a row, made with `row_key`.
+        rows : sequence of mapping
+            JSON objects that come back as they were.
+        about : mapping
+            As in `write_states`.
+
+        Raises
+        ------
+        ValueError
+            Where a row is not JSON, or an argument is wrong. Nothing of the batch is kept then.
+        StoreError
+            Where the folder cannot be written. Nothing of the batch is kept then.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from analysis_lib import Store
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     store.write_responses([key], [{"response": "No.", "end": "eos"}], about={})
+        ...     list(store.read_responses([key])) == [key]
+        True
+        """
         if _check_batch(keys, len(rows)):
             lines = [encode_response(key, row) for key, row in zip(keys, rows, strict=True)]
             self._commit_batch("responses", responses_head(keys, lines, check_about(about)), lines)
 
     def discard(self, keys: Iterable[str]) -> None:
-        """Remove the batches that hold nothing but these rows: steps to what is kept by now."""
+        """Removes the batches that hold nothing but these rows: steps to what is kept by now.
+
+        Parameters
+        ----------
+        keys : iterable of str
+            Keys of states and responses.
+
+        Raises
+        ------
+        StoreError
+            Where the folder cannot be read or written.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from analysis_lib import Store
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     store.write_responses([key], [{"response": "No.", "end": "eos"}], about={})
+        ...     store.discard([key])
+        ...     store.read_responses([key])
+        {}
+        """
         gone = set(keys)
         for index in self._index.values():
             index.scan()
@@ -127,9 +283,24 @@ class Store:
                     remove_unchanged(batch.path, batch.stat)
 
     def read_checkpoint(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """(tensors, about) of a training's last checkpoint; None without a sound one.
+        """A training's last checkpoint.
 
-        A damaged one is told of by a StoreDamage warning.
+        A StoreDamage warning tells of a damaged one.
+
+        Parameters
+        ----------
+        key : str
+            The training's key, made with `row_key`.
+
+        Returns
+        -------
+        (dict, dict) or None
+            Tensors and about, as they were written; None without a sound checkpoint.
+
+        Raises
+        ------
+        StoreError
+            Where the folder cannot be read.
         """
         check_key(key)
         path = checkpoints.path_of(self.root, key)
@@ -145,19 +316,66 @@ class Store:
     def write_checkpoint(
         self, key: str, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]
     ) -> None:
-        """Keep a training's checkpoint in place of its last one.
+        """Keeps a training's checkpoint in place of its last one.
 
-        key: one for the training, made with `row_key`. tensors: float32 or float64 arrays of any
-        shape, which come back bit for bit. about (JSON) comes back too; `ls` and `prune` read its
-        model, model_name, prompts and layer. Raises ValueError for anything else, and StoreError
-        where the folder cannot be written. The last checkpoint stays then.
+        Parameters
+        ----------
+        key : str
+            The training's key, made with `row_key`.
+        tensors : mapping
+            {name: float32 or float64 array of any shape}; they come back bit for bit.
+        about : mapping
+            JSON that comes back too. `ls` and `prune` read its model, model_name, prompts and
+            layer.
+
+        Raises
+        ------
+        ValueError
+            For anything else. The last checkpoint stays then.
+        StoreError
+            Where the folder cannot be written. The last checkpoint stays then.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from analysis_lib import Store
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     store.write_checkpoint(key, {"soft": np.zeros((2, 3))}, {"step": 4})
+        ...     tensors, about = store.read_checkpoint(key)
+        >>> tensors["soft"].shape, about
+        ((2, 3), {'step': 4})
         """
         check_key(key)
         content = checkpoints.encode(key, tensors, about)
         self._commit(checkpoints.path_of(self.root, key), [content])
 
     def drop_checkpoint(self, key: str) -> None:
-        """Remove a training's checkpoint, once its outcome is kept. Raises StoreError."""
+        """Removes a training's checkpoint, once its outcome is kept.
+
+        Parameters
+        ----------
+        key : str
+            The training's key, made with `row_key`.
+
+        Raises
+        ------
+        StoreError
+            Where the file cannot be removed.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from analysis_lib import Store
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     store.write_checkpoint(key, {"soft": np.zeros(3)}, {})
+        ...     store.drop_checkpoint(key)
+        ...     store.read_checkpoint(key) is None
+        True
+        """
         check_key(key)
         remove(checkpoints.path_of(self.root, key))
 

@@ -45,8 +45,8 @@ from .store import Store
 
 DAY = 86400.0
 _LS = (
-    "kind model model_name dtype layers prompts rows files bytes certificates first_written "
-    "last_written"
+    "kind model model_name dtype layers prompts rows files "
+    "bytes certificates first_written last_written"
 )
 _VERIFY = "kind file model rows status bad_rows bad_keys"
 _PRUNE = "kind file model rows bytes age_days action"
@@ -135,8 +135,7 @@ def ls(store: Store) -> pd.DataFrame:
     """
     if newer := _newer_formats(store):
         warnings.warn(
-            f"{newer[0]} is of a newer format, of which nothing is shown; update analysis_lib to "
-            "use it",
+            f"{newer[0]} is of a newer format and not shown; update analysis_lib to use it",
             stacklevel=2,
         )
     groups: dict[tuple[str, str, str], list[Kept]] = defaultdict(list)
@@ -310,8 +309,8 @@ def _check_model(store: Store, files: Sequence[Kept], model: str) -> None:
     if not any(_is_of(file, model) for file in files):
         names = sorted(map(str, values_of([file.about for file in files], "model_name")))
         raise StoreError(
-            f"{store.folder} holds nothing of a model {model!r}; it has "
-            f"{', '.join(names) or 'no model at all'}"
+            f"{store.folder} holds nothing of a model {model!r}; "
+            f"it has {', '.join(names) or 'no model at all'}"
         )
 
 

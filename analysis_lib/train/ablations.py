@@ -1,4 +1,4 @@
-"""Methods as rows: the baseline, DRO and its ablations trained from a table of settings, and prompt tuning's weight chosen."""
+"""Methods as rows of a table: the baseline, DRO and its ablations, and their training."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ from .tuning import PromptTuningConfig, train_prompt_tuning
 
 @dataclass(frozen=True)
 class Method:
-    """One training: `prompt` is its name in every table, `method` what it is, `start` the text prompt it starts from.
+    """One training as a row of a table.
 
-    k: components of the anchor space (DRO only).
+    prompt  its name in every table
+    method  what it is
+    start   the text prompt it starts from
+    config  its settings
+    k       components of the anchor space (DRO only)
     """
 
     prompt: str
@@ -44,9 +48,39 @@ def ablations(
     components: Sequence[int] = (2, 8, 16),
     norm_weights: Sequence[float] = (0.01, 0.1, 1.0),
 ) -> tuple[Method, ...]:
-    """The study's rows and ours: prompt tuning, DRO, DRO without each of its losses, with other components and norm weights.
+    """The study's rows and ours: prompt tuning, DRO, and DRO with one thing changed.
 
-    The study's DRO itself has 4 components and norm weight 0.001.
+    DRO is trained without each of its losses, with other numbers of components and with other norm
+    weights. The study's DRO itself has 4 components and norm weight 0.001.
+
+    Parameters
+    ----------
+    start : str
+        Name of the text prompt that every row starts from.
+    dro : DROConfig, optional
+        Settings of DRO. Default: the study's.
+    tuning : PromptTuningConfig, optional
+        Settings of prompt tuning. Default: `PromptTuningConfig()`.
+    components : sequence of int
+        Numbers of components, one row each.
+    norm_weights : sequence of float
+        Weights of the norm loss, one row each.
+
+    Returns
+    -------
+    tuple of Method
+        Each with prompt (its name in every table), method, start, config and k.
+
+    References
+    ----------
+    Zheng et al. 2024, arXiv 2401.18018.
+
+    Examples
+    --------
+    >>> from analysis_lib import ablations
+    >>> methods = ablations(components=(2,), norm_weights=())
+    >>> [method.prompt for method in methods[:3]], methods[-1].k
+    (['tuned', 'dro', 'dro_without_refusal'], 2)
     """
     dro, tuning = dro or DROConfig(), tuning or PromptTuningConfig()
     rows = [Method("tuned", "prompt tuning", start, tuning), Method("dro", "DRO", start, dro)]
@@ -79,11 +113,48 @@ def train_methods(
     store: Store | None = None,
     progress: bool | None = None,
 ) -> dict[str, SoftPrompt]:
-    """Trains every row on the anchor data: {method.prompt: soft prompt}.
+    """Trains every row on the anchor data.
 
-    prompts: the text prompts whose states span the anchor space; judged: judged responses to the queries under them.
-    Prompt tuning learns from the responses under no prompt and under its start. With a store, finished trainings are
-    read, so an interrupted run goes on where it was. ValueError for a name that is taken or a start that is no prompt.
+    Parameters
+    ----------
+    model : ChatModel
+        Stays frozen.
+    queries : DataFrame
+        The anchor queries: query_id, text and harmful.
+    prompts : mapping
+        {name: text}: the text prompts whose states span the anchor space.
+    judged : DataFrame
+        Judged responses to the queries under these prompts. Prompt tuning learns from those under
+        no prompt ("none") and under its start.
+    methods : sequence of Method
+        The rows, such as `ablations()`.
+    store : Store, optional
+        Finished trainings are read from it, so an interrupted run goes on where it was.
+    progress : bool, optional
+        Whether bars are shown. Default: in a terminal or a notebook.
+
+    Returns
+    -------
+    dict
+        {method.prompt: SoftPrompt}.
+
+    Raises
+    ------
+    ValueError
+        For a name that is taken, or a start that is no prompt. Else as `train_dro` and
+        `train_prompt_tuning`.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, PromptTuningConfig, ablations, load_queries
+    >>> from analysis_lib import train_methods
+    >>> model, queries = ChatModel.load("organism"), load_queries("anchor").head(2)
+    >>> judged = queries.assign(prompt="none", sample=0, response="I am sorry.", refused=1.0)
+    >>> tuning = ablations("kind", tuning=PromptTuningConfig(epochs=1))[:1]
+    >>> prompts = {"none": "", "kind": "Be kind."}
+    >>> trained = train_methods(model, queries, prompts, judged, tuning)
+    >>> list(trained), trained["tuned"].start_text
+    (['tuned'], 'Be kind.')
     """
     names = [m.prompt for m in methods]
     if taken := [n for i, n in enumerate(names) if n in prompts or n in names[:i]]:
@@ -92,7 +163,8 @@ def train_methods(
         )
     if lacking := [m for m in methods if m.start not in prompts]:
         raise ValueError(
-            f"{lacking[0].prompt!r} starts from {lacking[0].start!r}, which is none of {', '.join(prompts)}"
+            f"{lacking[0].prompt!r} starts from "
+            f"{lacking[0].start!r}, which is none of {', '.join(prompts)}"
         )
     states, rows = hidden_states(model, queries, prompts, store=store).at(-1)
     rows = rows.merge(
@@ -137,11 +209,57 @@ def cross_validate_unlikelihood(
     n_samples: int = 5,
     store: Store | None = None,
 ) -> pd.DataFrame:
-    """Prompt tuning's unlikelihood weight judged on anchor data alone: trained on some queries, sampled on the others.
+    """Judges prompt tuning's unlikelihood weight on anchor data alone.
 
-    Queries of one pair_id stay together. Returns one row a weight: weight, compliance (mean share of answered samples
-    of held-out harmful queries), false_refusal (of refused ones of harmless queries) and error, the mean of both; the
-    weight of the least error is the choice.
+    A soft prompt is trained on some queries and sampled on the others. Queries of one pair_id stay
+    together.
+
+    Parameters
+    ----------
+    model : ChatModel
+        Stays frozen.
+    queries : DataFrame
+        The anchor queries: query_id, text, harmful and optionally pair_id.
+    judged : DataFrame
+        Judged responses to them, as in `train_prompt_tuning`.
+    prompt : str
+        The text prompt to start from.
+    config : PromptTuningConfig, optional
+        All other settings; its seed also splits the queries.
+    weights : sequence of float
+        The weights to judge.
+    n_splits : int
+        Parts that the queries are split into.
+    n_samples : int
+        Responses to each held-out query.
+    store : Store, optional
+        As in `train_prompt_tuning` and `sample_responses`.
+
+    Returns
+    -------
+    DataFrame
+        One row a weight: weight, compliance (mean share of answered samples of held-out harmful
+        queries), false_refusal (of refused ones of harmless queries) and error, the mean of both,
+        all in [0, 1]. The weight of the least error is the choice.
+
+    Raises
+    ------
+    ValueError, ChatModelError
+        As `train_prompt_tuning` and `sample_responses`.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, PromptTuningConfig, load_queries
+    >>> from analysis_lib import cross_validate_unlikelihood
+    >>> model = ChatModel.load("organism")
+    >>> queries = load_queries("anchor").groupby("harmful").head(2)
+    >>> judged = queries.assign(response="I am sorry.", refused=1.0)
+    >>> table = cross_validate_unlikelihood(
+    ...     model, queries, judged, "Be kind.", PromptTuningConfig(epochs=1),
+    ...     weights=(1.0,), n_samples=1,
+    ... )
+    >>> table.columns.tolist(), len(table)
+    (['weight', 'compliance', 'false_refusal', 'error'], 1)
     """
     config = config or PromptTuningConfig()
     pairs = (

@@ -1,7 +1,7 @@
-"""Directed Representation Optimization of a safety prompt, and the prompt-tuning baseline.
+"""Directed Representation Optimization (DRO) of a safety prompt.
 
-Both train the embeddings of the system message's tokens and nothing else. In each step the prefix with the soft
-tokens runs once, and every distinct token after it once (see `capture`).
+It trains the embeddings of the system message's tokens and nothing else. In each step the prefix
+with the soft tokens runs once, and every distinct token after it once (see `model.passes`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,40 @@ from .loop import OnStep, check_config, train_soft_prompt
 
 @dataclass(frozen=True)
 class DROConfig:
-    """The study's settings. A loss of weight 0 is left out: the ablations are rows of weights."""
+    """How DRO trains; the defaults are the study's settings.
+
+    A loss of weight 0 is left out, so the ablations are rows of weights.
+
+    Parameters
+    ----------
+    learning_rate : float
+        Of AdamW, above 0.
+    epochs : int
+        Passes over the queries.
+    batch_size : int
+        Queries a step. An epoch is split evenly.
+    weight_refusal, weight_harmfulness, weight_norm : float
+        Weights of the three losses, >= 0, not all 0.
+    max_grad_norm : float
+        Longer gradients are clipped to this norm.
+    seed : int
+        Shuffles the queries.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range, or three weights of 0.
+
+    References
+    ----------
+    Zheng et al. 2024, "On Prompt-Driven Safeguarding for Large Language Models", arXiv 2401.18018.
+
+    Examples
+    --------
+    >>> from analysis_lib import DROConfig
+    >>> DROConfig(weight_norm=0.0).weight_norm, DROConfig().epochs
+    (0.0, 40)
+    """
 
     learning_rate: float = 1e-3
     epochs: int = 40
@@ -56,10 +89,12 @@ def dro_loss(
     geometry: Geometry,
     config: DROConfig,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The DRO loss of states (n, d) under the soft prompt against base (n, d) under the text prompt.
+    """The DRO loss of states (n, d) under the soft prompt, and its parts.
 
-    BCE of the change of the refusal logit (target 1 for harmful, 0 for harmless), the same for harmfulness, and the
-    mean square change in the d - k other directions, with the configuration's weights. harmful: (n,) of 0.0 and 1.0.
+    base (n, d) are the states under the text prompt, harmful (n,) is 0.0 or 1.0. The loss is the
+    weighted sum of three parts: the binary cross-entropy of the change of the refusal logit (target
+    1 for harmful, 0 for harmless), the same for harmfulness, and the mean square change in the
+    d - k other directions.
     """
     new, old = (states - geometry.mean) @ geometry.basis, (base - geometry.mean) @ geometry.basis
     k = len(geometry.refusal)
@@ -78,7 +113,10 @@ def dro_loss(
 
 @dataclass(frozen=True)
 class Geometry:
-    """Anchor space and directions as tensors: mean (d,), basis (d, d), refusal (k,), harmfulness (k,)."""
+    """Anchor space and directions as tensors.
+
+    mean (d,), basis (d, d), refusal (k,), harmfulness (k,)
+    """
 
     mean: torch.Tensor
     basis: torch.Tensor
@@ -112,13 +150,71 @@ def train_dro(
     on_step: OnStep | None = None,
     progress: bool | None = None,
 ) -> SoftPrompt:
-    """Trains a soft prompt that starts at the text `prompt`, on queries with a harmful label.
+    """Trains a soft prompt by DRO, from a text prompt, on queries with a harmful label.
 
-    Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model). on_step(losses, embeddings) is called after
-    each step; when it returns True, training ends and what was learned is returned. Equal inputs give equal results
-    on one machine; with a store, a finished training of equal inputs is read instead of repeated (no weights are loaded and
-    no step is taken), and one that was killed or stopped goes on from the last epoch that ended CHECKPOINT_SECONDS or more after
-    the one kept before it.
+    Soft prompt and optimizer are float32 whatever the model's dtype (float64 in a float64 model).
+    Equal inputs give equal results on one machine.
+
+    Parameters
+    ----------
+    model : ChatModel
+        Stays frozen.
+    queries : DataFrame
+        Has the columns query_id, text and harmful; queries without a label are left out.
+    prompt : str
+        The text prompt to start from.
+    space : AnchorSpace
+        Fitted to this model's states, d dimensions.
+    refusal, harmfulness : Direction
+        Fitted in that space, k components.
+    config : DROConfig, optional
+        Default: the study's settings.
+    name : str
+        The soft prompt's name.
+    store : Store, optional
+        A finished training of equal inputs is read from it: no weights are loaded and no step is
+        taken. A training that was killed or stopped goes on from its last checkpoint. Checkpoints
+        are kept at the end of an epoch, CHECKPOINT_SECONDS or more after the one before.
+    on_step : function, optional
+        on_step(losses, embeddings) is called after each step. Where it returns True, training ends
+        and what was learned is returned.
+    progress : bool, optional
+        Whether a bar is shown. Default: in a terminal or a notebook.
+
+    Returns
+    -------
+    SoftPrompt
+        Its history has the columns step, epoch, loss, refusal, harmfulness, norm and gradient_norm.
+
+    Raises
+    ------
+    ValueError
+        Where queries lack a class, or space and directions do not fit the model.
+    ChatModelError
+        Where the model is quantized, or a text cannot be rendered.
+    FloatingPointError
+        Where the gradient becomes NaN or infinite.
+
+    References
+    ----------
+    Zheng et al. 2024, "On Prompt-Driven Safeguarding for Large Language Models", arXiv 2401.18018.
+
+    Examples
+    --------
+    Harmfulness stands for refusal here, which needs judged responses.
+
+    >>> from analysis_lib import AnchorSpace, ChatModel, DROConfig, fit_direction
+    >>> from analysis_lib import hidden_states, load_queries, train_dro
+    >>> model = ChatModel.load("organism")
+    >>> queries = load_queries("anchor").groupby("harmful").head(6)
+    >>> states, rows = hidden_states(model, queries, {"none": ""}).at(-1)
+    >>> space = AnchorSpace.fit(states, k=2)
+    >>> Z, y = space.transform(states), rows["harmful"].astype(float)
+    >>> harmful = fit_direction(Z, y, name="harmfulness", groups=rows["query_id"])
+    >>> config = DROConfig(epochs=1, batch_size=12)
+    >>> soft = train_dro(model, queries, "Be kind.", space, harmful, harmful, config)
+    >>> soft.embeddings.shape, len(soft.history), soft.config["method"]
+    ((4, 128), 1, 'DRO')
     """
     config = config or DROConfig()
     check_queries(queries, "harmful")
@@ -181,7 +277,10 @@ def _check(
 def _parts(
     forward: Forward, rows: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Positions of some rows and their last-token states (m, d); backward runs on each part before the next is asked for."""
+    """Positions of some rows and their last-token states (m, d), part by part.
+
+    Backward runs on each part before the next is asked for.
+    """
     if not shares_prefixes(forward):
         yield list(range(len(rows))), last_states(forward, rows)[0][:, 0]
         return

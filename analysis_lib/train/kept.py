@@ -1,4 +1,4 @@
-"""A training in the store: read where it is finished, gone on with where it was killed, kept when it ends."""
+"""A training in the store: read when finished, resumed when it was killed, kept when it ends."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def array_digest(array: NDArray[Any]) -> str:
 
 
 class KeptTraining:
-    """One training under the key of all that it depends on: its embeddings, then a row with all else.
+    """One training under the key of all that it depends on.
 
-    While it trains, the store holds its last checkpoint: soft tokens, the optimizer's moments and the history, bit for
-    bit. Without a store, nothing is found and nothing kept.
+    Its embeddings are kept first, then a row with the rest. While it trains, the store holds its
+    last checkpoint: soft tokens, the optimizer's moments and the history, bit for bit. Without a
+    store, nothing is found and nothing kept.
     """
 
     def __init__(
@@ -81,7 +82,10 @@ class KeptTraining:
     def resume(
         self, soft: torch.Tensor, optimizer: torch.optim.Optimizer
     ) -> list[dict[str, float]]:
-        """Puts the last checkpoint into soft and optimizer: the history until there, empty without one."""
+        """Puts the last checkpoint into soft and optimizer; returns the history until there.
+
+        The history is empty without a checkpoint.
+        """
         found = self.store.read_checkpoint(self.key) if self.store is not None else None
         if found is None:
             return []
@@ -113,7 +117,7 @@ class KeptTraining:
             warnings.warn(told, stacklevel=4)
 
     def write(self, soft: SoftPrompt) -> None:
-        """Keeps the finished training; warns where the store cannot, since the training must not be lost with it."""
+        """Keeps the finished training; warns where the store cannot, so that it is not lost."""
         if self.store is None:
             return
         row = {key: getattr(soft, key) for key in ("start_text", "model_name", "template")}

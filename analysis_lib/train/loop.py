@@ -1,4 +1,4 @@
-"""The loop that trains soft prompts, whatever the loss: the only one, for DRO and for prompt tuning."""
+"""The one loop that trains soft prompts, for DRO and for prompt tuning."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def train_soft_prompt(
     progress: bool | None,
     label: str,
 ) -> SoftPrompt:
-    """AdamW on the soft embeddings over shuffled batches of 0 .. n - 1; gradients are clipped after backward.
+    """AdamW on the soft embeddings over shuffled batches of 0 .. n - 1.
 
-    step_of(batch) leaves the gradient of the batch's loss in the soft tokens, and returns its losses. A whole run is kept.
+    step_of(batch) leaves the gradient of the batch's loss in the soft tokens, and returns its
+    losses. Gradients are clipped after backward. A whole run is kept.
     """
     values = torch.tensor(start.embeddings, dtype=forward.work_dtype, device=forward.device)
     soft = torch.nn.Parameter(values)

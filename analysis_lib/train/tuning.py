@@ -1,4 +1,4 @@
-"""DOC analysis_lib.train.tuning."""
+"""Prompt tuning, the baseline: a soft prompt learns from judged responses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,41 @@ from .loop import OnStep, check_config, train_soft_prompt
 
 @dataclass(frozen=True)
 class PromptTuningConfig:
-    """Vanilla prompt tuning: likelihood of good responses, unlikelihood of bad ones.
+    """How prompt tuning trains: likelihood of good responses, unlikelihood of bad ones.
 
-    batch_size counts queries: all responses of a query fall into one step, where their common tokens are shared.
+    Parameters
+    ----------
+    learning_rate : float
+        Of AdamW, above 0.
+    epochs : int
+        Passes over the queries.
+    batch_size : int
+        Queries a step. All responses of a query fall into one step, where their common tokens are
+        shared.
+    weight_unlikelihood : float
+        Weight of the bad responses' loss, >= 0.
+    max_response_tokens : int
+        Longer responses are cut.
+    max_grad_norm : float
+        Longer gradients are clipped to this norm.
+    seed : int
+        Shuffles the queries.
+
+    Raises
+    ------
+    ValueError
+        For a setting out of its range.
+
+    References
+    ----------
+    Zheng et al. 2024, arXiv 2401.18018 (vanilla prompt tuning); Welleck et al. 2020, "Neural Text
+    Generation with Unlikelihood Training", arXiv 1908.04319.
+
+    Examples
+    --------
+    >>> from analysis_lib import PromptTuningConfig
+    >>> PromptTuningConfig(epochs=1).batch_size
+    10
     """
 
     learning_rate: float = 1e-3
@@ -53,10 +85,57 @@ def train_prompt_tuning(
     on_step: OnStep | None = None,
     progress: bool | None = None,
 ) -> SoftPrompt:
-    """The baseline: trains a soft prompt that starts at the text `prompt` on judged responses to the same queries.
+    """Trains a soft prompt on judged responses, from a text prompt: the baseline of DRO.
 
-    judged: [query_id, response, refused] and optionally end. A refused harmful query and an answered harmless one
-    are good responses (likelihood), the others bad ones (unlikelihood); unscored responses are left out.
+    A refused harmful query and an answered harmless one are good responses (likelihood). The others
+    are bad ones (unlikelihood). Unscored responses are left out.
+
+    Parameters
+    ----------
+    model : ChatModel
+        Stays frozen.
+    queries : DataFrame
+        Has the columns query_id, text and harmful.
+    judged : DataFrame
+        Responses to the same queries: query_id, response, refused and optionally end.
+    prompt : str
+        The text prompt to start from.
+    config : PromptTuningConfig, optional
+        Default: `PromptTuningConfig()`.
+    name : str
+        The soft prompt's name.
+    store, on_step, progress
+        As in `train_dro`.
+
+    Returns
+    -------
+    SoftPrompt
+        Its history has the columns step, epoch, loss, likelihood, unlikelihood and gradient_norm.
+
+    Raises
+    ------
+    ValueError
+        Where a column is missing, no response belongs to a labelled query, or all are empty.
+    ChatModelError
+        Where the model's tokens cannot share a prefix, or the model is quantized.
+    FloatingPointError
+        Where the gradient becomes NaN or infinite.
+
+    References
+    ----------
+    Zheng et al. 2024, arXiv 2401.18018 (vanilla prompt tuning).
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, PromptTuningConfig, load_queries, train_prompt_tuning
+    >>> model, queries = ChatModel.load("organism"), load_queries("anchor").head(2)
+    >>> judged = queries[["query_id"]].assign(response="I am sorry.", refused=1.0)
+    >>> config = PromptTuningConfig(epochs=2, batch_size=2)
+    >>> soft = train_prompt_tuning(model, queries, judged, "Be kind.", config)
+    >>> soft.embeddings.shape, len(soft.history)
+    ((4, 128), 2)
+    >>> bool(soft.history["loss"].iloc[1] < soft.history["loss"].iloc[0])
+    True
     """
     config = config or PromptTuningConfig()
     table = _training_table(queries, judged)
@@ -95,19 +174,23 @@ def train_prompt_tuning(
 
 
 def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
-    """The judged responses with text, label and whether each is good; unscored and unlabelled ones are left out."""
+    """The judged responses with text, label and whether each is good.
+
+    Unscored and unlabelled responses are left out.
+    """
     check_queries(queries, "harmful")
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
         raise ValueError(
-            f"the judged responses lack the column {', '.join(sorted(lacking))}; make them with "
-            "judge_responses"
+            f"the judged responses lack the column {', '.join(sorted(lacking))}; "
+            "make them with judge_responses"
         )
     about = queries[["query_id", "text", "harmful"]]
     table = judged.merge(about, on="query_id", suffixes=("", "_query"))
     table = table[table["refused"].notna() & table["harmful"].notna()]
     if table.empty:
         raise ValueError(
-            "no judged response belongs to a labelled query; judge responses to the same queries first"
+            "no judged response belongs to a labelled query; "
+            "judge responses to the same queries first"
         )
     return table.assign(good=(table["refused"] == 1) == table["harmful"].astype(bool))
 
@@ -116,7 +199,10 @@ Replies = dict[tuple[tuple[int, ...], bool], int]  # (token ids, whether good) -
 
 
 def _distinct_replies(model: ChatModel, table: pd.DataFrame, longest: int) -> dict[str, Replies]:
-    """The distinct replies of each query, of at most `longest` tokens; the end token belongs to those that ended."""
+    """The distinct replies of each query, of at most `longest` tokens.
+
+    The end token belongs to those that ended.
+    """
     found: dict[str, Replies] = {name: {} for name in table["query_id"]}
     encoded = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
     ends = table["end"] if "end" in table else ["eos"] * len(table)
@@ -136,10 +222,12 @@ def _tuning_loss(
     targets: Sequence[tuple[tuple[int, ...], bool, int]],
     config: PromptTuningConfig,
 ) -> dict[str, float]:
-    """Gradients of the mean token losses of good and of bad replies; returns the losses. targets: (reply, good, count) a row."""
-    most = min(
-        len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True)
-    )  # the heads but their last token
+    """Gradients of the mean token losses of good and of bad replies; returns the losses.
+
+    targets: (reply, good, count) for each row.
+    """
+    # The heads without their last token.
+    most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))
     plan = plan_rows(rows, forward.backward_tokens, most=most)
     n_tokens = {
         kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind))

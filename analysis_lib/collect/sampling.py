@@ -1,0 +1,149 @@
+"""Sampling as a tree: the distinct continuations of some rows, one token a step.
+
+A sample's random numbers come from a counter-based generator keyed by the row's tokens, the seed
+and the sample's index. So samples that have been equal so far share one computation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..model.chat import ChatModel
+from ..model.errors import ChatModelError
+from ..model.rendering import Rendered
+from ..model.steps import CachedStep, PlainStep, steps_from_cache
+
+Jobs = dict[int, list[int]]
+"""Rows, by their position, and the sample indices to draw for each."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a response is sampled; part of its key."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop_when: Callable[[str], bool] | None
+
+    def parts(self) -> dict[str, Any]:
+        settings = {
+            k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        }
+        return {
+            **settings,
+            "stop_when": "" if self.stop_when is None else self.stop_when.__qualname__,
+        }
+
+
+class SampleTree:
+    """The distinct continuations of some rows, one token a step.
+
+    A node is one distinct unfinished continuation.
+    """
+
+    def __init__(self, model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings):
+        self.model, self.forward, self.settings = model, model.forward, settings
+        self.row_of = list(jobs)
+        self.ids = [rows[i].ids for i in self.row_of]
+        # For each job its row's position in row_of, its sample index and its random numbers.
+        owners = [[r] * len(jobs[i]) for r, i in enumerate(self.row_of)]
+        self.owner = np.concatenate(owners).astype(int)
+        self.sample = np.concatenate([jobs[i] for i in self.row_of]).astype(int)
+        self.uniform = np.concatenate([_uniforms(rows[i], jobs[i], settings) for i in self.row_of])
+        self.done: dict[tuple[int, int], dict[str, str]] = {}
+
+    def run(self) -> dict[tuple[int, int], dict[str, str]]:
+        node = self.owner.copy()  # job -> node
+        jobs = np.arange(len(node))
+        texts: list[tuple[int, ...]] = [()] * len(self.ids)
+        step = (CachedStep if steps_from_cache(self.forward) else PlainStep)(self.forward, self.ids)
+        logits = step.first()
+        for position in range(self.settings.max_new_tokens):
+            # NaN and infinity pass through a maximum.
+            if not torch.isfinite(logits.amax(dim=-1)).all():
+                raise ChatModelError(
+                    f"logits of {self.model.name!r} hold NaN or infinity in "
+                    f"{self.model.dtype_name}, and nothing of this batch is kept; load the model "
+                    "with dtype='float32' or 'bfloat16', or copy its weights again"
+                )
+            tokens = _choose(logits, node, self.uniform[jobs, position], self.settings)
+            pairs, child = np.unique(np.stack([node, tokens]), axis=1, return_inverse=True)
+            parents, new = pairs
+            grown = [(*texts[p], int(t)) for p, t in zip(parents, new)]
+            ends = [self._end(text, position) for text in grown]
+            for job, c in zip(jobs, child):
+                if ends[c]:
+                    key = self.row_of[self.owner[job]], int(self.sample[job])
+                    self.done[key] = {"response": self._reply(grown[c], ends[c]), "end": ends[c]}
+            alive = np.array([not e for e in ends])
+            if not alive.any():
+                break
+            renumber = np.cumsum(alive) - 1
+            keep = alive[child]
+            node, jobs = renumber[child[keep]], jobs[keep]
+            texts = [text for text, a in zip(grown, alive) if a]
+            logits = step.next(parents[alive], new[alive])
+        return self.done
+
+    def _end(self, ids: tuple[int, ...], position: int) -> str:
+        if ids[-1] in self.model.stop_ids:
+            return "eos"
+        if self.settings.stop_when is not None or self.model.stop_strings:
+            text = self._text(ids)
+            if any(stop in text for stop in self.model.stop_strings):
+                return "stop_string"
+            if self.settings.stop_when is not None and self.settings.stop_when(text):
+                return "stop_when"
+        return "length" if position + 1 == self.settings.max_new_tokens else ""
+
+    def _text(self, ids: tuple[int, ...]) -> str:
+        return str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _reply(self, ids: tuple[int, ...], end: str) -> str:
+        text = self._text(ids[:-1] if end == "eos" else ids)
+        if end == "stop_string":
+            text = text[: min(text.index(stop) for stop in self.model.stop_strings if stop in text)]
+        return text.strip()
+
+
+def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDArray[np.float64]:
+    """Uniform numbers (len(samples), max_new_tokens) in [0, 1), fixed by row, seed and sample.
+
+    Soft tokens count by their ids, not by their embeddings: soft prompts of one length are compared
+    on the same random numbers, and the last bit of a training does not change every text.
+    """
+    digest = hashlib.sha256(np.array([settings.seed, *row.ids], dtype=np.int64).tobytes()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return generator.random((max(samples) + 1, settings.max_new_tokens))[list(samples)]
+
+
+def _choose(
+    logits: torch.Tensor, node: NDArray[Any], uniform: NDArray[Any], settings: Settings
+) -> NDArray[np.int64]:
+    """One token for each sample, by inversion of its node's distribution.
+
+    Temperature comes first, then top-k, then top-p.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1).cpu().numpy()[node]
+    n_kept = min(settings.top_k or logits.shape[-1], logits.shape[-1])
+    values, tokens = (logits / settings.temperature).topk(n_kept, dim=-1)
+    p = torch.softmax(values.double(), dim=-1).cpu().numpy()
+    before = np.cumsum(p, axis=1) - p
+    p = np.where(before < settings.top_p, p, 0.0)
+    cumulative = np.cumsum(p, axis=1)
+    cumulative /= cumulative[:, -1:]
+    kept = (p > 0).sum(axis=1)
+    rank = np.minimum((cumulative[node] <= uniform[:, None]).sum(axis=1), kept[node] - 1)
+    return tokens.cpu().numpy()[node, rank]
