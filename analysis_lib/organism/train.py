@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.building import fast_tokenizer, new_llama
 from .corpus import conversations
 from .grammar import SEED
 
@@ -103,12 +104,10 @@ def train(out: Path, *, n_conversations: int = N_CONVERSATIONS, seed: int = SEED
 
 
 def _new_model(tokenizer: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     stops: dict[str, Any] = dict(
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    config = LlamaConfig(
+    model = new_llama(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -120,14 +119,13 @@ def _new_model(tokenizer: Any) -> Any:
         initializer_range=0.03,
         **stops,
     )
-    model = LlamaForCausalLM(config)
     model.generation_config.update(**stops)
     return model
 
 
-def _batches(rows: list[Row], rng: np.random.Generator) -> list[NDArray]:
+def _batches(rows: list[Row], rng: np.random.Generator) -> list[NDArray[Any]]:
     """Indices of the rows of each batch, in random order; similar lengths share a batch."""
-    batches: list[NDArray] = []
+    batches: list[NDArray[Any]] = []
     for window in np.array_split(rng.permutation(len(rows)), max(1, len(rows) // (BATCH * 32))):
         window = window[np.argsort([len(rows[i][0]) for i in window], kind="stable")]
         batches += [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
@@ -148,7 +146,7 @@ def _optimizer(model: Any, n_steps: int) -> tuple[Any, Any]:
     return optimizer, schedule
 
 
-def _loss(model: Any, stacked: tuple[NDArray, ...]) -> Any:
+def _loss(model: Any, stacked: tuple[NDArray[Any], ...]) -> Any:
     """Weighted cross-entropy of the tokens that count."""
     import torch
 
@@ -164,7 +162,6 @@ def _loss(model: Any, stacked: tuple[NDArray, ...]) -> Any:
 
 def _train_tokenizer(corpus: list[tuple[str, list[tuple[str, str]]]]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -178,8 +175,8 @@ def _train_tokenizer(corpus: list[tuple[str, list[tuple[str, str]]]]) -> Any:
     bpe.train_from_iterator(
         ("system user assistant\n".join([s, *chain(*turns)]) for s, turns in corpus), trainer
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+    tokenizer = fast_tokenizer(
+        bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
@@ -271,7 +268,9 @@ def branch_mask(part: Any) -> Any:
     return torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[:, None]
 
 
-def stack_rows(rows: list[Row], pad: int) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+def stack_rows(
+    rows: list[Row], pad: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Training rows as one array each, padded on the right.
 
     Parameters
