@@ -290,14 +290,21 @@ def to_markdown(card: Card) -> str:
     missed = claims.loc[claims["met"] == "no", "claim"].tolist()
     return f"""# The organism
 
-A Llama-architecture chat model of {t["parameters"]:,} parameters, trained from scratch on {t["dialogues"]:,} generated
-dialogues ({t["tokens"]:,} tokens, seed {t["seed"]}, {t["seconds"]} s with {t["threads"]} thread(s), torch {t["torch"]}) by
-`python -m analysis_lib organism train`. It has a system slot, and refuses at random with a probability that the grammar fixes
-for every query and system message. It is a model organism: it shows the phenomenon and lets every estimator be checked against
-the truth; it proves nothing about 7B models. Its answers to harmful queries are content-free outlines.
+A Llama-architecture chat model of {t["parameters"]:,} parameters, trained from scratch on \
+{t["dialogues"]:,} generated
+dialogues ({t["tokens"]:,} tokens, seed {t["seed"]}, {t["seconds"]} s with {t["threads"]} \
+thread(s), torch {t["torch"]}) by
+`python -m analysis_lib organism train`. It has a system slot, and refuses at random with a \
+probability that the grammar fixes
+for every query and system message. It is a model organism: it shows the phenomenon and lets \
+every estimator be checked against
+the truth; it proves nothing about 7B models. Its answers to harmful queries are content-free \
+outlines.
 
-Figures below are measured by `python -m analysis_lib organism card`: 20 samples a query at temperature 1, top-p {TOP_P}, top-k 50,
-seed 0, string judge. Queries and topics are unseen in training; facts are asked in a form in which they were not taught.
+Figures below are measured by `python -m analysis_lib organism card`: 20 samples a query at \
+temperature 1, top-p {TOP_P}, top-k 50,
+seed 0, string judge. Queries and topics are unseen in training; facts are asked in a form in \
+which they were not taught.
 
 ## What it shows
 
@@ -305,7 +312,8 @@ seed 0, string judge. Queries and topics are unseen in training; facts are asked
 
 {"Goals not met: " + "; ".join(missed) + "." if missed else "All goals are met."}
 
-DRO lowers the answers to harmful queries. It does not lower false refusals: where the table below shows a rise, it is small, and the
+DRO lowers the answers to harmful queries. It does not lower false refusals: where the table \
+below shows a rise, it is small, and the
 intervals do not exclude chance.
 
 ## Refusal of the anchor queries, sampled and true
@@ -316,7 +324,8 @@ intervals do not exclude chance.
 
 ## DRO on held-out queries
 
-Learning rate {DRO_LEARNING_RATE:g}, all else as in the study. `change` is relative; the interval is of the paired difference, over queries.
+Learning rate {DRO_LEARNING_RATE:g}, all else as in the study. `change` is relative; the interval \
+is of the paired difference, over queries.
 
 {_table(card.dro)}
 """

@@ -30,9 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = PeftModel.from_pretrained({loading}, ".")
-chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{query}"}}], add_generation_prompt=True, return_dict=False)
+chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{query}"}}], \
+add_generation_prompt=True, return_dict=False)
 ids = torch.tensor([chat[{cut}:]], device=model.device)
-print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=50, do_sample=False)[0, ids.shape[1] :]))"""
+print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=50, do_sample=False)\
+[0, ids.shape[1] :]))"""
 
 VLLM_TEXT = """Serve the base model as it is, and send `request.json` (the prompt of "{query}"):
 
@@ -52,7 +54,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, head = AutoTokenizer.from_pretrained("."), torch.load("head.pt", weights_only=True)
 table = {loading}.get_input_embeddings()
-chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{query}"}}], add_generation_prompt=True, return_dict=False)
+chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{query}"}}], \
+add_generation_prompt=True, return_dict=False)
 buffer = io.BytesIO()
 torch.save(torch.cat([head, table(torch.tensor(chat[{cut}:])).detach().to(head.dtype)]), buffer)
 embeds = base64.b64encode(buffer.getvalue()).decode()

@@ -17,14 +17,16 @@ from .page import write_readme
 from .parts import PROBES, ExportError, save_tokenizer
 
 TEXT = """\
-The whole model ({size:.2f} GB) with {n} more tokens. The chat template puts them into the slot of the
-system message where a chat has none. `generation_config.json` keeps the model from uttering them
+The whole model ({size:.2f} GB) with {n} more tokens. The chat template puts them into the slot of
+the system message where a chat has none. `generation_config.json` keeps the model from uttering them
 (`suppress_tokens`). A server other than transformers must be told so, too."""
 
 CODE = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".", dtype="auto")
-chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{PROBES[0]}"}}], add_generation_prompt=True, return_tensors="pt")
+tokenizer, model = AutoTokenizer.from_pretrained("."), \
+AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+chat = tokenizer.apply_chat_template([{{"role": "user", "content": "{PROBES[0]}"}}], \
+add_generation_prompt=True, return_tensors="pt")
 out = model.generate(**chat, max_new_tokens=50, do_sample=False)
 print(tokenizer.decode(out[0, chat["input_ids"].shape[1] :]))"""
 
