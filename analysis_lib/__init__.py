@@ -22,6 +22,7 @@ _ROOMS = {
     "analysis.metrics": ["Metric"],
     "analysis.published": ["load_published"],
     "analysis.space": ["AnchorSpace", "cosines", "mean_shifts"],
+    "analysis.study": ["Study"],
     "collect.responses": ["sample_responses"],
     "collect.states": ["HiddenStates", "hidden_states"],
     "data.prompts": ["load_safety_prompts"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import nbformat
 import numpy as np
 from IPython.core.formatters import DisplayFormatter
 
-from analysis_lib import AnchorSpace, ChatModel, figures, fit_direction
+from analysis_lib import ChatModel, HiddenStates, Study, figures, fit_direction
 from analysis_lib.report.html import write_report
 from analysis_lib.report.run_notebooks import clean
 from analysis_lib.widgets import dro_console, explore, inspect_directions, probe
 
-from .samples import both, drawn, names_of, points_of, queries_of, states_of
+from .samples import both, drawn, names_of, points_of, queries_of
 from .texts import Surface, storable
 
 
@@ -77,10 +78,17 @@ def rendered(widget: Any) -> Iterator[str]:
         yield from rendered(inner)
 
 
+def study_of(texts: Sequence[str], d: int = 8, **known: Any) -> Study:
+    """A study of the texts, with drawn states of d dimensions and the rates of the points."""
+    points, names = points_of(texts), names_of(texts)
+    states = np.random.default_rng(0).standard_normal((len(points), 1, d)).astype(np.float32)
+    prompts = {name: "" if name == "none" else "Be careful." for name in names}
+    known |= {"states": HiddenStates(states, points, (-1,)), "rates": points}
+    return Study(ChatModel.load("organism"), queries_of(texts), prompts, known=known)
+
+
 def explorer(texts: Sequence[str]) -> Iterator[str]:
-    points, queries = points_of(texts := storable(texts)), queries_of(texts)
-    rows, states = points[["query_id", "prompt"]], states_of(len(points))
-    made = explore(states, rows, queries, layers=(-1,), rates=points, note=texts[0])
+    made = explore(study_of(texts := storable(texts)), note=texts[0])
     for text in texts:
         made.query.value = text
         yield made.detail.value + made.message.value
@@ -88,26 +96,21 @@ def explorer(texts: Sequence[str]) -> Iterator[str]:
 
 
 def inspector(texts: Sequence[str]) -> Iterator[str]:
-    points, queries = points_of(texts := storable(texts)), queries_of(texts)
-    rows, states = points[["query_id", "prompt"]], states_of(len(points))
-    made = inspect_directions(states, rows, queries, points, layers=(-1,), note=texts[0])
+    made = inspect_directions(study_of(texts := storable(texts)), note=texts[0])
     yield from rendered(made.view)
 
 
-def with_a_model(texts: Sequence[str]) -> tuple[list[Any], dict[str, str]]:
-    """A model, states and rows of the texts, their space and direction; prompts named by them."""
-    model, rows = ChatModel.load("organism"), points_of(texts)
-    states = np.random.default_rng(0).standard_normal((len(rows), model.hidden_size))
-    space = AnchorSpace.fit(states)
-    Z, labels = space.transform(states), {"name": "refusal", "groups": rows["query_id"]}
-    refusal = fit_direction(Z, rows["refusal_rate"], **labels)
-    prompts = {name: "" if name == "none" else "Be careful." for name in names_of(texts)}
-    return [model, states, rows, space, refusal], prompts
+def with_a_model(texts: Sequence[str]) -> Study:
+    """A study of the texts with states of the model's size, and one direction for both."""
+    study = study_of(texts, ChatModel.load("organism").hidden_size)
+    Z, labels = study.coordinates, {"name": "refusal", "groups": study.states.rows["query_id"]}
+    refusal = fit_direction(Z, study.states.rows["refusal_rate"], **labels)
+    known = {"states": study.states, "rates": study.rates}
+    return replace(study, known=known | {"refusal": refusal, "harmfulness": refusal})
 
 
 def probing(texts: Sequence[str]) -> Iterator[str]:
-    (model, states, rows, space, refusal), prompts = with_a_model(texts := storable(texts))
-    made = probe(model, states, rows, prompts, space, refusal, note=texts[0])
+    made = probe(with_a_model(texts := storable(texts)), note=texts[0])
     for text in texts:
         # A longer one does not fit the model's context, which is told
         made.query.value = made.prompt.value = text[:400]
@@ -116,19 +119,8 @@ def probing(texts: Sequence[str]) -> Iterator[str]:
 
 
 def console(texts: Sequence[str]) -> Iterator[str]:
-    (model, states, rows, space, refusal), prompts = with_a_model(texts := storable(texts))
-    made = dro_console(
-        model,
-        queries_of(texts),
-        prompts,
-        states,
-        rows,
-        space,
-        refusal,
-        refusal,
-        start=texts[0],
-        note=texts[0],
-    )
+    study = with_a_model(texts := storable(texts))
+    made = dro_console(study, start=texts[0], note=texts[0])
     yield made.detail.value + made.status.value
     yield from rendered(made.view)
 

@@ -14,9 +14,19 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from analysis_lib import ChatModel, Store, figures
+from analysis_lib import (
+    ChatModel,
+    HiddenStates,
+    Store,
+    Study,
+    figures,
+    hidden_states,
+    load_queries,
+    load_safety_prompts,
+)
 from analysis_lib.analysis.directions import Direction, fit_direction
 from analysis_lib.analysis.space import AnchorSpace
+from analysis_lib.analysis.study import MEASURED
 from analysis_lib.model.soft_prompt import SoftPrompt
 from analysis_lib.store.batches import StoreError
 from analysis_lib.train.dro import DROConfig, train_dro
@@ -48,6 +58,18 @@ def make_data(mark="", n=8, prompts=PROMPTS):
     return SimpleNamespace(states=states, rows=rows, queries=queries, rates=rates)
 
 
+@cache
+def embedded():
+    return ChatModel.load("organism")
+
+
+def study_of(data, layers=LAYERS):
+    """A study whose states and rates are those of the data; its model is never asked."""
+    prompts = dict.fromkeys(data.rows["prompt"], "") if "prompt" in data.rows else {"none": ""}
+    known = {"states": HiddenStates(data.states, data.rows, layers), "rates": data.rates}
+    return Study(embedded(), data.queries, prompts, known=known)
+
+
 def directions(Z, rows):
     scores = {"bce": 0.41239, "accuracy": 0.875}
     return [Direction("refusal", np.array([1.0, -0.5, 0.2, 0.1]), 0.3, scores)]
@@ -55,13 +77,8 @@ def directions(Z, rows):
 
 def make_explorer(mark="", **kwargs):
     data = make_data(mark)
-    kwargs = {
-        "layers": LAYERS,
-        "rates": data.rates,
-        "directions": directions,
-        "base": f"none{mark}",
-    } | kwargs
-    return explore(data.states, data.rows, data.queries, **kwargs), data
+    kwargs = {"directions": directions, "base": f"none{mark}"} | kwargs
+    return explore(study_of(data), **kwargs), data
 
 
 def plain(fig):
@@ -214,7 +231,8 @@ def test_a_click_shows_the_query_its_rates_and_its_movement():
 def test_clicks_fit_when_a_group_is_empty():
     data = make_data()
     rows = data.rows[~((data.rows["prompt"] == "none") & (data.rows["query_id"] < "q08"))]
-    explorer = explore(data.states[rows.index], rows, data.queries, layers=LAYERS)
+    data.states, data.rows = data.states[rows.index], rows
+    explorer = explore(study_of(data), rates=False)
     click(explorer, "harmless, default", 5)
     assert explorer.query.value == "q05"
     assert (
@@ -226,7 +244,7 @@ def test_clicks_fit_when_a_group_is_empty():
 
 def test_colours_offered_are_those_known():
     data = make_data(prompts=("default", "short"))
-    bare = explore(data.states, data.rows, data.queries, layers=LAYERS)
+    bare = explore(study_of(data), rates=False)
     assert [label for label, _ in bare.color.options] == ["prompt", "harmfulness"]
     full, _ = make_explorer()
     assert [label for label, _ in full.color.options] == list(
@@ -310,10 +328,8 @@ def mirrored_layers():
 
 def test_no_component_turns_round_between_layers():
     data, Z = mirrored_layers()
-    explorer = explore(data.states, data.rows, data.queries, layers=LAYERS, rates=data.rates)
-    inspector = inspect_directions(
-        data.states, data.rows, data.queries, data.rates, layers=LAYERS, most_components=4
-    )
+    explorer = explore(study_of(data))
+    inspector = inspect_directions(study_of(data), most_components=4)
     for w in (explorer, inspector):
         before = [np.array(trace.x) for trace in w.figure.data[:6]]
         w.layer.value = 2
@@ -328,9 +344,7 @@ def test_the_inspectors_signs_do_not_depend_on_an_earlier_runs_choice(monkeypatc
     monkeypatch.setattr(panel, "_cell", lambda: "cell-1")
     data, Z = mirrored_layers()
     for _ in range(2):
-        inspector = inspect_directions(
-            data.states, data.rows, data.queries, data.rates, layers=LAYERS
-        )
+        inspector = inspect_directions(study_of(data))
         inspector.layer.value = 2
         np.testing.assert_allclose(inspector._layer()[1][:, :4], Z, atol=1e-4)
 
@@ -343,15 +357,7 @@ def test_layers_are_computed_once():
         return AnchorSpace.fit(states)
 
     data = make_data()
-    explorer = explore(
-        data.states,
-        data.rows,
-        data.queries,
-        layers=LAYERS,
-        rates=data.rates,
-        spaces=fit,
-        directions=directions,
-    )
+    explorer = explore(study_of(data), spaces=fit, directions=directions)
     for layer in (0, 2, -1, 0, 2):
         explorer.layer.value = layer
     assert len(calls) == 3 and explorer.message.value == ""
@@ -360,9 +366,8 @@ def test_layers_are_computed_once():
 def test_hidden_states_bring_their_layers():
     data = make_data()
     captured = SimpleNamespace(states=data.states, rows=data.rows, layers=LAYERS)
-    assert explore(captured, captured.rows, data.queries).table.equals(
-        explore(data.states, data.rows, data.queries, layers=LAYERS).table
-    )
+    other = Study(embedded(), data.queries, {"none": ""}, known={"states": captured})
+    assert explore(other, rates=False).table.equals(explore(study_of(data), rates=False).table)
 
 
 def test_display_adds_the_figure_only_while_outputs_are_stored(monkeypatch):
@@ -394,12 +399,11 @@ def test_display_adds_the_figure_only_while_outputs_are_stored(monkeypatch):
 )
 def test_tables_that_do_not_fit_are_refused(change, message):
     data = make_data()
-    call = dict(
-        states=data.states, rows=data.rows, queries=data.queries, rates=data.rates, layers=LAYERS
-    )
+    call = vars(data) | {"layers": LAYERS}
     change(call)
+    layers = call.pop("layers")
     with pytest.raises(ValueError, match=message):
-        explore(call.pop("states"), call.pop("rows"), call.pop("queries"), **call)
+        explore(study_of(SimpleNamespace(**call), layers))
 
 
 def test_classes_of_the_rows_are_those_of_the_figures():
@@ -414,14 +418,9 @@ def test_classes_of_the_rows_are_those_of_the_figures():
 
 def test_models_are_chosen_with_their_own_layers_and_rates():
     a, b = make_data(), make_data()
-    captured = {
-        "model a": SimpleNamespace(states=a.states, rows=a.rows, layers=LAYERS),
-        "model b": SimpleNamespace(states=b.states[:, :2] * 3, rows=b.rows, layers=(-1, 5)),
-    }
-    rates = pd.concat(
-        [a.rates.assign(model="model a"), b.rates.assign(model="model b", refusal_rate=1.0)]
-    )
-    explorer = explore(captured, None, a.queries, rates=rates)
+    b.states, b.rates = b.states[:, :2] * 3, b.rates.assign(refusal_rate=1.0)
+    studies = {"model a": study_of(a), "model b": study_of(b, (-1, 5))}
+    explorer = explore(studies)
     explorer.layer.value = 2
     explorer.model.value = "model b"
     assert (
@@ -431,15 +430,16 @@ def test_models_are_chosen_with_their_own_layers_and_rates():
     assert [value for _, value in explorer.layer.options] == [5, -1]
     assert set(explorer.table["refusal_rate"]) == {1.0}
     np.testing.assert_allclose(
-        explorer.figure.data[0].x, points_of(b.states[:, 0] * 3, b.rows, "none")[:8], atol=1e-4
+        explorer.figure.data[0].x, points_of(b.states[:, 0], b.rows, "none")[:8], atol=1e-4
     )
     explorer.model.value = "model a"
     assert explorer.layer.value == -1 and explorer.table["refusal_rate"].max() < 1
-    with pytest.raises(ValueError, match="rates of several models need a column 'model'"):
-        explore(captured, None, a.queries, rates=a.rates)
-    captured["model b"].rows = b.rows.iloc[::-1]
+    b.rates = b.rates.assign(n_judged=20)
+    with pytest.raises(ValueError, match="'model a' and 'model b' do not both have"):
+        explore({"model a": study_of(a), "model b": study_of(b, (-1, 5))})
+    b.rows = b.rows.iloc[::-1]
     with pytest.raises(ValueError, match="the rows of 'model b' are others"):
-        explore(captured, None, a.queries)
+        explore({"model a": study_of(a), "model b": study_of(b, (-1, 5))})
 
 
 def points_of(states, rows, prompt):
@@ -454,10 +454,8 @@ def test_smoothing_shrinks_rates_and_reaches_the_directions():
         return directions(Z, rows)
 
     data = make_data()
-    rates = data.rates.assign(n_judged=20)
-    explorer = explore(
-        data.states, data.rows, data.queries, layers=LAYERS, rates=rates, directions=fitted
-    )
+    rates = data.rates = data.rates.assign(n_judged=20)
+    explorer = explore(study_of(data), directions=fitted)
     explorer.color.value = "refusal_rate"
     plain_colors = np.array(explorer.figure.data[0].marker.color)
     explorer.smoothing.value = 2
@@ -522,13 +520,9 @@ def test_another_run_of_a_cell_keeps_what_was_chosen(monkeypatch):
     assert make_explorer()[0].layer.value == -1
     running[0] = "cell-1"
     data = make_data()
-    fewer = explore(
-        data.states[:, :1],
-        data.rows,
-        data.queries,
-        layers=(-1,),
-        spaces=lambda s: AnchorSpace.fit(s, k=2),
-    )
+    data.states = data.states[:, :1]
+    spaces = {"spaces": lambda states: AnchorSpace.fit(states, k=2)}
+    fewer = explore(study_of(data, (-1,)), rates=False, **spaces)
     assert (
         fewer.layer.value == -1 and fewer.components.value == (1, 2) and fewer.query.value == "q03"
     )
@@ -543,9 +537,7 @@ def make_inspector(mark="", **kwargs):
     data.rates["refusal_rate"] = np.clip(
         data.states[:, 0, 0] / 6 + 0.2 * rng.normal(size=len(data.rates)), 0, 1
     ).round(2)
-    return inspect_directions(
-        data.states, data.rows, data.queries, data.rates, layers=LAYERS, **kwargs
-    ), data
+    return inspect_directions(study_of(data), **kwargs), data
 
 
 def test_the_inspector_scores_as_fit_direction_does():
@@ -633,7 +625,7 @@ def test_every_control_of_the_inspector_redraws_and_errors_are_shown():
             name
         )
     data.queries["harmful"] = True
-    one_class = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS)
+    one_class = inspect_directions(study_of(data))
     one_class.estimator.value = "logistic on harmfulness"
     assert (
         "FitError" in one_class.message.value and "no direction exists" in one_class.message.value
@@ -646,7 +638,7 @@ def test_queries_without_label_or_rate_are_left_out_of_a_fit():
     _, data = make_inspector()
     data.queries.loc[3, "harmful"] = pd.NA
     data.rates.loc[:2, "refusal_rate"] = np.nan
-    inspector = inspect_directions(data.states, data.rows, data.queries, data.rates, layers=LAYERS)
+    inspector = inspect_directions(study_of(data))
     inspector.estimator.value = "logistic on harmfulness"
     assert inspector.message.value == "" and np.isfinite(inspector.direction.weight).all()
 
@@ -664,42 +656,26 @@ def test_the_inspector_escapes():
 
 @cache
 def organism():
-    """The model, 12 queries of each class under two prompts, their states, and a space with two directions."""
-    from analysis_lib import ChatModel, hidden_states, load_queries, load_safety_prompts
-
-    model = ChatModel.load("organism")
+    """12 queries of each class under two prompts; both directions are fitted to the labels."""
     queries = load_queries("anchor").groupby("harmful", sort=False).head(12)
-    prompts = {
-        name: text for name, text in load_safety_prompts().items() if name in ("none", "short")
-    }
-    states, rows = hidden_states(model, queries, prompts).at(-1)
-    space = AnchorSpace.fit(states, k=3)
-    Z, y = space.transform(states), rows["harmful"].astype(float)
-    refusal, harmfulness = (
-        fit_direction(Z, y, name=name, groups=rows["query_id"])
-        for name in ("refusal", "harmfulness")
-    )
-    return SimpleNamespace(
-        model=model,
-        queries=queries,
-        prompts=prompts,
-        states=states,
-        rows=rows,
-        space=space,
-        refusal=refusal,
-        harmfulness=harmfulness,
-    )
+    prompts = {name: load_safety_prompts()[name] for name in ("none", "short")}
+    study = Study(embedded(), queries, prompts, k=3)
+    return measured(study, known={"refusal": replace(study.harmfulness, name="refusal")})
+
+
+def measured(study, known=None, **settings):
+    """The study with other settings, and what it has measured so far, save for what is given as known."""
+    kept = {name: value for name, value in vars(study).items() if name in MEASURED}
+    return replace(study, **settings, known=kept | (known or {}))
 
 
 def make_probe(**kwargs):
     o = organism()
-    model, prompts = kwargs.pop("model", o.model), kwargs.pop("prompts", o.prompts)
-    return probe(model, o.states, o.rows, prompts, o.space, o.refusal, **kwargs), o
+    settings = {name: kwargs.pop(name) for name in ("model", "store") if name in kwargs}
+    return probe(measured(o, **settings), **kwargs), o
 
 
 def test_a_typed_query_appears_where_the_model_puts_it():
-    from analysis_lib import hidden_states
-
     w, o = make_probe()
     assert (
         w.table.empty
@@ -841,11 +817,15 @@ def test_the_probe_says_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         make_probe(**change)
     o = organism()
+    states, rows = o.states.at(-1)
+    fewer = SimpleNamespace(at=lambda layer: (states[:3], rows))
     with pytest.raises(ValueError, match=r"states of shape \(3, 128\) for 48 rows"):
-        probe(o.model, o.states[:3], o.rows, o.prompts, o.space, o.refusal)
+        probe(measured(o, known={"states": fewer}))
     short = replace(o.refusal, weight=o.refusal.weight[:2])
     with pytest.raises(ValueError, match="do not lie in the space of 3 components"):
-        probe(o.model, o.states, o.rows, o.prompts, o.space, short)
+        probe(measured(o, known={"refusal": short}))
+    with pytest.raises(ValueError, match="space lies in layer 2, .* put -1 among"):
+        probe(replace(o, layers=(1, 2)))
 
 
 QUICK = DROConfig(learning_rate=1e-3, batch_size=12)
@@ -853,10 +833,9 @@ QUICK = DROConfig(learning_rate=1e-3, batch_size=12)
 
 def make_console(tmp_path, **kwargs):
     o = organism()
+    study = measured(o, store=kwargs.pop("store", None))
     kwargs = dict(config=QUICK, start="short", out=tmp_path, n_shown=4) | kwargs
-    return dro_console(
-        o.model, o.queries, o.prompts, o.states, o.rows, o.space, o.refusal, o.harmfulness, **kwargs
-    ), o
+    return dro_console(study, **kwargs), o
 
 
 def test_the_console_trains_as_train_dro_does(tmp_path, monkeypatch):
@@ -1005,18 +984,7 @@ def test_the_console_says_what_does_not_fit(tmp_path):
         make_console(tmp_path, start="default")
     o = organism()
     with pytest.raises(ValueError, match=r"no states under \['more'\]"):
-        dro_console(
-            o.model,
-            o.queries,
-            {"more": "x"},
-            o.states,
-            o.rows,
-            o.space,
-            o.refusal,
-            o.harmfulness,
-            start="more",
-            out=tmp_path,
-        )
+        dro_console(measured(o, prompts={"more": "x"}), start="more", out=tmp_path)
 
 
 def test_controls_are_labelled_and_the_boxes_can_be_found(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .by_model import plot_by_model
 from .calibration import plot_calibration, plot_truth
 from .coordinates import points_table
+from .decimals import fixed
 from .labels import class_names, label, text
 from .plane import plot_dro, plot_grid, plot_groups
 from .rates import plot_rates, plot_separation, plot_shifts
@@ -19,6 +20,7 @@ __all__ = [
     "PROMPT_COLORS",
     "class_names",
     "finish",
+    "fixed",
     "label",
     "plot_benchmark",
     "plot_by_model",

@@ -5,23 +5,23 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from plotly.subplots import make_subplots
 
 from .. import figures
-from ..analysis.directions import Direction
-from ..analysis.space import AnchorSpace
 from .panel import Panel, check_space, control, html, kept
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
+
+if TYPE_CHECKING:
+    from ..analysis.study import Study
 
 PAUSE = 0.5  # seconds between two redraws while training
 LOSSES = {
@@ -34,18 +34,23 @@ TRAINED = "trained"
 
 
 class Console(Panel):
-    """Trains a soft prompt on `queries` from one of the text `prompts`, as `train_dro` does, in a thread.
+    """Trains a soft prompt from one of a study's text prompts, as `train_dro` does, in a thread.
 
-    states (m, d) of layer -1 and their rows (query_id, prompt, harmful), under `base` and every prompt that training can
-    start at; space, refusal, harmfulness fitted to that layer. config: the DROConfig whose values the controls show at
-    first. n_shown: queries of each class whose points are followed. store: a training of whole epochs that ran to its end is
-    kept, and read instead of repeated. out: where `.save` puts soft_prompts/NAME.safetensors
-    and `.export` the folder exports/NAME. Raises ValueError where these do not fit together.
+    The study has states of layer -1 under `base` and under every prompt that a training can start
+    at. Its queries, space and directions are those that are trained on. config: the DROConfig whose
+    values the controls show at first. start: the prompt chosen at first, by default the study's
+    `.start`. n_shown: queries of each class whose points are followed. out: where `.save` puts
+    soft_prompts/NAME.safetensors and `.export` the folder exports/NAME. note: a caption, by default
+    the study's. A training of whole epochs that ran to its end is kept in the study's store, and
+    read instead of repeated.
 
-    Controls `.start_prompt`, `.learning_rate`, `.steps`, `.weight_refusal`, `.weight_harmfulness`, `.weight_norm`, `.name`;
-    buttons `.start`, `.stop` (keeps what was learned), `.save` and `.export`; `.wait()` returns at the end of the training.
-    `.soft_prompt` is the last one trained (None before); `.table` the mean logits of the followed queries. Another cell that
-    captures or samples with the same model meanwhile gets its turn between two steps.
+    Controls `.start_prompt`, `.learning_rate`, `.steps`, `.weight_refusal`, `.weight_harmfulness`,
+    `.weight_norm`, `.name`; buttons `.start`, `.stop` (keeps what was learned), `.save` and
+    `.export`; `.wait()` returns at the end of the training. `.soft_prompt` is the last one trained
+    (None before); `.table` the mean logits of the followed queries. Another cell that captures or
+    samples with the same model meanwhile gets its turn between two steps.
+
+    Raises ValueError where the study's states, space, directions and prompts do not fit together.
     """
 
     _kind = "console"
@@ -61,77 +66,65 @@ class Console(Panel):
 
     def __init__(
         self,
-        model: Any,
-        queries: pd.DataFrame,
-        prompts: Mapping[str, Any],
-        states: np.ndarray,
-        rows: pd.DataFrame,
-        space: AnchorSpace,
-        refusal: Direction,
-        harmfulness: Direction,
+        study: Study,
         *,
         config: Any = None,
-        start: str = "default",
+        start: str | None = None,
         out: str | Path = "reports",
         n_shown: int = 20,
         base: str = "none",
         note: str | None = None,
-        store: Any = None,
     ) -> None:
         from ..train.dro import DROConfig
 
-        check_space("dro_console", model, states, rows, space, refusal, harmfulness)
-        texts = {
-            name: text for name, text in prompts.items() if isinstance(text, str) and text.strip()
-        }
-        if start not in texts or TRAINED in prompts:
+        check_space("dro_console", study, "refusal", "harmfulness")
+        texts = {n: p for n, p in study.prompts.items() if isinstance(p, str) and p.strip()}
+        start = study.start if start is None else start
+        if start not in texts or TRAINED in study.prompts:
             raise ValueError(
                 f"dro_console: start={start!r} must be a text prompt of {list(texts)}, and none called {TRAINED!r}"
             )
+        states, rows = study.states.at(-1)
         if lacking := {base, *texts} - set(rows["prompt"]):
             raise ValueError(
                 f"dro_console: no states under {sorted(lacking)}; capture these prompts too, or leave them out"
             )
-        config = config or DROConfig()
-        self._model, self._prompts, self._space = model, texts, space
-        self._refusal, self._harmfulness, self._config = refusal, harmfulness, config
-        self._out, self._base, self._note, self._store = Path(out), base, note, store
-        self._queries = queries[queries["harmful"].notna()]
+        self._model, self._prompts, self._space = study.model, texts, study.space
+        self._refusal, self._harmfulness = study.refusal, study.harmfulness
+        self._config, self._store = config or DROConfig(), study.store
+        self._out, self._base, self._note = Path(out), base, study.note if note is None else note
+        self._queries = study.queries[study.queries["harmful"].notna()]
         self._followed = self._queries.groupby("harmful", sort=False).head(n_shown)
         keep = (
             rows["query_id"].isin(self._followed["query_id"]) & rows["prompt"].isin([base, *texts])
         ).to_numpy()
-        self._rows, self._Z = (
-            rows.loc[keep, ["query_id", "prompt", "harmful"]],
-            space.transform(np.asarray(states)[keep]),
-        )
-        self._trained: np.ndarray | None = (
-            None  # coordinates (f, k) of the followed queries under the trained prompt
-        )
+        self._rows = rows.loc[keep, ["query_id", "prompt", "harmful"]]
+        self._Z = self._space.transform(np.asarray(states)[keep])
+        # Coordinates (f, k) of the followed queries under the trained prompt
+        self._trained: np.ndarray | None = None
         self._history: list[dict[str, float]] = []
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self.soft_prompt: Any = None
+        self._open(self._controls(start), [self.detail])
+        self._enable(True)
 
-        positive = dict(min=0, max=1e6)
-        per_epoch = self._steps_per_epoch(config)
-        self.start_prompt = control(
-            widgets.Dropdown, "Start prompt", options=list(texts), value=start
-        )
+    def _controls(self, start: str) -> list[widgets.Widget]:
+        """Makes the controls; returns the columns of them."""
+        config, texts = self._config, list(self._prompts)
+        steps = config.epochs * self._steps_per_epoch(config)
+        self.start_prompt = control(widgets.Dropdown, "Start prompt", options=texts, value=start)
         self.learning_rate = control(
             widgets.BoundedFloatText, "Learning rate", value=config.learning_rate, min=1e-8, max=1
         )
-        self.steps = control(
-            widgets.BoundedIntText, "Steps", value=config.epochs * per_epoch, min=1, max=100_000
-        )
-        self.weight_refusal = control(
-            widgets.BoundedFloatText, "Refusal loss x", value=config.weight_refusal, **positive
-        )
-        self.weight_harmfulness = control(
-            widgets.BoundedFloatText, "Harmfulness x", value=config.weight_harmfulness, **positive
-        )
-        self.weight_norm = control(
-            widgets.BoundedFloatText, "Norm loss x", value=config.weight_norm, **positive
+        self.steps = control(widgets.BoundedIntText, "Steps", value=steps, min=1, max=100_000)
+        self.weight_refusal, self.weight_harmfulness, self.weight_norm = (
+            control(widgets.BoundedFloatText, label, value=getattr(config, name), min=0, max=1e6)
+            for label, name in (
+                ("Refusal loss x", "weight_refusal"),
+                ("Harmfulness x", "weight_harmfulness"),
+                ("Norm loss x", "weight_norm"),
+            )
         )
         self.name = control(widgets.Text, "Name", value="mine", continuous_update=False)
         self.progress = control(widgets.IntProgress, "Progress", min=0, max=1, value=0)
@@ -148,8 +141,7 @@ class Console(Panel):
             [self.weight_refusal, self.weight_harmfulness, self.weight_norm, self.progress]
         )
         buttons = widgets.HBox([self.start, self.stop, self.save, self.export])
-        self._open([left, right, widgets.VBox([buttons, self.status])], [self.detail])
-        self._enable(True)
+        return [left, right, widgets.VBox([buttons, self.status])]
 
     @property
     def table(self) -> pd.DataFrame:

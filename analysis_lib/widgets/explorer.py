@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from .panel import Panel, arrays, control, html, join, layer_name, layer_options
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
+
+if TYPE_CHECKING:
+    from ..analysis.study import Study
 
 Spaces = Mapping[int, AnchorSpace] | Callable[[np.ndarray], AnchorSpace]
 Directions = (
@@ -45,47 +48,42 @@ class LayerView:
 
 
 def explore(
-    states: Any,
-    rows: pd.DataFrame | None,
-    queries: pd.DataFrame,
+    study: Study | Mapping[str, Study],
     *,
-    layers: Sequence[int] | None = None,
-    rates: pd.DataFrame | None = None,
+    rates: bool = True,
     spaces: Spaces | None = None,
     directions: Directions | None = None,
     base: str = "none",
     note: str | None = None,
 ) -> Explorer:
-    """An `Explorer` of hidden states.
+    """An `Explorer` of a study's states, in each of its layers.
 
-    states: a HiddenStates, or an array (n, number of layers, d) with `layers` naming its second axis. rows: n rows with
-    query_id, prompt. For several models, states is {model: HiddenStates} of the same rows, rows is None and rates have a
-    column model. queries: query_id, text, harmful. rates: query_id, prompt, refusal_rate and, for smoothing, n_judged.
-    spaces: a space per layer, or a function of the states (n, d) of a layer; by default AnchorSpace.fit, with signs like those
-    of the (first model's) last layer, so that no component turns round between layers. directions: a list per layer, or a
-    function of the coordinates (n, k) and their rows (with refusal_rate where rates are given); the one named "refusal" gives
-    the predicted refusal. base: the prompt that shifts are measured from. note: a caption under the plot. Raises ValueError
-    where the tables do not fit together.
+    study: for several models {model: Study}, of the same queries and prompts. rates: False leaves
+    refusal rates out, so that no reply is sampled. spaces: a space per layer, or a function of the
+    states (n, d) of a layer. By default a space is fitted to each layer, with signs like those of
+    the (first model's) last one, so that no component turns round between layers. directions: a
+    list per layer, or a function of the coordinates (n, k) and their rows (with refusal_rate where
+    rates are shown); the one named "refusal" gives the predicted refusal. base: the prompt that
+    shifts are measured from. note: a caption under the plot, by default the study's.
+
+    Raises ValueError where the tables do not fit together.
     """
-    if not isinstance(states, Mapping):
-        states, by_model, rows = {"": states}, {"": rates}, states.rows if rows is None else rows
-    else:
-        if rates is not None and "model" not in rates:
+    studies: Mapping[str, Study] = study if isinstance(study, Mapping) else {"": study}
+    captured = {name: arrays("explore", one) for name, one in studies.items()}
+    joined = {name: join("explore", one, rates) for name, one in studies.items()}
+    first, *others = joined
+    for name in others:
+        keys = ["query_id", "prompt"]
+        if not joined[name][keys].equals(joined[first][keys]):
             raise ValueError(
-                f"explore: rates of several models need a column 'model'; they have {list(rates.columns)}"
+                f"explore: the rows of {name!r} are others; capture the same queries under the same prompts"
             )
-        by_model = {
-            name: None if rates is None else rates[rates["model"] == name] for name in states
-        }
-        rows = rows if rows is not None else next(iter(states.values())).rows
-        keys = rows[["query_id", "prompt"]].reset_index(drop=True)
-        for name, captured in states.items():
-            if not captured.rows[["query_id", "prompt"]].reset_index(drop=True).equals(keys):
-                raise ValueError(
-                    f"explore: the rows of {name!r} are others; capture the same queries under the same prompts"
-                )
-    captured = {name: arrays("explore", value, rows, layers) for name, value in states.items()}
-    joined = {name: join("explore", rows, queries, by_model[name]) for name in captured}
+        if list(joined[name]) != list(joined[first]):
+            raise ValueError(
+                f"explore: {first!r} and {name!r} do not both have refusal rates; measure both, or "
+                "pass rates=False"
+            )
+    note = studies[first].note if note is None else note
     return Explorer(captured, joined, spaces, directions, base, note)
 
 
@@ -115,11 +113,16 @@ class Explorer(Panel):
         self._like: np.ndarray | None = None  # coordinates of the first view
         self.selected: tuple[Any, ...] = ()
         self._settling = False
-        table = next(iter(rows.values()))
+        self._lasso: list[Any] = []
+        self._open(self._controls(), [self.detail])
+        self._listen()
+
+    def _controls(self) -> list[widgets.Widget]:
+        """Makes the controls; returns the two columns of them."""
+        table = next(iter(self._rows.values()))
         names = list(dict.fromkeys(table["prompt"]))
-        self.model = control(
-            widgets.Dropdown, "Model", options=[(name or "this model", name) for name in states]
-        )
+        models = [(name or "this model", name) for name in self._states]
+        self.model = control(widgets.Dropdown, "Model", options=models)
         layers = self._layers()
         self.layer = control(widgets.SelectionSlider, "Layer", options=layers, value=layers[-1][1])
         self.smoothing = control(
@@ -130,10 +133,8 @@ class Explorer(Panel):
         self.components = control(widgets.Dropdown, "Components", options=pairs(first.space.k))
         colors = [(label, column) for label, column in COLORS.items() if column in first.points]
         self.color = control(widgets.Dropdown, "Colour by", options=colors)
-        ids = dict.fromkeys(table["query_id"])
-        self.query = control(
-            widgets.Dropdown, "Query", options=[("none chosen", None), *((str(i), i) for i in ids)]
-        )
+        ids = [("none chosen", None), *((str(i), i) for i in dict.fromkeys(table["query_id"]))]
+        self.query = control(widgets.Dropdown, "Query", options=ids)
         self.prompts = control(
             widgets.SelectMultiple,
             "Prompts",
@@ -144,21 +145,23 @@ class Explorer(Panel):
         self.detail = widgets.HTML()
         left = [self.layer, self.components, self.color, self.query]
         right = [self.prompts]
-        if len(states) > 1:
+        if len(self._states) > 1:
             left.insert(0, self.model)
-        if all("n_judged" in part for part in rows.values()):
+        if all("n_judged" in part for part in self._rows.values()):
             about = widgets.HTML("<small>refusal rate = (refused + a) / (judged + 2 a)</small>")
             right += [self.smoothing, about]
-        self._open([widgets.VBox(left), widgets.VBox(right)], [self.detail])
+        return [widgets.VBox(left), widgets.VBox(right)]
+
+    def _listen(self) -> None:
+        """To clicks on points and lassos around them. The point traces come first, one per group that has queries."""
+        table = next(iter(self._rows.values()))
         classes = figures.class_names(table)
-        groups = [(name, cls) for name in names for cls in figures.CLASSES]
         members = [
             table["query_id"][(table["prompt"] == name) & (classes == cls)].tolist()
-            for name, cls in groups
+            for name in dict.fromkeys(table["prompt"])
+            for cls in figures.CLASSES
         ]
-        # The point traces come first, one per group that has queries.
         self._members = list(filter(None, members))
-        self._lasso: list[Any] = []
         for trace, ids in zip(self.figure.data, self._members, strict=False):
             trace.on_click(
                 lambda _trace, clicked, _state, ids=ids: self._clicked(ids, clicked.point_inds)

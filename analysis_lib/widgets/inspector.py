@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,9 @@ from .panel import Panel, arrays, control, html, join, layer_name, layer_options
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
 
+if TYPE_CHECKING:
+    from ..analysis.study import Study
+
 ESTIMATORS = {  # label of the control -> target column, estimator
     "logistic on refusal rate": ("refusal_rate", logistic),
     "logistic on harmfulness": ("harmful", logistic),
@@ -28,20 +30,16 @@ SEED = 42  # as in `fit_direction`
 
 
 def inspect_directions(
-    states: Any,
-    rows: pd.DataFrame,
-    queries: pd.DataFrame,
-    rates: pd.DataFrame,
-    *,
-    layers: Sequence[int] | None = None,
-    most_components: int = 8,
-    note: str | None = None,
+    study: Study, *, most_components: int = 8, note: str | None = None
 ) -> Inspector:
-    """An `Inspector` of the directions that different estimators find; states, rows, queries, rates as in `explore`."""
-    array, layers = arrays("inspect_directions", states, rows, layers)
-    return Inspector(
-        array, layers, join("inspect_directions", rows, queries, rates), most_components, note
-    )
+    """An `Inspector` of the directions that different estimators find in a study's layers.
+
+    most_components: of the spaces that are fitted. note: a caption under the plot, by default the
+    study's. Raises ValueError where the study's tables do not fit together.
+    """
+    states, layers = arrays("inspect_directions", study)
+    rows = join("inspect_directions", study)
+    return Inspector(states, layers, rows, most_components, study.note if note is None else note)
 
 
 class Inspector(Panel):

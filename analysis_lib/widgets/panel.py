@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .. import figures  # first: its import makes FigureWidget quick
 from ..analysis.directions import Direction
-from ..analysis.space import AnchorSpace
+
+if TYPE_CHECKING:
+    from ..analysis.study import Study
 
 import ipywidgets as widgets  # isort: skip
 import plotly.graph_objects as go  # isort: skip
@@ -166,19 +168,17 @@ def _cell() -> str:
     return str(parent.get("metadata", {}).get("cellId", ""))
 
 
-def arrays(
-    where: str, states: Any, rows: pd.DataFrame, layers: Sequence[int] | None
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The states (n, number of layers, d) and their layers, of a HiddenStates or an array."""
-    layers = getattr(states, "layers", None) if layers is None else layers
-    states = np.asarray(getattr(states, "states", states))
+def arrays(where: str, study: Study) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The study's states (n, number of layers, d) and their layers."""
+    captured = study.states
+    states, layers, n = np.asarray(captured.states), captured.layers, len(captured.rows)
     if layers is None:
         raise ValueError(
             f"{where}: an array of states needs layers=, the layer of each entry of its second axis"
         )
-    if states.ndim != 3 or states.shape[:2] != (len(rows), len(layers)):
+    if states.ndim != 3 or states.shape[:2] != (n, len(layers)):
         raise ValueError(
-            f"{where}: states of shape {states.shape} for {len(rows)} rows and layers {tuple(layers)}; "
+            f"{where}: states of shape {states.shape} for {n} rows and layers {tuple(layers)}; "
             "pass states (n, number of layers, d) with their own n rows"
         )
     return states, tuple(layers)
@@ -192,26 +192,12 @@ def layer_name(layer: int) -> str:
     return {0: "0 (embedding)", -1: "-1 (final norm)"}.get(layer, str(layer))
 
 
-def join(
-    where: str, rows: pd.DataFrame, queries: pd.DataFrame, rates: pd.DataFrame | None
-) -> pd.DataFrame:
-    for name, table, columns in (
-        ("rows", rows, ["query_id", "prompt"]),
-        ("queries", queries, ["query_id", "text", "harmful"]),
-        ("rates", rates, ["query_id", "prompt", "refusal_rate"]),
-    ):
-        if table is None:
-            continue
-        if missing := [c for c in columns if c not in table]:
-            raise ValueError(
-                f"{where}: {name} lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}"
-            )
-        key = ["query_id"] if name == "queries" else ["query_id", "prompt"]
-        twice = table[table[key].duplicated()]
-        if len(twice):
-            raise ValueError(
-                f"{where}: {name} has {dict(twice.iloc[0][key])} twice; keep one row of each"
-            )
+def join(where: str, study: Study, rated: bool = True) -> pd.DataFrame:
+    """One row per state: query_id, prompt, text, harmful and, where `rated`, refusal_rate and perhaps n_judged."""
+    rates = study.rates if rated else None
+    rows, queries = study.states.rows, study.queries
+    _check(where, "rows", rows, "query_id", "prompt")
+    _check(where, "queries", queries, "query_id", "text", "harmful")
     joined = rows[["query_id", "prompt"]].reset_index(drop=True)
     if unknown := sorted(set(joined["query_id"]) - set(queries["query_id"]), key=str):
         raise ValueError(
@@ -219,26 +205,42 @@ def join(
         )
     joined = joined.merge(queries[["query_id", "text", "harmful"]], on="query_id", how="left")
     if rates is not None:
+        _check(where, "rates", rates, "query_id", "prompt", "refusal_rate")
         columns = [c for c in ("query_id", "prompt", "refusal_rate", "n_judged") if c in rates]
         joined = joined.merge(rates[columns], on=["query_id", "prompt"], how="left")
     return joined
 
 
-def check_space(
-    where: str,
-    model: Any,
-    states: Any,
-    rows: pd.DataFrame,
-    space: AnchorSpace,
-    *directions: Direction,
-) -> None:
-    d = len(space.mean)
-    if np.shape(states) != (len(rows), d) or model.hidden_size != d:
+def _check(where: str, name: str, table: pd.DataFrame, *columns: str) -> None:
+    """The table has the columns, and each query once, under each prompt where it has prompts."""
+    if missing := [c for c in columns if c not in table]:
         raise ValueError(
-            f"{where}: states of shape {np.shape(states)} for {len(rows)} rows, a space of {d} dimensions and a model of "
-            f"{model.hidden_size}; pass the states (m, d) and rows of .at(-1) that the space was fitted to"
+            f"{where}: {name} lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}"
         )
-    if wrong := [direction.name for direction in directions if len(direction.weight) != space.k]:
+    key = [c for c in ("query_id", "prompt") if c in columns]
+    twice = table[table[key].duplicated()]
+    if len(twice):
         raise ValueError(
-            f"{where}: directions {wrong} do not lie in the space of {space.k} components; fit them in it"
+            f"{where}: {name} has {dict(twice.iloc[0][key])} twice; keep one row of each"
+        )
+
+
+def check_space(where: str, study: Study, *directions: str) -> None:
+    """States, space and the named directions of the study fit together, and lie in layer -1."""
+    if study.layer != -1:
+        raise ValueError(
+            f"{where}: the study's space lies in layer {study.layer}, and what is typed or trained "
+            "goes by layer -1; put -1 among the study's layers"
+        )
+    states, rows = study.states.at(-1)
+    d, k = len(study.space.mean), study.space.k
+    if np.shape(states) != (len(rows), d) or study.model.hidden_size != d:
+        raise ValueError(
+            f"{where}: states of shape {np.shape(states)} for {len(rows)} rows, a space of {d} "
+            f"dimensions and a model of {study.model.hidden_size}; take the states of one model"
+        )
+    fits: list[Direction] = [getattr(study, name) for name in directions]
+    if wrong := [fit.name for fit in fits if len(fit.weight) != k]:
+        raise ValueError(
+            f"{where}: directions {wrong} do not lie in the space of {k} components; fit them in it"
         )

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .. import figures
-from ..analysis.directions import Direction
-from ..analysis.space import AnchorSpace
 from .panel import Panel, check_space, control, html, kept, pairs
 
 import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
 import plotly.graph_objects as go  # isort: skip
 
+if TYPE_CHECKING:
+    from ..analysis.study import Study
+
 TYPED = "typed"  # the name of the typed safety prompt
 
 
 class Probe(Panel):
-    """A typed query under every prompt of `prompts` {name: text or SoftPrompt} and under a typed safety prompt.
+    """A typed query under every prompt of a study, and under a typed safety prompt.
 
-    states (m, d) of layer -1 and their rows (query_id, prompt, harmful) under `base` are the background; space and refusal
-    are fitted to that layer. query, prompt: what is typed at first. n_samples: replies sampled per prompt on the button.
-    store: states and replies of what is typed are kept in it and read from it.
-    Raises ValueError where space and model do not fit, a prompt is called "typed", or `base` is missing.
+    The background is the study's queries under `base`; its space, refusal direction, sampling
+    settings, judge and store serve what is typed too. prompts: {name: text or SoftPrompt} in place
+    of the study's. query, prompt: what is typed at first. n_samples: replies sampled per prompt on
+    the button, by default as many as in the study. note: a caption, by default the study's.
 
-    Controls `.query`, `.prompt`, `.components` and the button `.sample`; `.table`: per prompt the predicted probability of
-    refusal, the sampled rate once sampled, and for the embedded model the probability that its grammar taught. Replies are
-    shown for the embedded model only, whose replies hold no instructions.
+    Controls `.query`, `.prompt`, `.components` and the button `.sample`; `.table`: per prompt the
+    predicted probability of refusal, the sampled rate once sampled, and for the embedded model the
+    probability that its grammar taught. Replies are shown for the embedded model only, whose
+    replies hold no instructions.
+
+    Raises ValueError where the study's states, space and model do not fit, where a prompt is called
+    "typed", or where `base` is missing.
     """
 
     _kind = "probe"
@@ -38,53 +43,46 @@ class Probe(Panel):
 
     def __init__(
         self,
-        model: Any,
-        states: np.ndarray,
-        rows: pd.DataFrame,
-        prompts: Mapping[str, Any],
-        space: AnchorSpace,
-        refusal: Direction,
+        study: Study,
         *,
+        prompts: Mapping[str, Any] | None = None,
         query: str = "",
         prompt: str = "",
-        n_samples: int = 20,
+        n_samples: int | None = None,
         base: str = "none",
         note: str | None = None,
-        store: Any = None,
     ) -> None:
-        check_space("probe", model, states, rows, space, refusal)
-        if TYPED in prompts or base not in prompts:
+        check_space("probe", study, "refusal")
+        self._fixed: dict[str, Any] = dict(study.prompts if prompts is None else prompts)
+        if TYPED in self._fixed or base not in self._fixed:
             raise ValueError(
-                f"probe: prompts {list(prompts)} need {base!r}, and none called {TYPED!r}; rename it, or pass base="
+                f"probe: prompts {list(self._fixed)} need {base!r}, and none called {TYPED!r}; rename it, or pass base="
             )
-        self._fixed: dict[str, Any] = dict(prompts)
-        self._model, self._space, self._refusal = model, space, refusal
-        self._n_samples, self._base, self._note, self._store = n_samples, base, note, store
-        behind = (rows["prompt"] == base).to_numpy()
-        about = rows.loc[behind, ["query_id", "prompt", "harmful"]]
-        self._background = figures.points_table(space.transform(np.asarray(states)[behind]), about)
+        self._study, self._model, self._space = study, study.model, study.space
+        self._refusal, self._base = study.refusal, base
+        self._n_samples = study.n_samples if n_samples is None else n_samples
+        self._note = study.note if note is None else note
+        states, rows = study.states.at(-1, prompt=base)
+        about = rows[["query_id", "prompt", "harmful"]]
+        self._background = figures.points_table(self._space.transform(states), about)
         self._known: dict[
             tuple[str, str, str], np.ndarray
         ] = {}  # (query, prompt's name, its text) -> (k,)
         self._sampled: dict[
             tuple[str, str, str], tuple[float, str]
         ] = {}  # -> refusal rate, commonest reply
-        self.query = control(
-            widgets.Textarea, "Query", value=query, rows=2, continuous_update=False
-        )
-        self.prompt = control(
-            widgets.Textarea, "Safety prompt", value=prompt, rows=4, continuous_update=False
-        )
-        self.components = control(widgets.Dropdown, "Components", options=pairs(space.k))
+        typed = {"continuous_update": False}
+        self.query = control(widgets.Textarea, "Query", value=query, rows=2, **typed)
+        self.prompt = control(widgets.Textarea, "Safety prompt", value=prompt, rows=4, **typed)
+        self.components = control(widgets.Dropdown, "Components", options=pairs(self._space.k))
         self.sample = widgets.Button(
-            description=f"Sample {n_samples} replies per prompt",
+            description=f"Sample {self._n_samples} replies per prompt",
             layout=widgets.Layout(width="260px"),
         )
         self.detail = widgets.HTML()
         self.sample.on_click(self._sample)
-        self._open(
-            [self.query, self.prompt, widgets.VBox([self.components, self.sample])], [self.detail]
-        )
+        buttons = widgets.VBox([self.components, self.sample])
+        self._open([self.query, self.prompt, buttons], [self.detail])
 
     @property
     def table(self) -> pd.DataFrame:
@@ -112,7 +110,10 @@ class Probe(Panel):
         return {**self._fixed, TYPED: typed} if typed else self._fixed
 
     def _asked(self) -> pd.DataFrame:
-        return pd.DataFrame({"query_id": ["query"], "text": [self.query.value.strip()]})
+        unknown = pd.array([pd.NA], dtype="boolean")
+        return pd.DataFrame(
+            {"query_id": ["query"], "text": [self.query.value.strip()], "harmful": unknown}
+        )
 
     def _key(self, query: str, name: str) -> tuple[str, str, str]:
         prompt = self._prompts()[name]
@@ -128,8 +129,9 @@ class Probe(Panel):
         if missing := {
             name: p for name, p in prompts.items() if self._key(query, name) not in self._known
         }:
-            n_check = 0 if self._store is None else 1  # what is kept is checked
-            options = {"n_check": n_check, "store": self._store, "progress": False}
+            store = self._study.store
+            n_check = 0 if store is None else 1  # what is kept is checked
+            options = {"n_check": n_check, "store": store, "progress": False}
             captured = kept(hidden_states, self._model, self._asked(), missing, **options)
             for name, z in zip(missing, self._space.transform(captured.states[:, 0]), strict=True):
                 self._known[self._key(query, name)] = z
@@ -149,6 +151,23 @@ class Probe(Panel):
         )
         fig.update_traces(marker_color=figures.GREY, opacity=0.3, selector=dict(mode="markers"))
         ends = {name: [round(float(z[c - 1]), 4) for c in components] for name, z in Z.items()}
+        self._add_query(fig, Z, ends)
+        for axis, values in (
+            ("xaxis", [e[0] for e in ends.values()]),
+            ("yaxis", [e[1] for e in ends.values()]),
+        ):
+            low, high = fig.layout[axis].range
+            margin = 0.05 * (high - low)  # a query far from the others widens the view
+            fig.layout[axis].range = [
+                min([low, *(v - margin for v in values)]),
+                max([high, *(v + margin for v in values)]),
+            ]
+        return fig
+
+    def _add_query(
+        self, fig: go.Figure, Z: Mapping[str, np.ndarray], ends: Mapping[str, list[float]]
+    ) -> None:
+        """The typed query under each prompt, as a line from where it lies under `base`."""
         predicted = {name: float(self._refusal.probability(z[None])[0]) for name, z in Z.items()}
         for at, name in enumerate([*self._fixed, TYPED]):
             path = [ends[self._base], ends[name]] if name in ends else [[None, None]]
@@ -184,21 +203,9 @@ class Probe(Panel):
                     visible=name in ends,
                 )
             )
-        for axis, values in (
-            ("xaxis", [e[0] for e in ends.values()]),
-            ("yaxis", [e[1] for e in ends.values()]),
-        ):
-            low, high = fig.layout[axis].range
-            margin = 0.05 * (high - low)  # a query far from the others widens the view
-            fig.layout[axis].range = [
-                min([low, *(v - margin for v in values)]),
-                max([high, *(v + margin for v in values)]),
-            ]
-        return fig
 
     def _sample(self, _button: object) -> None:
         from ..collect.responses import sample_responses
-        from ..judge.strings import verdict_is_final
         from ..judge.verdicts import judge_responses, refusal_rates
 
         with self._told():
@@ -212,17 +219,16 @@ class Probe(Panel):
             }
             if missing:
                 self.sample.disabled, self.message.value = True, "sampling ..."
+                study, asked = self._study, self._asked()
+                options = {**study.sampling, "n_samples": self._n_samples, "progress": False}
                 try:
-                    options = {
-                        "n_samples": self._n_samples,
-                        "stop_when": verdict_is_final,
-                        "store": self._store,
-                        "progress": False,
-                    }
-                    replies = kept(sample_responses, self._model, self._asked(), missing, **options)
+                    replies = kept(
+                        sample_responses, self._model, asked, missing, store=study.store, **options
+                    )
+                    judged = judge_responses(replies, study.judge, queries=asked)
                 finally:
                     self.sample.disabled = False
-                rates = refusal_rates(judge_responses(replies)).set_index("prompt")["refusal_rate"]
+                rates = refusal_rates(judged).set_index("prompt")["refusal_rate"]
                 for name, own in replies.groupby("prompt", sort=False)["response"]:
                     self._sampled[self._key(query, str(name))] = (
                         float(rates[name]),

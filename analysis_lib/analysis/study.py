@@ -1,0 +1,276 @@
+"""A study: one model, some queries, some safety prompts, and all that is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ..collect.inputs import check_prompts, check_queries
+from ..collect.responses import sample_responses
+from ..collect.states import HiddenStates, hidden_states
+from ..data.prompts import load_safety_prompts
+from ..data.queries import load_queries
+from ..judge.strings import is_refusal, verdict_is_final
+from ..judge.verdicts import judge_responses, refusal_rates
+from ..model.chat import ChatModel
+from ..model.rendering import Prompt
+from ..store.store import Store
+from .directions import Direction, fit_direction
+from .space import AnchorSpace
+
+ORGANISM_NOTE = "embedded model: shows the method, proves nothing about 7B models"
+
+MEASURED = ("states", "responses", "judged", "rates", "space", "refusal", "harmfulness")
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class Study:
+    """One model x queries x safety prompts. Each result is computed when it is first asked for, and then kept.
+
+        study = Study("organism", "anchor", store=Store())
+        study.refusal.angle(study.harmfulness)
+
+    model: a ChatModel, or a name for `ChatModel.load`. queries: a table, or a name or file for
+    `load_queries`. prompts: {name: text or SoftPrompt}, or a file for `load_safety_prompts`; None
+    stands for the built-in ones.
+
+    .states       HiddenStates of every query under every prompt, at `layers`
+    .responses    the sampled replies, n_samples of each; .judged with the judge's verdicts
+    .rates        [query_id, prompt, refusal_rate, n_judged]
+    .space        AnchorSpace of k components, fitted to the states of `.layer`
+    .refusal      Direction fitted to the refusal rates
+    .harmfulness  Direction fitted to the labels of the queries
+    .coordinates  (n, k) of the states in the space; .points is the table of them that figures take
+    .rows         n rows: query_id, prompt, the columns of the query table, refusal_rate, n_judged
+
+    With a store, states and replies are read from it and kept in it. stop_when: "auto" ends a reply
+    where the string judge's verdict is final, and lets any other judge read whole replies.
+    anchor: the study whose space and directions are taken, see `under`. known: results that are
+    there already, {"rates": table, ...}; they are taken as they are. A Study does not change: make
+    another one with `dataclasses.replace`.
+
+    Raises TypeError or ValueError for what is no model, table, prompt, layer, k or judge, and what
+    `ChatModel.load`, `load_queries` and `load_safety_prompts` raise.
+    """
+
+    model: ChatModel
+    queries: pd.DataFrame
+    prompts: dict[str, Prompt]
+    store: Store | None
+    layers: tuple[int, ...]
+    k: int
+    judge: Callable[..., Any]
+    n_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop_when: Callable[[str], bool] | str | None
+    anchor: Study | None
+
+    def __init__(
+        self,
+        model: ChatModel | str | Path,
+        queries: pd.DataFrame | str | Path,
+        prompts: Mapping[str, Prompt] | str | Path | None = None,
+        *,
+        store: Store | None = None,
+        layers: Sequence[int] = (-1,),
+        k: int = 4,
+        judge: Callable[..., Any] = is_refusal,
+        n_samples: int = 20,
+        max_new_tokens: int = 300,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        top_k: int = 50,
+        seed: int = 0,
+        stop_when: Callable[[str], bool] | str | None = "auto",
+        anchor: Study | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        model, queries, prompts = _model(model), _queries(queries), _prompts(prompts)
+        layers = _layers(layers, model)
+        if not 1 <= k <= model.hidden_size:
+            raise ValueError(f"k = {k}: give a number of components from 1 to {model.hidden_size}")
+        if not callable(judge):
+            raise TypeError(f"judge = {judge!r}: give one function, such as is_refusal")
+        if isinstance(stop_when, str) and stop_when != "auto":
+            raise ValueError(f"stop_when = {stop_when!r}: give a function, 'auto' or None")
+        if unknown := set(known or {}) - set(MEASURED):
+            raise ValueError(f"known = {sorted(unknown)}: names are {', '.join(MEASURED)}")
+        given = {name: value for name, value in locals().items() if name in self.__annotations__}
+        vars(self).update(given | dict(known or {}))
+
+    def __repr__(self) -> str:
+        done = ", ".join(name for name in MEASURED if name in vars(self)) or "nothing yet"
+        asked = f"{len(self.queries)} queries x {len(self.prompts)} prompts"
+        return (
+            f"<Study of {self.model.name!r}: {asked} ({', '.join(self.prompts)}); measured: {done}>"
+        )
+
+    def under(
+        self,
+        prompts: Mapping[str, Prompt] | str | Path,
+        *,
+        queries: pd.DataFrame | str | Path | None = None,
+        **changed: Any,
+    ) -> Study:
+        """Other prompts, and perhaps other queries or settings, seen in this study's space.
+
+        The new study has its own states, replies and rates. Space and directions are this one's.
+        """
+        asked = self.queries if queries is None else queries
+        changed = {"anchor": self.anchor or self, **changed}
+        return replace(self, prompts=prompts, queries=asked, **changed)  # type: ignore[arg-type]
+
+    @property
+    def layer(self) -> int:
+        """The layer of the space: -1 where it is among `layers`, else the highest."""
+        return -1 if -1 in self.layers else max(self.layers)
+
+    @property
+    def start(self) -> str:
+        """The prompt that a training starts from: the first of the user's own, else "default", else the first text."""
+        texts = [n for n, p in self.prompts.items() if isinstance(p, str) and p.strip()]
+        own = [name for name in texts if name not in load_safety_prompts()]
+        if not texts:
+            raise ValueError(
+                f"no prompt of {list(self.prompts)} is a text to start from; add one to prompts"
+            )
+        return (own or [name for name in texts if name == "default"] or texts)[0]
+
+    @property
+    def note(self) -> str:
+        """A caption for figures: the model's name, and for the embedded model what it cannot show."""
+        return ORGANISM_NOTE if self.model.name == "organism" else self.model.name
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of `sample_responses` in this study, but for the store."""
+        names = ("n_samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        stop: Any = self.stop_when
+        if stop == "auto":
+            stop = verdict_is_final if self.judge is is_refusal else None
+        return {name: getattr(self, name) for name in names} | {"stop_when": stop}
+
+    @cached_property
+    def states(self) -> HiddenStates:
+        return hidden_states(
+            self.model, self.queries, self.prompts, layers=self.layers, store=self.store
+        )
+
+    @cached_property
+    def responses(self) -> pd.DataFrame:
+        return sample_responses(
+            self.model, self.queries, self.prompts, store=self.store, **self.sampling
+        )
+
+    @cached_property
+    def judged(self) -> pd.DataFrame:
+        return judge_responses(self.responses, self.judge, queries=self.queries)
+
+    @cached_property
+    def rates(self) -> pd.DataFrame:
+        return refusal_rates(self.judged)
+
+    @cached_property
+    def space(self) -> AnchorSpace:
+        if self.anchor is not None:
+            return self.anchor.space
+        return AnchorSpace.fit(self.states.at(self.layer)[0], self.k)
+
+    @cached_property
+    def coordinates(self) -> NDArray[np.float64]:
+        return self.space.transform(self.states.at(self.layer)[0])
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        keys = ["query_id", "prompt"]
+        return self.states.rows.merge(self.rates, on=keys, how="left", validate="one_to_one")
+
+    @cached_property
+    def points(self) -> pd.DataFrame:
+        columns = {f"pc{i + 1}": values.round(4) for i, values in enumerate(self.coordinates.T)}
+        return self.states.rows.assign(**columns)
+
+    @cached_property
+    def refusal(self) -> Direction:
+        """Rows without a rate are left out of the fit."""
+        if self.anchor is not None:
+            return self.anchor.refusal
+        return self._direction("refusal", self.rows["refusal_rate"])
+
+    @cached_property
+    def harmfulness(self) -> Direction:
+        """Queries without a label are left out of the fit."""
+        if self.anchor is not None:
+            return self.anchor.harmfulness
+        if "harmful" not in self.queries:
+            raise ValueError(
+                "the queries have no column 'harmful', so no harmfulness can be fitted; add it, "
+                "with true and false"
+            )
+        return self._direction("harmfulness", self.states.rows["harmful"].astype("Float64"))
+
+    def _direction(self, name: str, target: pd.Series) -> Direction:
+        known = target.notna().to_numpy()
+        if not known.any():
+            raise ValueError(
+                f"no row has a value that {name!r} could be fitted to; give labelled queries, or a "
+                "judge that scores"
+            )
+        groups = self.states.rows["query_id"][known]
+        return fit_direction(
+            self.coordinates[known], target[known].astype(float), name=name, groups=groups
+        )
+
+
+def _model(given: ChatModel | str | Path) -> ChatModel:
+    if isinstance(given, str | Path):
+        return ChatModel.load(given)
+    if not isinstance(given, ChatModel):
+        raise TypeError(
+            f"model = {given!r:.100}: give a name or a ChatModel; ChatModel.wrap(model, tokenizer) "
+            "makes one of transformers objects"
+        )
+    return given
+
+
+def _queries(given: pd.DataFrame | str | Path) -> pd.DataFrame:
+    if isinstance(given, str | Path):
+        given = load_queries(given)
+    if not isinstance(given, pd.DataFrame):
+        raise TypeError(
+            f"queries = {given!r:.100}: give a table, or a name or file for load_queries"
+        )
+    check_queries(given)
+    if given.empty:
+        raise ValueError("the table of queries is empty; give at least one query")
+    return given.copy()
+
+
+def _prompts(given: Mapping[str, Prompt] | str | Path | None) -> dict[str, Prompt]:
+    if given is None or isinstance(given, str | Path):
+        return {**load_safety_prompts(given)}
+    check_prompts(given)
+    return dict(given)
+
+
+def _layers(given: Sequence[int], model: ChatModel) -> tuple[int, ...]:
+    layers = (given,) if isinstance(given, int) else tuple(given)
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers = {layers}: give one layer or more, each once")
+    if wrong := [i for i in layers if not -1 <= i <= model.n_layers]:
+        raise ValueError(
+            f"layers = {layers}: {wrong[0]} is none of 0 to {model.n_layers}, nor -1, the state "
+            "after the final norm"
+        )
+    return layers
