@@ -422,7 +422,9 @@ def test_found_states_come_with_the_certificates_they_were_kept_with(store, tmp_
         "way"
     ] == "tree"
     hidden_states(model, QUERIES, {"one": "y"}, store=store)
-    compact(store, spare=0)  # checked and unchecked rows in one file: which are which is no longer known
+    compact(
+        store, spare=0
+    )  # checked and unchecked rows in one file: which are which is no longer known
     mixed = hidden_states(model, QUERIES, {"more": "x"}, store=store).certificate
     assert (mixed["found"], mixed["unchecked"]) == (6, 6)
     keys = [row_key(other=i) for i in range(2)]

@@ -192,9 +192,7 @@ def test_fuzzed_files_are_tables_or_refused(tmp_path):
     ("plant", "column"),
     [
         (
-            lambda monkeypatch: monkeypatch.setattr(
-                os.path, "realpath", lambda path: "/same"
-            ),
+            lambda monkeypatch: monkeypatch.setattr(os.path, "realpath", lambda path: "/same"),
             "wrong",
         ),  # links are followed
         (
