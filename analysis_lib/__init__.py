@@ -25,6 +25,7 @@ _ROOMS = {
     "analysis.study": ["Study"],
     "collect.responses": ["sample_responses"],
     "collect.states": ["HiddenStates", "hidden_states"],
+    "data.alpaca": ["load_instructions", "read_alpaca_eval", "write_alpaca_eval"],
     "data.prompts": ["load_safety_prompts"],
     "data.queries": ["load_anchor_queries", "load_heldout_queries", "load_queries"],
     "data.wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],

@@ -239,24 +239,6 @@ def run_in_progress(folder):
             os.waitpid(child, 0)
 
 
-def test_discard_removes_batches_of_nothing_but_these_rows(store):
-    store.write_states(keys(2), states(2), dtype="bfloat16", about=ABOUT)
-    store.write_responses(keys(1), [{"a": 1}], about=ABOUT)
-    store.write_states(keys(3, run=1), states(3), dtype="bfloat16", about=ABOUT)
-    store.discard([*keys(2), *keys(2, run=1)])
-    assert store.read_states([*keys(2), *keys(3, run=1)]).keys() == set(
-        keys(3, run=1)
-    ) and not store.read_responses(keys(1))
-    store.discard(keys(3, run=1))
-    assert ls(store).empty
-
-
-def test_discard_leaves_a_batch_that_holds_one_more_row(store):
-    store.write_states(keys(3), states(3), dtype="bfloat16", about=ABOUT)
-    store.discard(keys(2))
-    assert len(store.read_states(keys(3))) == 3
-
-
 # ----------------------------------------------------------------------------- younger than a day
 
 

@@ -32,32 +32,70 @@ MEASURED = ("states", "responses", "judged", "rates", "space", "refusal", "harmf
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class Study:
-    """One model x queries x safety prompts. Each result is computed when it is first asked for, and then kept.
+    """One model x queries x safety prompts. Each result is computed when first asked for, and kept.
 
-        study = Study("organism", "anchor", store=Store())
-        study.refusal.angle(study.harmfulness)
+    A Study does not change: make another one with `under` or `dataclasses.replace`.
 
-    model: a ChatModel, or a name for `ChatModel.load`. queries: a table, or a name or file for
-    `load_queries`. prompts: {name: text or SoftPrompt}, or a file for `load_safety_prompts`; None
-    stands for the built-in ones.
+    Parameters
+    ----------
+    model : ChatModel, str or Path
+        A chat model, or a name for `ChatModel.load`.
+    queries : DataFrame, str or Path
+        A query table, or a name or a file for `load_queries`.
+    prompts : mapping, str, Path or None
+        {name: text or SoftPrompt}, or a file for `load_safety_prompts`; None: the built-in ones.
+    store : Store or None
+        States and replies are read from it and kept in it.
+    layers : sequence of int
+        The layers whose states are captured, see `hidden_states`.
+    k : int
+        Components of the anchor space.
+    judge : callable
+        A judge of replies, see `judge_responses`.
+    n_samples, max_new_tokens, temperature, top_p, top_k, seed
+        How replies are sampled, see `sample_responses`.
+    stop_when : callable, "auto" or None
+        "auto" ends a reply where the string judge's verdict is final. It lets any other judge read
+        whole replies.
+    anchor : Study or None
+        The study whose space and directions are taken, see `under`.
+    known : mapping or None
+        Results that are there already, {"rates": table, ...}; they are taken as they are.
 
-    .states       HiddenStates of every query under every prompt, at `layers`
-    .responses    the sampled replies, n_samples of each; .judged with the judge's verdicts
-    .rates        [query_id, prompt, refusal_rate, n_judged]
-    .space        AnchorSpace of k components, fitted to the states of `.layer`
-    .refusal      Direction fitted to the refusal rates
-    .harmfulness  Direction fitted to the labels of the queries
-    .coordinates  (n, k) of the states in the space; .points is the table of them that figures take
-    .rows         n rows: query_id, prompt, the columns of the query table, refusal_rate, n_judged
+    Attributes
+    ----------
+    states : HiddenStates
+        Of every query under every prompt, at `layers`.
+    responses, judged : DataFrame
+        The sampled replies, n_samples of each; with the judge's verdicts.
+    rates : DataFrame
+        [query_id, prompt, refusal_rate in [0, 1], n_judged].
+    space : AnchorSpace
+        k components, fitted to the states of `layer`.
+    refusal, harmfulness : Direction
+        Fitted to the refusal rates, and to the labels of the queries.
+    coordinates : ndarray (n, k)
+        The states in the space; `points` is the table of them that figures take.
+    rows : DataFrame
+        n rows: query_id, prompt, the columns of the query table, refusal_rate, n_judged.
 
-    With a store, states and replies are read from it and kept in it. stop_when: "auto" ends a reply
-    where the string judge's verdict is final, and lets any other judge read whole replies.
-    anchor: the study whose space and directions are taken, see `under`. known: results that are
-    there already, {"rates": table, ...}; they are taken as they are. A Study does not change: make
-    another one with `dataclasses.replace`.
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no model, table, prompt, layer, k or judge; and what `ChatModel.load`,
+        `load_queries` and `load_safety_prompts` raise.
 
-    Raises TypeError or ValueError for what is no model, table, prompt, layer, k or judge, and what
-    `ChatModel.load`, `load_queries` and `load_safety_prompts` raise.
+    Examples
+    --------
+    >>> from analysis_lib import Study, load_queries
+    >>> queries = load_queries("anchor").iloc[::20]
+    >>> study = Study("organism", queries, {"none": "", "short": "Be careful."}, n_samples=2)
+    >>> study
+    <Study of 'organism': 10 queries x 2 prompts (none, short); measured: nothing yet>
+    >>> study.coordinates.shape
+    (20, 4)
+    >>> study.rates.columns.tolist()
+    ['query_id', 'prompt', 'refusal_rate', 'n_judged']
     """
 
     model: ChatModel

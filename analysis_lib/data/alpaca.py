@@ -12,20 +12,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from .files import DataError, read_text
+from .files import DataError, json_entries
 
 
 def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
-    """The first n instructions of a json list of objects with `instruction`, as a query table.
+    """Read instructions of AlpacaEval as a query table.
 
-    n is 100 in the study; None takes all. query_id is alpaca-0001, ..., harmful False, query_set
-    "alpaca_eval". Raises DataError naming file and entry.
+    Parameters
+    ----------
+    path : str or Path
+        A JSON file: a list of objects with `instruction`.
+    n : int or None
+        How many are taken, from the first. The study takes 100; None takes all.
+
+    Returns
+    -------
+    DataFrame
+        [query_id, text, harmful, query_set]: alpaca-0001, ..., not harmful, of "alpaca_eval".
+
+    Raises
+    ------
+    DataError
+        Names the file and the entry that cannot be read.
+
+    References
+    ----------
+    AlpacaEval: Li et al. 2023, github.com/tatsu-lab/alpaca_eval.
+
+    Examples
+    --------
+    >>> import json, pathlib, tempfile
+    >>> from analysis_lib import load_instructions
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "set.json"
+    ...     _ = path.write_text(json.dumps([{"instruction": "Name a colour."}]))
+    ...     table = load_instructions(path)
+    >>> table["query_id"].tolist()
+    ['alpaca-0001']
     """
-    entries = _entries(Path(path), "instruction")[:n]
+    entries = json_entries(Path(path), "instruction")[:n]
     texts = [entry["instruction"].strip() for entry in entries]
     ids = [f"alpaca-{i:04d}" for i in range(1, len(texts) + 1)]
     table = pd.DataFrame(
@@ -37,10 +65,37 @@ def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:
 def write_alpaca_eval(
     responses: pd.DataFrame, queries: pd.DataFrame, path: str | Path, *, generator: str
 ) -> None:
-    """Writes one response a query, of one prompt, as the package's model outputs.
+    """Write one response for each query, under one prompt, as AlpacaEval's model outputs.
 
-    The fields are instruction, output, generator and dataset. generator: the name under which the
-    package lists these answers, such as "my-model under my-prompt".
+    Parameters
+    ----------
+    responses : DataFrame
+        [query_id, prompt, response], one row a query, all under one prompt.
+    queries : DataFrame
+        The query table that was sampled: query_id, text, query_set.
+    path : str or Path
+        The JSON file to write: objects with instruction, output, generator and dataset.
+    generator : str
+        The name under which the package lists these answers: "my-model under my-prompt", say.
+
+    Raises
+    ------
+    ValueError
+        Several prompts, several responses to a query, or a query that is not in the table.
+
+    Examples
+    --------
+    >>> import pandas as pd, pathlib, tempfile
+    >>> from analysis_lib import write_alpaca_eval
+    >>> queries = pd.DataFrame(
+    ...     {"query_id": ["a"], "text": ["Name a colour."], "query_set": "alpaca_eval"}
+    ... )
+    >>> responses = pd.DataFrame({"query_id": ["a"], "prompt": "none", "response": ["Blue."]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "outputs.json"
+    ...     write_alpaca_eval(responses, queries, path, generator="organism")
+    ...     print(pd.read_json(path)["output"].tolist())
+    ['Blue.']
     """
     if responses["prompt"].nunique() != 1 or responses["query_id"].duplicated().any():
         raise ValueError(
@@ -65,16 +120,46 @@ def write_alpaca_eval(
 
 
 def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) -> pd.DataFrame:
-    """Wins from the package's annotations.json: [query_id, prompt, value] for `metric_table`.
+    """Read wins from AlpacaEval's annotations.json, as values for `metric_table`.
 
-    value is the preference for our answer: 1 a win, 0 a loss, 0.5 a draw, or between them where the
-    annotator gives a probability; NaN where it gave none. Instructions that are no query are left
-    out. Raises DataError naming the entry.
+    Parameters
+    ----------
+    path : str or Path
+        The file that the package wrote, or a file of the same form by any local judge.
+    queries : DataFrame
+        The query table: query_id and text. Instructions that are no query are left out, with a
+        warning.
+    prompt : str
+        The prompt under which the answers were sampled.
+
+    Returns
+    -------
+    DataFrame
+        [query_id, prompt, value]. value is the preference for our answer: 1 a win, 0 a loss, 0.5 a
+        draw, or between them where the annotator gives a probability; NaN where it gave none.
+
+    Raises
+    ------
+    DataError
+        Names the file and the entry that cannot be read.
+
+    Examples
+    --------
+    >>> import json, pandas as pd, pathlib, tempfile
+    >>> from analysis_lib import read_alpaca_eval
+    >>> queries = pd.DataFrame({"query_id": ["a"], "text": ["Name a colour."]})
+    >>> entry = {"instruction": "Name a colour.", "generator_2": "organism", "preference": 2.0}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "annotations.json"
+    ...     _ = path.write_text(json.dumps([entry]))
+    ...     wins = read_alpaca_eval(path, queries, prompt="none")
+    >>> wins["value"].tolist()
+    [1.0]
     """
     path = Path(path)
     ids = dict(zip(queries["text"], queries["query_id"], strict=True))
     rows = []
-    entries = _entries(path, "instruction", "generator_2")
+    entries = json_entries(path, "instruction", "generator_2")
     if len(names := {entry["generator_2"] for entry in entries}) > 1:
         raise DataError(
             f"{path}: annotations of several generators ({', '.join(sorted(names))}); "
@@ -101,27 +186,3 @@ def read_alpaca_eval(path: str | Path, queries: pd.DataFrame, *, prompt: str) ->
             "pass the queries that were answered"
         )
     return pd.DataFrame(rows, columns=["query_id", "prompt", "value"])
-
-
-def _entries(path: Path, *fields: str) -> list[dict[str, Any]]:
-    content = read_text(path)
-    try:
-        entries = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: cannot be read as JSON ({error}); "
-            f"give a list of objects with {', '.join(fields)}"
-        ) from error
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path}: not a list of objects; give one with {', '.join(fields)} in each")
-    for number, entry in enumerate(entries, start=1):
-        for field in fields:
-            if (
-                not isinstance(entry, dict)
-                or not isinstance(entry.get(field), str)
-                or not entry[field].strip()
-            ):
-                raise DataError(
-                    f"{path}, entry {number}: no text in {field!r}; give every object one"
-                )
-    return entries

@@ -242,3 +242,59 @@ def read_text(path: Path) -> str:
             "save the file as UTF-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def csv_column(path: Path, key: str, value: str) -> dict[str, str]:
+    """The column `value` of a csv by the column `key`, whose entries are unique. Raises DataError."""
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True)
+    found: dict[str, str] = {}
+    try:
+        rows = filter(None, reader)
+        header = next(rows, [])
+        if lacking := [c for c in (key, value) if header.count(c) != 1]:
+            raise DataError(
+                f"{path}: no column {lacking[0]!r}, or several, in the header {header}; give the "
+                f"columns {key}, {value}"
+            )
+        for fields in rows:
+            where = f"{path}, line {reader.line_num}"
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{where}: {len(fields)} fields, but the header has {len(header)}; put a text "
+                    "with a comma in double quotes"
+                )
+            name = fields[header.index(key)]
+            if name in found:
+                raise DataError(f"{where}: the {key} {name!r} occurs twice; give each one line")
+            found[name] = fields[header.index(value)]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not valid csv ({error}); put a text with a quote in "
+            "double quotes and double each"
+        ) from error
+    return found
+
+
+def json_entries(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """The objects of a JSON list, each with a text in every one of `fields`. Raises DataError."""
+    content = read_text(path)
+    try:
+        entries = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: cannot be read as JSON ({error}); "
+            f"give a list of objects with {', '.join(fields)}"
+        ) from error
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{path}: not a list of objects; give one with {', '.join(fields)} in each")
+    for number, entry in enumerate(entries, start=1):
+        for field in fields:
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get(field), str)
+                or not entry[field].strip()
+            ):
+                raise DataError(
+                    f"{path}, entry {number}: no text in {field!r}; give every object one"
+                )
+    return entries

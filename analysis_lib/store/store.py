@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .batches import (
     states_head,
     warn,
 )
-from .files import absolute, commit, default_folder, remove, remove_unchanged
+from .files import absolute, commit, default_folder, remove
 from .index import Index
 
 
@@ -250,37 +250,6 @@ class Store:
         if _check_batch(keys, len(rows)):
             lines = [encode_response(key, row) for key, row in zip(keys, rows, strict=True)]
             self._commit_batch("responses", responses_head(keys, lines, check_about(about)), lines)
-
-    def discard(self, keys: Iterable[str]) -> None:
-        """Removes the batches that hold nothing but these rows: steps to what is kept by now.
-
-        Parameters
-        ----------
-        keys : iterable of str
-            Keys of states and responses.
-
-        Raises
-        ------
-        StoreError
-            Where the folder cannot be read or written.
-
-        Examples
-        --------
-        >>> import tempfile
-        >>> from analysis_lib import Store
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     store, key = Store(folder), "0" * 64
-        ...     store.write_responses([key], [{"response": "No.", "end": "eos"}], about={})
-        ...     store.discard([key])
-        ...     store.read_responses([key])
-        {}
-        """
-        gone = set(keys)
-        for index in self._index.values():
-            index.scan()
-            for batch in list(index.batches.values()):
-                if gone.issuperset(batch.keys):
-                    remove_unchanged(batch.path, batch.stat)
 
     def read_checkpoint(self, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """A training's last checkpoint.
