@@ -22,7 +22,7 @@ from tiny_models import FAMILIES, chat
 
 from analysis_lib import figures
 from analysis_lib.data.files import ROOT
-from analysis_lib.figures import style
+from analysis_lib.figures import labels
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.rendering import Renderer
 from analysis_lib.report import html
@@ -61,16 +61,16 @@ def test_no_text_becomes_markup(name):
 @pytest.mark.parametrize(
     ("name", "plant"),
     [
-        ("figures", lambda patch: patch.setattr(style, "escape", as_it_is)),
+        ("figures", lambda patch: patch.setattr(labels, "escape", as_it_is)),
         (
             "saved figure",
             lambda patch: (
-                patch.setattr(style, "escape", as_it_is),
+                patch.setattr(labels, "escape", as_it_is),
                 patch.setattr("plotly.io._json._safe", lambda text, swap: text),
             ),
         ),
         ("explorer", lambda patch: patch.setattr("analysis_lib.widgets.explorer.escape", str)),
-        ("inspector", lambda patch: patch.setattr(style, "escape", as_it_is)),
+        ("inspector", lambda patch: patch.setattr(labels, "escape", as_it_is)),
         ("table", lambda patch: patch.setattr(HTMLFormatter, "_write_cell", write_cell)),
         ("stored outputs", lambda patch: patch.setattr(HTMLFormatter, "_write_cell", write_cell)),
         ("report", lambda patch: patch.setattr(html, "escape", as_it_is)),
