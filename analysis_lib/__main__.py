@@ -19,12 +19,9 @@ from .store.upkeep import DAY, parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
-  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 \\
-      --prompt my_prompt.txt --out my_report
-  python -m analysis_lib reproduce --model mistralai/Mistral-7B-Instruct-v0.2 \\
-      --prompt my_prompt.txt --dry-run
-  python -m analysis_lib export my_report/soft_prompts/dro_my_prompt.safetensors \\
-      --model mistralai/Mistral-7B-Instruct-v0.2 --out served --form vllm
+  python -m analysis_lib reproduce --model Mistral-7B-Instruct-v0.2 --prompt mine.txt --out mine
+  python -m analysis_lib reproduce --model Mistral-7B-Instruct-v0.2 --prompt mine.txt --dry-run
+  python -m analysis_lib export my.safetensors --model Mistral-7B-Instruct-v0.2 --out o --form vllm
   python -m analysis_lib cache ls
   python -m analysis_lib cache prune --older-than 30d --dry-run
   python -m analysis_lib organism card

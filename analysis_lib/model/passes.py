@@ -96,7 +96,7 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the model is called with for a pack behind a prefix of `length` tokens.
 
-    keys and values come layer by layer.
+    The prefix holds keys, then values, layer by layer.
     """
     from transformers import DynamicCache
 
