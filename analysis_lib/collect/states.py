@@ -88,7 +88,7 @@ def hidden_states(
     Order of rows: prompts outer, queries inner.
     """
     store = usable(store, model)
-    layers = _checked_layers(model, layers)
+    layers = checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
     texts = queries["text"].tolist()
@@ -117,7 +117,7 @@ def missing_states(
     store: Store | None,
 ) -> NDArray[np.bool_]:
     """Which states `hidden_states` would have to compute: (prompts, queries, layers). Loads no weights."""
-    store, layers = usable(store, model), _checked_layers(model, layers)
+    store, layers = usable(store, model), checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
     missing = np.ones((len(prompts), len(queries), len(layers)), dtype=bool)
@@ -128,7 +128,8 @@ def missing_states(
     return missing
 
 
-def _checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
+def checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers as a tuple. ValueError where one is not of the model, or occurs twice."""
     layers = tuple(layers)
     wrong = [i for i in layers if not -1 <= i <= model.n_layers]
     if wrong or not layers or len(set(layers)) < len(layers):
