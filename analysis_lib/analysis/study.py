@@ -96,7 +96,7 @@ class Study:
     >>> from analysis_lib import Study
     >>> study = Study("organism", "anchor", n_samples=1)
     >>> study
-    <Study of 'organism': 200 queries x 4 prompts (none, default, short, mistral); measured: nothing yet>
+    <Study of 'organism': 200 queries x 4 prompts; measured: nothing yet>
     >>> round(study.harmfulness.scores["accuracy"], 2)
     0.96
     >>> study.points[["pc1", "pc2", "pc3", "pc4"]].shape
@@ -155,9 +155,7 @@ class Study:
     def __repr__(self) -> str:
         done = ", ".join(name for name in MEASURED if name in vars(self)) or "nothing yet"
         asked = f"{len(self.queries)} queries x {len(self.prompts)} prompts"
-        return (
-            f"<Study of {self.model.name!r}: {asked} ({', '.join(self.prompts)}); measured: {done}>"
-        )
+        return f"<Study of {self.model.name!r}: {asked}; measured: {done}>"
 
     def under(
         self,
@@ -198,7 +196,7 @@ class Study:
 
     @property
     def start(self) -> str:
-        """The prompt that a training starts from: your own first one, else "default", else the first."""
+        """Where a training starts: your own first prompt, else "default", else the first text."""
         texts = [n for n, p in self.prompts.items() if isinstance(p, str) and p.strip()]
         own = [name for name in texts if name not in load_safety_prompts()]
         if not texts:
@@ -209,7 +207,7 @@ class Study:
 
     @property
     def note(self) -> str:
-        """A caption for figures: the model's name, and for the embedded model what it cannot show."""
+        """A caption for figures: the model's name, or what the embedded model cannot show."""
         return ORGANISM_NOTE if self.model.name == "organism" else self.model.name
 
     @property
