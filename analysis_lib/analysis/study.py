@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from ..collect.inputs import check_prompts, check_queries
 from ..collect.responses import sample_responses
-from ..collect.states import HiddenStates, hidden_states
+from ..collect.states import HiddenStates, checked_layers, hidden_states
 from ..data.prompts import load_safety_prompts
 from ..data.queries import load_queries
 from ..judge.strings import is_refusal, verdict_is_final
-from ..judge.verdicts import judge_responses, refusal_rates
+from ..judge.verdicts import RowJudge, TextJudge, judge_responses, refusal_rates
 from ..model.chat import ChatModel
 from ..model.rendering import Prompt
 from ..store.store import Store
@@ -34,68 +34,73 @@ MEASURED = ("states", "responses", "judged", "rates", "space", "refusal", "harmf
 class Study:
     """One model x queries x safety prompts. Each result is computed when first asked for, and kept.
 
-    A Study does not change: make another one with `under` or `dataclasses.replace`.
+    A Study does not change. Make another one with `dataclasses.replace`, or with `under`.
 
     Parameters
     ----------
-    model : ChatModel, str or Path
-        A chat model, or a name for `ChatModel.load`.
-    queries : DataFrame, str or Path
-        A query table, or a name or a file for `load_queries`.
-    prompts : mapping, str, Path or None
-        {name: text or SoftPrompt}, or a file for `load_safety_prompts`; None: the built-in ones.
-    store : Store or None
+    model : ChatModel or str
+        A name is opened with `ChatModel.load`.
+    queries : DataFrame with query_id and text, or str
+        A name or a file is read with `load_queries`. The column harmful is needed for
+        `harmfulness`.
+    prompts : mapping of names to text or SoftPrompt, or str, optional
+        A file is read with `load_safety_prompts`. Default: the built-in ones.
+    store : Store, optional
         States and replies are read from it and kept in it.
     layers : sequence of int
-        The layers whose states are captured, see `hidden_states`.
+        As in `hidden_states`.
     k : int
-        Components of the anchor space.
-    judge : callable
-        A judge of replies, see `judge_responses`.
+        Components of the space.
+    judge : function of str, or RowJudge
+        As in `judge_responses`.
     n_samples, max_new_tokens, temperature, top_p, top_k, seed
-        How replies are sampled, see `sample_responses`.
-    stop_when : callable, "auto" or None
-        "auto" ends a reply where the string judge's verdict is final. It lets any other judge read
-        whole replies.
-    anchor : Study or None
+        As in `sample_responses`.
+    stop_when : function of str, "auto" or None
+        Ends a reply early, as in `sample_responses`. "auto" ends it where the string judge's
+        verdict is final; any other judge reads whole replies.
+    anchor : Study, optional
         The study whose space and directions are taken, see `under`.
-    known : mapping or None
-        Results that are there already, {"rates": table, ...}; they are taken as they are.
+    known : mapping, optional
+        Results that are there already, such as {"rates": table}. They are taken as they are.
 
     Attributes
     ----------
     states : HiddenStates
-        Of every query under every prompt, at `layers`.
-    responses, judged : DataFrame
-        The sampled replies, n_samples of each; with the judge's verdicts.
+        Of every query under every prompt, prompts outer, queries inner: n rows.
+    responses : DataFrame
+        `n_samples` replies to each row.
+    judged : DataFrame
+        The replies with the judge's verdicts.
     rates : DataFrame
-        [query_id, prompt, refusal_rate in [0, 1], n_judged].
+        query_id, prompt, refusal_rate in [0, 1], n_judged.
     space : AnchorSpace
-        k components, fitted to the states of `layer`.
-    refusal, harmfulness : Direction
-        Fitted to the refusal rates, and to the labels of the queries.
-    coordinates : ndarray (n, k)
-        The states in the space; `points` is the table of them that figures take.
+        Fitted to the states of `layer`.
+    coordinates : array (n, k)
+        The states in the space.
+    points : DataFrame
+        The rows of the states with the coordinates pc1 .. pck, as figures take them.
     rows : DataFrame
-        n rows: query_id, prompt, the columns of the query table, refusal_rate, n_judged.
+        The rows of the states with their refusal rates.
+    refusal : Direction
+        Fitted to the refusal rates. Rows without a rate are left out.
+    harmfulness : Direction
+        Fitted to the labels. Queries without a label are left out.
 
     Raises
     ------
     TypeError, ValueError
-        For what is no model, table, prompt, layer, k or judge; and what `ChatModel.load`,
-        `load_queries` and `load_safety_prompts` raise.
+        Where something is no model, table, prompt, layer, number of components or judge.
 
     Examples
     --------
-    >>> from analysis_lib import Study, load_queries
-    >>> queries = load_queries("anchor").iloc[::20]
-    >>> study = Study("organism", queries, {"none": "", "short": "Be careful."}, n_samples=2)
+    >>> from analysis_lib import Study
+    >>> study = Study("organism", "anchor", n_samples=1)
     >>> study
-    <Study of 'organism': 10 queries x 2 prompts (none, short); measured: nothing yet>
-    >>> study.coordinates.shape
-    (20, 4)
-    >>> study.rates.columns.tolist()
-    ['query_id', 'prompt', 'refusal_rate', 'n_judged']
+    <Study of 'organism': 200 queries x 4 prompts; measured: nothing yet>
+    >>> round(study.harmfulness.scores["accuracy"], 2)
+    0.96
+    >>> study.points[["pc1", "pc2", "pc3", "pc4"]].shape
+    (800, 4)
     """
 
     model: ChatModel
@@ -104,7 +109,7 @@ class Study:
     store: Store | None
     layers: tuple[int, ...]
     k: int
-    judge: Callable[..., Any]
+    judge: RowJudge | TextJudge
     n_samples: int
     max_new_tokens: int
     temperature: float
@@ -123,7 +128,7 @@ class Study:
         store: Store | None = None,
         layers: Sequence[int] = (-1,),
         k: int = 4,
-        judge: Callable[..., Any] = is_refusal,
+        judge: RowJudge | TextJudge = is_refusal,
         n_samples: int = 20,
         max_new_tokens: int = 300,
         temperature: float = 1.0,
@@ -135,7 +140,7 @@ class Study:
         known: Mapping[str, Any] | None = None,
     ) -> None:
         model, queries, prompts = _model(model), _queries(queries), _prompts(prompts)
-        layers = _layers(layers, model)
+        layers = checked_layers(model, (layers,) if isinstance(layers, int) else layers)
         if not 1 <= k <= model.hidden_size:
             raise ValueError(f"k = {k}: give a number of components from 1 to {model.hidden_size}")
         if not callable(judge):
@@ -150,9 +155,7 @@ class Study:
     def __repr__(self) -> str:
         done = ", ".join(name for name in MEASURED if name in vars(self)) or "nothing yet"
         asked = f"{len(self.queries)} queries x {len(self.prompts)} prompts"
-        return (
-            f"<Study of {self.model.name!r}: {asked} ({', '.join(self.prompts)}); measured: {done}>"
-        )
+        return f"<Study of {self.model.name!r}: {asked}; measured: {done}>"
 
     def under(
         self,
@@ -163,7 +166,24 @@ class Study:
     ) -> Study:
         """Other prompts, and perhaps other queries or settings, seen in this study's space.
 
-        The new study has its own states, replies and rates. Space and directions are this one's.
+        The new study has its own states, replies and rates. Its space and its directions are those
+        of this one.
+
+        Parameters
+        ----------
+        prompts : mapping of names to text or SoftPrompt, or str
+        queries : DataFrame or str, optional
+            Default: the same.
+        **changed
+            Other parameters of the class.
+
+        Examples
+        --------
+        >>> from analysis_lib import Study
+        >>> study = Study("organism", "anchor")
+        >>> mine = study.under({"none": "", "mine": "Be careful."}, queries="facts")
+        >>> mine.anchor is study
+        True
         """
         asked = self.queries if queries is None else queries
         changed = {"anchor": self.anchor or self, **changed}
@@ -176,7 +196,7 @@ class Study:
 
     @property
     def start(self) -> str:
-        """The prompt that a training starts from: the first of the user's own, else "default", else the first text."""
+        """Where a training starts: your own first prompt, else "default", else the first text."""
         texts = [n for n, p in self.prompts.items() if isinstance(p, str) and p.strip()]
         own = [name for name in texts if name not in load_safety_prompts()]
         if not texts:
@@ -187,7 +207,7 @@ class Study:
 
     @property
     def note(self) -> str:
-        """A caption for figures: the model's name, and for the embedded model what it cannot show."""
+        """A caption for figures: the model's name, or what the embedded model cannot show."""
         return ORGANISM_NOTE if self.model.name == "organism" else self.model.name
 
     @property
@@ -241,14 +261,12 @@ class Study:
 
     @cached_property
     def refusal(self) -> Direction:
-        """Rows without a rate are left out of the fit."""
         if self.anchor is not None:
             return self.anchor.refusal
         return self._direction("refusal", self.rows["refusal_rate"])
 
     @cached_property
     def harmfulness(self) -> Direction:
-        """Queries without a label are left out of the fit."""
         if self.anchor is not None:
             return self.anchor.harmfulness
         if "harmful" not in self.queries:
@@ -300,15 +318,3 @@ def _prompts(given: Mapping[str, Prompt] | str | Path | None) -> dict[str, Promp
         return {**load_safety_prompts(given)}
     check_prompts(given)
     return dict(given)
-
-
-def _layers(given: Sequence[int], model: ChatModel) -> tuple[int, ...]:
-    layers = (given,) if isinstance(given, int) else tuple(given)
-    if not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers = {layers}: give one layer or more, each once")
-    if wrong := [i for i in layers if not -1 <= i <= model.n_layers]:
-        raise ValueError(
-            f"layers = {layers}: {wrong[0]} is none of 0 to {model.n_layers}, nor -1, the state "
-            "after the final norm"
-        )
-    return layers

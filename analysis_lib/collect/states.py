@@ -181,7 +181,7 @@ def hidden_states(
     True
     """
     store = usable(store, model)
-    layers = _checked_layers(model, layers)
+    layers = checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
     texts = queries["text"].tolist()
@@ -213,7 +213,7 @@ def missing_states(
 
     Loads no weights.
     """
-    store, layers = usable(store, model), _checked_layers(model, layers)
+    store, layers = usable(store, model), checked_layers(model, layers)
     check_queries(queries)
     check_prompts(prompts)
     missing = np.ones((len(prompts), len(queries), len(layers)), dtype=bool)
@@ -224,7 +224,8 @@ def missing_states(
     return missing
 
 
-def _checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
+def checked_layers(model: ChatModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """The layers as a tuple. ValueError where one is not of the model, or occurs twice."""
     layers = tuple(layers)
     wrong = [i for i in layers if not -1 <= i <= model.n_layers]
     if wrong or not layers or len(set(layers)) < len(layers):

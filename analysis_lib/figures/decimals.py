@@ -8,11 +8,29 @@ import pandas as pd
 def fixed(table: pd.DataFrame, decimals: int, **own: int) -> pd.DataFrame:
     """The table with every float as text of so many decimals, whatever the other values are.
 
-    own: the decimals of single columns. A value that rounds to 0 has no sign. NaN and all that is
-    no float stay. The table is for showing: compute with the one that was given.
+    It is for showing. Compute with the table that was given.
 
-    >>> fixed(pd.DataFrame({"method": ["DRO"], "rate": [0.5]}), 2).to_dict("records")
-    [{'method': 'DRO', 'rate': '0.50'}]
+    Parameters
+    ----------
+    table : DataFrame
+    decimals : int
+    **own : int
+        Decimals of single columns, by name.
+
+    Returns
+    -------
+    DataFrame
+        A value that rounds to 0 has no sign. NaN stays, and so does all that is no float.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from analysis_lib.figures import fixed
+    >>> table = pd.DataFrame({"method": ["text", "DRO"], "rate": [0.5, -0.001]})
+    >>> fixed(table, 2)
+      method  rate
+    0   text  0.50
+    1    DRO  0.00
     """
 
     def shown(column: pd.Series) -> pd.Series:

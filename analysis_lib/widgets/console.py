@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from .. import figures
 from .panel import Panel, check_space, control, html, kept
 
-import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import ipywidgets as widgets  # isort: skip  (after figures, which makes it quick)
 import plotly.graph_objects as go  # isort: skip
 
 if TYPE_CHECKING:
@@ -36,21 +36,52 @@ TRAINED = "trained"
 class Console(Panel):
     """Trains a soft prompt from one of a study's text prompts, as `train_dro` does, in a thread.
 
-    The study has states of layer -1 under `base` and under every prompt that a training can start
-    at. Its queries, space and directions are those that are trained on. config: the DROConfig whose
-    values the controls show at first. start: the prompt chosen at first, by default the study's
-    `.start`. n_shown: queries of each class whose points are followed. out: where `.save` puts
-    soft_prompts/NAME.safetensors and `.export` the folder exports/NAME. note: a caption, by default
-    the study's. A training of whole epochs that ran to its end is kept in the study's store, and
-    read instead of repeated.
+    A training of whole epochs that ran to its end is kept in the study's store, and read instead of
+    repeated. Another cell that uses the same model meanwhile gets its turn between two steps.
 
-    Controls `.start_prompt`, `.learning_rate`, `.steps`, `.weight_refusal`, `.weight_harmfulness`,
-    `.weight_norm`, `.name`; buttons `.start`, `.stop` (keeps what was learned), `.save` and
-    `.export`; `.wait()` returns at the end of the training. `.soft_prompt` is the last one trained
-    (None before); `.table` the mean logits of the followed queries. Another cell that captures or
-    samples with the same model meanwhile gets its turn between two steps.
+    Parameters
+    ----------
+    study : Study
+        Its queries, space and directions are trained on. It has states of layer -1 under `base` and
+        under every text prompt.
+    config : DROConfig, optional
+        What the controls show at first.
+    start : str, optional
+        The prompt chosen at first. Default: the study's `start`.
+    out : str or Path
+        `save` writes soft_prompts/NAME.safetensors there, `export` the folder exports/NAME.
+    n_shown : int
+        Queries of each class whose points are followed.
+    base : str
+        The prompt that movements start from.
+    note : str, optional
+        A caption under the plot. Default: the study's.
 
-    Raises ValueError where the study's states, space, directions and prompts do not fit together.
+    Attributes
+    ----------
+    start_prompt, learning_rate, steps, weight_refusal, weight_harmfulness, weight_norm, name
+        The controls.
+    start, stop, save, export
+        The buttons. `stop` keeps what was learned.
+    soft_prompt : SoftPrompt or None
+        The last one trained.
+
+    Raises
+    ------
+    ValueError
+        Where the study's states, space, directions and prompts do not fit together.
+
+    Examples
+    --------
+    >>> from analysis_lib import Study
+    >>> from analysis_lib.widgets import dro_console
+    >>> study = Study("organism", "anchor", {"none": "", "mine": "Be careful."}, n_samples=2)
+    >>> console = dro_console(study)
+    >>> console.steps.value = 2
+    >>> console.start.click()
+    >>> console.wait()
+    >>> len(console.soft_prompt.history)
+    2
     """
 
     _kind = "console"
@@ -82,12 +113,14 @@ class Console(Panel):
         start = study.start if start is None else start
         if start not in texts or TRAINED in study.prompts:
             raise ValueError(
-                f"dro_console: start={start!r} must be a text prompt of {list(texts)}, and none called {TRAINED!r}"
+                f"dro_console: start={start!r} must be a text prompt of {list(texts)}, "
+                f"and none called {TRAINED!r}"
             )
         states, rows = study.states.at(-1)
         if lacking := {base, *texts} - set(rows["prompt"]):
             raise ValueError(
-                f"dro_console: no states under {sorted(lacking)}; capture these prompts too, or leave them out"
+                f"dro_console: no states under {sorted(lacking)}; capture these prompts too, "
+                "or leave them out"
             )
         self._model, self._prompts, self._space = study.model, texts, study.space
         self._refusal, self._harmfulness = study.refusal, study.harmfulness
@@ -145,7 +178,7 @@ class Console(Panel):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Mean refusal and harmfulness logit of the followed queries, per prompt of the path and class; 2 decimals."""
+        """Mean logits of the followed queries, per prompt of the path and class; 2 decimals."""
         points = self._points()
         Z = points.filter(regex=r"^pc\d+$").to_numpy()
         points = points.assign(
@@ -192,7 +225,10 @@ class Console(Panel):
         return self._space.transform(captured.states[:, 0])
 
     def _points(self) -> pd.DataFrame:
-        """The followed queries under base, start prompt and soft prompt, which starts where the start prompt is."""
+        """The followed queries under base, start prompt and soft prompt.
+
+        The soft prompt starts where the start prompt is.
+        """
         tables = []
         for name in (self._base, self.start_prompt.value):
             own = (self._rows["prompt"] == name).to_numpy()
@@ -237,16 +273,9 @@ class Console(Panel):
         fig.update_xaxes(title_text="step", row=2, col=1)
         fig.update_yaxes(title_text="loss", row=1, col=1)
         fig.update_yaxes(title_text="norm loss", row=2, col=1)
-        fig.update_xaxes(
-            title_text=plane.layout.xaxis.title.text, range=plane.layout.xaxis.range, row=1, col=2
-        )
-        fig.update_yaxes(
-            title_text=plane.layout.yaxis.title.text,
-            range=plane.layout.yaxis.range,
-            scaleanchor="x2",
-            row=1,
-            col=2,
-        )
+        x, y = plane.layout.xaxis, plane.layout.yaxis
+        fig.update_xaxes(title_text=x.title.text, range=x.range, row=1, col=2)
+        fig.update_yaxes(title_text=y.title.text, range=y.range, scaleanchor="x2", row=1, col=2)
         return figures.finish(
             fig, "Losses, and the queries followed", self._note, width=960, height=500, right=210
         )
@@ -325,7 +354,10 @@ class Console(Panel):
             self.progress.value = len(self._history)
             self._trained = self._follow(self.soft_prompt, self._store)
             self._redraw()
-            self.status.value = f"{len(self._history)} of {steps} steps done; the soft prompt is in <code>.soft_prompt</code>"
+            self.status.value = (
+                f"{len(self._history)} of {steps} steps done; the soft prompt is in "
+                "<code>.soft_prompt</code>"
+            )
         except Exception as error:  # of a thread: shown, or nobody would know
             self.status.value = ""
             self._show(error)

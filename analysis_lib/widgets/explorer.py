@@ -13,9 +13,10 @@ import pandas as pd
 from .. import figures
 from ..analysis.directions import Direction
 from ..analysis.space import AnchorSpace
-from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
+from .layers import layer_name, layer_options, of_layer, shift_lengths
+from .panel import Panel, arrays, control, html, join, pairs
 
-import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import ipywidgets as widgets  # isort: skip  (after figures, which makes it quick)
 import plotly.graph_objects as go  # isort: skip
 
 if TYPE_CHECKING:
@@ -58,15 +59,40 @@ def explore(
 ) -> Explorer:
     """An `Explorer` of a study's states, in each of its layers.
 
-    study: for several models {model: Study}, of the same queries and prompts. rates: False leaves
-    refusal rates out, so that no reply is sampled. spaces: a space per layer, or a function of the
-    states (n, d) of a layer. By default a space is fitted to each layer, with signs like those of
-    the (first model's) last one, so that no component turns round between layers. directions: a
-    list per layer, or a function of the coordinates (n, k) and their rows (with refusal_rate where
-    rates are shown); the one named "refusal" gives the predicted refusal. base: the prompt that
-    shifts are measured from. note: a caption under the plot, by default the study's.
+    Parameters
+    ----------
+    study : Study, or mapping of model names to Study
+        Several studies have the same queries and prompts.
+    rates : bool
+        False leaves refusal rates out, so that no reply is sampled.
+    spaces : mapping of layer to AnchorSpace, or function of states (n, d) to AnchorSpace, optional
+        Default: a space is fitted to each layer. Its signs are like those of the (first model's)
+        last layer, so that no component turns round between layers.
+    directions : mapping of layer to Directions, or function of (Z (n, k), rows) to them, optional
+        The one named "refusal" gives the predicted refusal.
+    base : str
+        The prompt that shifts are measured from.
+    note : str, optional
+        A caption under the plot. Default: the study's.
 
-    Raises ValueError where the tables do not fit together.
+    Returns
+    -------
+    Explorer
+
+    Raises
+    ------
+    ValueError
+        Where the tables do not fit together.
+
+    Examples
+    --------
+    >>> from analysis_lib import Study
+    >>> from analysis_lib.widgets import explore
+    >>> explorer = explore(Study("organism", "anchor", {"none": ""}), rates=False)
+    >>> explorer.table[["prompt", "group", "n"]]
+      prompt     group    n
+    0   none   harmful  100
+    1   none  harmless  100
     """
     studies: Mapping[str, Study] = study if isinstance(study, Mapping) else {"": study}
     captured = {name: arrays("explore", one) for name, one in studies.items()}
@@ -76,7 +102,8 @@ def explore(
         keys = ["query_id", "prompt"]
         if not joined[name][keys].equals(joined[first][keys]):
             raise ValueError(
-                f"explore: the rows of {name!r} are others; capture the same queries under the same prompts"
+                f"explore: the rows of {name!r} are others; capture the same queries under "
+                "the same prompts"
             )
         if list(joined[name]) != list(joined[first]):
             raise ValueError(
@@ -88,8 +115,14 @@ def explore(
 
 
 class Explorer(Panel):
-    """Controls `.model`, `.layer`, `.components`, `.prompts`, `.color`, `.smoothing` and `.query`; the `.detail` of the chosen
-    query, or of the `.selected` ones of a lasso; and `.table`, which describes the present view in numbers.
+    """Layers, components, prompts and single queries; made by `explore`.
+
+    Attributes
+    ----------
+    model, layer, components, prompts, color, smoothing, query
+        The controls. Set their `.value` from code.
+    selected : tuple
+        The queries of the last lasso.
     """
 
     _kind = "explorer"
@@ -153,7 +186,8 @@ class Explorer(Panel):
         return [widgets.VBox(left), widgets.VBox(right)]
 
     def _listen(self) -> None:
-        """To clicks on points and lassos around them. The point traces come first, one per group that has queries."""
+        """To clicks on points and lassos around them."""
+        # The point traces come first, one per group that has queries
         table = next(iter(self._rows.values()))
         classes = figures.class_names(table)
         members = [
@@ -172,8 +206,10 @@ class Explorer(Panel):
 
     @property
     def table(self) -> pd.DataFrame:
-        """The present view in numbers: per shown prompt and class the size, the mean of the shown components and of what is
-        known of it (refusal rate, predicted refusal, shift length), then the directions' held-out scores; 3 decimals.
+        """The present view in numbers, per shown prompt and class; 3 decimals.
+
+        The size, the means of the shown components and of what is known (refusal rate, predicted
+        refusal, shift length), then the held-out scores of the directions.
         """
         view = self._view()
         columns = [f"pc{i}" for i in self.components.value]
@@ -205,11 +241,11 @@ class Explorer(Panel):
                 space = (
                     self._spaces(at)
                     if callable(self._spaces)
-                    else _of_layer(self._spaces, layer, "space")
+                    else of_layer(self._spaces, layer, "space")
                 )
             rows = self._rows[model]
             shifts = (
-                _shift_lengths(at, rows, self._base) if self._base in set(rows["prompt"]) else None
+                shift_lengths(at, rows, self._base) if self._base in set(rows["prompt"]) else None
             )
             Z = np.asarray(space.transform(at))
             self._coordinates[model, layer] = space, Z, shifts
@@ -229,7 +265,7 @@ class Explorer(Panel):
                 directions = (
                     ()
                     if self._directions is None
-                    else tuple(_of_layer(self._directions, layer, "directions"))
+                    else tuple(of_layer(self._directions, layer, "directions"))
                 )
             for direction in directions:
                 if direction.name == "refusal":
@@ -262,7 +298,8 @@ class Explorer(Panel):
         color, components = self.color.value, self.components.value
         if max(components) > view.space.k:
             raise ValueError(
-                f"the space of layer {self.layer.value} has {view.space.k} components; choose lower ones"
+                f"the space of layer {self.layer.value} has {view.space.k} components; "
+                "choose lower ones"
             )
         fig = figures.plot_groups(
             view.points,
@@ -313,7 +350,7 @@ class Explorer(Panel):
                 self._tell()
 
     def _chosen(self, trace: Any, ids: list[Any], indices: list[int]) -> None:
-        """A lasso tells every trace in turn, those without a point in it too; the last one completes the selection."""
+        """A lasso tells every trace in turn, also one without a point; the last completes it."""
         self._lasso += [ids[i] for i in indices]
         if trace is not self.figure.data[len(self._members) - 1]:
             return
@@ -327,7 +364,10 @@ class Explorer(Panel):
             self.detail.value = self._listed(points)
             return
         if self.query.value is None:
-            self.detail.value = "<i>Click a point, or choose a query, to read it; draw a lasso around points to list them.</i>"
+            self.detail.value = (
+                "<i>Click a point, or choose a query, to read it; draw a lasso around points to "
+                "list them.</i>"
+            )
             return
         own = points[points["query_id"] == self.query.value]
         about = own.iloc[0]
@@ -338,12 +378,12 @@ class Explorer(Panel):
         columns += [f"pc{i}" for i in self.components.value]
         shown = own[columns].rename(columns={c: label for label, c in COLORS.items()})
         self.detail.value = (
-            f"<p><b>{escape(str(about['query_id']))}</b> ({figures.class_names(own).iloc[0]}): {escape(str(about['text']))}</p>"
-            + html(shown)
+            f"<p><b>{escape(str(about['query_id']))}</b> ({figures.class_names(own).iloc[0]}): "
+            f"{escape(str(about['text']))}</p>" + html(shown)
         )
 
     def _listed(self, points: pd.DataFrame) -> str:
-        """The queries of a lasso, each with its refusal rate, or else its shift length, under every prompt."""
+        """The queries of a lasso, with refusal rates (else shift lengths) under every prompt."""
         own = points[points["query_id"].isin(self.selected[:MOST_LISTED])]
         about = (
             own.assign(**{"class": figures.class_names(own)})
@@ -357,25 +397,7 @@ class Explorer(Panel):
             )
         more = len(self.selected) - MOST_LISTED
         columns = f", with their {value.replace('_', ' ')} under each prompt" if value else ""
-        return (
-            f"<p>{len(self.selected)} queries in the lasso{columns}{f'; the first {MOST_LISTED} of them' if more > 0 else ''}:</p>"
-            + html(about.loc[list(self.selected[:MOST_LISTED])].reset_index())
+        first = f"; the first {MOST_LISTED} of them" if more > 0 else ""
+        return f"<p>{len(self.selected)} queries in the lasso{columns}{first}:</p>" + html(
+            about.loc[list(self.selected[:MOST_LISTED])].reset_index()
         )
-
-
-def _shift_lengths(states: np.ndarray, rows: pd.DataFrame, base: str) -> np.ndarray:
-    """Distance (n,) of each state from the same query's state under `base`, in the hidden space; NaN without one."""
-    start = rows.index[rows["prompt"] == base]
-    at = rows["query_id"].map(pd.Series(start, index=rows.loc[start, "query_id"]))
-    known = at.notna().to_numpy()
-    lengths = np.full(len(rows), np.nan)
-    lengths[known] = np.linalg.norm(states[known] - states[at[known].astype(int)], axis=1)
-    return lengths.round(4)
-
-
-def _of_layer(mapping: Mapping[int, Any], layer: int, what: str) -> Any:
-    if layer not in mapping:
-        raise ValueError(
-            f"no {what} for layer {layer}; there are {sorted(mapping)}: add it, or pass a function"
-        )
-    return mapping[layer]

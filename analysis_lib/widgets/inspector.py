@@ -12,9 +12,10 @@ from .. import figures
 from ..analysis.directions import Direction, Fold, fit_folds, held_out_scores
 from ..analysis.estimators import fit_data, logistic, mean_difference, run_estimator
 from ..analysis.space import AnchorSpace, FitError
-from .panel import Panel, arrays, control, html, join, layer_name, layer_options, pairs
+from .layers import layer_name, layer_options
+from .panel import Panel, arrays, control, html, join, pairs
 
-import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import ipywidgets as widgets  # isort: skip  (after figures, which makes it quick)
 import plotly.graph_objects as go  # isort: skip
 
 if TYPE_CHECKING:
@@ -34,8 +35,32 @@ def inspect_directions(
 ) -> Inspector:
     """An `Inspector` of the directions that different estimators find in a study's layers.
 
-    most_components: of the spaces that are fitted. note: a caption under the plot, by default the
-    study's. Raises ValueError where the study's tables do not fit together.
+    Parameters
+    ----------
+    study : Study
+    most_components : int
+        Components of the spaces that are fitted.
+    note : str, optional
+        A caption under the plot. Default: the study's.
+
+    Returns
+    -------
+    Inspector
+
+    Raises
+    ------
+    ValueError
+        Where the study's tables do not fit together.
+
+    Examples
+    --------
+    >>> from analysis_lib import Study
+    >>> from analysis_lib.widgets import inspect_directions
+    >>> prompts = {"none": "", "mine": "Be careful."}
+    >>> inspector = inspect_directions(Study("organism", "anchor", prompts, n_samples=2))
+    >>> inspector.turn.value = 90
+    >>> inspector.table["direction"][0]
+    'shown (turned by 90 degrees)'
     """
     states, layers = arrays("inspect_directions", study)
     rows = join("inspect_directions", study)
@@ -43,8 +68,13 @@ def inspect_directions(
 
 
 class Inspector(Panel):
-    """Controls `.layer`, `.estimator`, `.k` (components that the fit sees), `.components` (the plane shown) and `.turn` (degrees
-    in that plane, from the fitted direction); `.direction` is the one shown, `.table` and `.ranked` describe it.
+    """What an estimator finds, and what turning it costs; made by `inspect_directions`.
+
+    Attributes
+    ----------
+    layer, estimator, k, components, turn
+        The controls: `k` is the number of components that the fit sees, `components` the plane
+        shown, `turn` the angle in that plane from the fitted direction, in degrees.
     """
 
     _kind = "inspector"
@@ -84,7 +114,7 @@ class Inspector(Panel):
 
     @property
     def direction(self) -> Direction:
-        """The direction shown: fitted to all rows and turned. Its scores are held out, see `table`."""
+        """The direction shown: fitted to all rows and turned. For its scores see `table`."""
         label = self.estimator.value
         return replace(
             self._turned(self._fit(label), self.turn.value),
@@ -93,8 +123,10 @@ class Inspector(Panel):
 
     @property
     def table(self) -> pd.DataFrame:
-        """The direction shown, and each estimator's: its angle to the shown one in degrees (1 decimal) and, of the estimator in
-        use, the held-out scores (3 decimals): each fold's own fit, turned alike, on the queries that it did not see.
+        """The direction shown, and each estimator's.
+
+        Its angle to the shown one in degrees (1 decimal) and, of the estimator in use, the held-out
+        scores (3 decimals): each fold's own fit, turned alike, on the queries that it did not see.
         """
         shown, label = self.direction, self.estimator.value
         lines = [
@@ -115,7 +147,10 @@ class Inspector(Panel):
 
     @property
     def ranked(self) -> pd.DataFrame:
-        """All queries by their mean logit over the prompts, highest first: query_id, group, text, logit, refusal_rate."""
+        """All queries by their mean logit over the prompts, highest first.
+
+        Returns query_id, group, text, logit, refusal_rate.
+        """
         rows = self._rows.assign(
             logit=self._turned(self._fit(self.estimator.value), self.turn.value).logit(
                 self._layer()[1]
@@ -177,7 +212,7 @@ class Inspector(Panel):
         return replace(direction, weight=weight)
 
     def _turned(self, direction: Direction, degrees: float) -> Direction:
-        """Turned about the mean of the states, from the first component shown towards the second."""
+        """Turned about the mean of the states, from the first component shown to the second."""
         i, j = (c - 1 for c in self.components.value)
         weight, angle = direction.weight.copy(), np.radians(degrees)
         weight[i], weight[j] = (

@@ -30,7 +30,10 @@ PANELS: dict[tuple[str, str], Panel] = {}
 
 
 class _Plot(go.FigureWidget):
-    """Is announced to the page once it holds its plot: plotly announces an empty one, which a slow page was seen to keep."""
+    """Is announced to the page once it holds its plot.
+
+    plotly announces an empty one, which a slow page was seen to keep.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -53,7 +56,10 @@ def kept(compute: Callable[..., Any], *arguments: Any, store: Any, **options: An
 
 
 class Panel:
-    """What the widgets share: controls named in `_choices`, one figure built by `_build`, messages, text below by `_tell`."""
+    """What the widgets share.
+
+    Controls are named in `_choices`. `_build` makes the one figure, `_tell` the text below it.
+    """
 
     _kind = ""
     _choices: tuple[str, ...] = ()
@@ -61,7 +67,10 @@ class Panel:
     view: widgets.VBox
 
     def _build(self) -> go.Figure:
-        """The figure of the present choices; always the same number of traces, so that a redraw is an update."""
+        """The figure of the present choices.
+
+        It has always the same number of traces, so that a redraw is an update.
+        """
         raise NotImplementedError
 
     def _tell(self) -> None:
@@ -113,7 +122,7 @@ class Panel:
             layout = built.layout.to_plotly_json()
             for key in {*layout, *self.figure.layout.to_plotly_json()} - {"template"}:
                 self.figure.layout[key] = layout.get(key)
-        # Private: brings the widget's stored state up to date; without it a reloaded page shows the first plot again.
+        # Brings the widget's stored state up to date: else a reloaded page shows the first plot
         self.figure._repr_mimebundle_()
         self._tell()
 
@@ -136,7 +145,10 @@ class Panel:
         )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The widget, and beside it the figure alone where PLOTLY_RENDERER is set: stored outputs and reports have no widgets."""
+        """The widget, and beside it the figure alone where PLOTLY_RENDERER is set.
+
+        Stored outputs and reports have no widgets.
+        """
         bundle = self.view._repr_mimebundle_(**kwargs)
         if os.environ.get("PLOTLY_RENDERER"):
             bundle["application/vnd.plotly.v1+json"] = json.loads(str(self.figure.to_json()))
@@ -184,16 +196,8 @@ def arrays(where: str, study: Study) -> tuple[np.ndarray, tuple[int, ...]]:
     return states, tuple(layers)
 
 
-def layer_options(layers: Sequence[int]) -> list[tuple[str, int]]:
-    return [(layer_name(i), i) for i in sorted(layers, key=lambda i: (i < 0, i))]
-
-
-def layer_name(layer: int) -> str:
-    return {0: "0 (embedding)", -1: "-1 (final norm)"}.get(layer, str(layer))
-
-
 def join(where: str, study: Study, rated: bool = True) -> pd.DataFrame:
-    """One row per state: query_id, prompt, text, harmful and, where `rated`, refusal_rate and perhaps n_judged."""
+    """One row per state: query_id, prompt, text, harmful, and where `rated` its rate."""
     rates = study.rates if rated else None
     rows, queries = study.states.rows, study.queries
     _check(where, "rows", rows, "query_id", "prompt")
@@ -201,7 +205,8 @@ def join(where: str, study: Study, rated: bool = True) -> pd.DataFrame:
     joined = rows[["query_id", "prompt"]].reset_index(drop=True)
     if unknown := sorted(set(joined["query_id"]) - set(queries["query_id"]), key=str):
         raise ValueError(
-            f"{where}: {len(unknown)} queries of the rows are not in queries, such as {unknown[0]!r}"
+            f"{where}: {len(unknown)} queries of the rows are not in queries, "
+            f"such as {unknown[0]!r}"
         )
     joined = joined.merge(queries[["query_id", "text", "harmful"]], on="query_id", how="left")
     if rates is not None:
@@ -215,7 +220,8 @@ def _check(where: str, name: str, table: pd.DataFrame, *columns: str) -> None:
     """The table has the columns, and each query once, under each prompt where it has prompts."""
     if missing := [c for c in columns if c not in table]:
         raise ValueError(
-            f"{where}: {name} lacks column {', '.join(map(repr, missing))}; it has {list(table.columns)}"
+            f"{where}: {name} lacks column {', '.join(map(repr, missing))}; "
+            f"it has {list(table.columns)}"
         )
     key = [c for c in ("query_id", "prompt") if c in columns]
     twice = table[table[key].duplicated()]

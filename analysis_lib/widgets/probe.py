@@ -12,7 +12,7 @@ import pandas as pd
 from .. import figures
 from .panel import Panel, check_space, control, html, kept, pairs
 
-import ipywidgets as widgets  # isort: skip  (after figures, whose first import makes FigureWidget quick)
+import ipywidgets as widgets  # isort: skip  (after figures, which makes it quick)
 import plotly.graph_objects as go  # isort: skip
 
 if TYPE_CHECKING:
@@ -24,18 +24,37 @@ TYPED = "typed"  # the name of the typed safety prompt
 class Probe(Panel):
     """A typed query under every prompt of a study, and under a typed safety prompt.
 
-    The background is the study's queries under `base`; its space, refusal direction, sampling
-    settings, judge and store serve what is typed too. prompts: {name: text or SoftPrompt} in place
-    of the study's. query, prompt: what is typed at first. n_samples: replies sampled per prompt on
-    the button, by default as many as in the study. note: a caption, by default the study's.
+    The study's space, refusal direction, sampling settings, judge and store serve what is typed.
+    Its queries under `base` are the background. Replies are shown for the embedded model only,
+    whose replies hold no instructions.
 
-    Controls `.query`, `.prompt`, `.components` and the button `.sample`; `.table`: per prompt the
-    predicted probability of refusal, the sampled rate once sampled, and for the embedded model the
-    probability that its grammar taught. Replies are shown for the embedded model only, whose
-    replies hold no instructions.
+    Parameters
+    ----------
+    study : Study
+    prompts : mapping of names to text or SoftPrompt, optional
+        Default: those of the study.
+    query, prompt : str
+        What is typed at first.
+    n_samples : int, optional
+        Replies sampled per prompt on the button. Default: as many as in the study.
+    base : str
+        The prompt that the lines start from.
+    note : str, optional
+        A caption under the plot. Default: the study's.
 
-    Raises ValueError where the study's states, space and model do not fit, where a prompt is called
-    "typed", or where `base` is missing.
+    Raises
+    ------
+    ValueError
+        Where the study's states, space and model do not fit, a prompt is called "typed", or `base`
+        is missing.
+
+    Examples
+    --------
+    >>> from analysis_lib import Study
+    >>> from analysis_lib.widgets import probe
+    >>> study = Study("organism", "anchor", {"none": "", "mine": "Be careful."}, n_samples=2)
+    >>> probe(study, query="How to bake bread?", prompt="Be kind.").table["prompt"].tolist()
+    ['none', 'mine', 'typed']
     """
 
     _kind = "probe"
@@ -56,7 +75,8 @@ class Probe(Panel):
         self._fixed: dict[str, Any] = dict(study.prompts if prompts is None else prompts)
         if TYPED in self._fixed or base not in self._fixed:
             raise ValueError(
-                f"probe: prompts {list(self._fixed)} need {base!r}, and none called {TYPED!r}; rename it, or pass base="
+                f"probe: prompts {list(self._fixed)} need {base!r}, and none called {TYPED!r}; "
+                "rename it, or pass base="
             )
         self._study, self._model, self._space = study, study.model, study.space
         self._refusal, self._base = study.refusal, base
@@ -86,7 +106,10 @@ class Probe(Panel):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Per prompt: predicted, sampled (NaN before sampling), and for the embedded model true (NaN outside its grammar)."""
+        """Per prompt: predicted, sampled, and for the embedded model true.
+
+        sampled is NaN before sampling, true is NaN outside the grammar.
+        """
         query, prompts = self.query.value.strip(), self._prompts()
         keys = [self._key(query, name) for name in prompts] if query else []
         Z = self._coordinates()
@@ -257,7 +280,10 @@ class Probe(Panel):
             shown["commonest reply"] = known
         text = f"<p><b>query</b>: {escape(query)}</p>" + html(shown)
         if self._is_organism:
-            text += "<small>true: the probability that the grammar taught; samples at top-p 0.9 lose what is rarer than a tenth.</small>"
+            text += (
+                "<small>true: the probability that the grammar taught; samples at top-p 0.9 lose "
+                "what is rarer than a tenth.</small>"
+            )
         self.detail.value = text
 
 
