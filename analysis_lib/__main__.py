@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .store.upkeep import DAY, parse_bytes, parse_days
+from .store.upkeep import SPARE, parse_bytes, parse_days
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
@@ -115,9 +115,11 @@ def _cache(args: argparse.Namespace) -> int:
         return 0
     if args.action == "prune":
         limits = {name: getattr(args, name) for name in ("older_than", "model", "max_bytes")}
-        table = upkeep.prune(store, spare=0.0 if args.now else DAY, dry_run=args.dry_run, **limits)
+        table = upkeep.prune(
+            store, spare=0.0 if args.now else SPARE, dry_run=args.dry_run, **limits
+        )
     elif args.action == "compact":
-        table = upkeep.compact(store, spare=0.0 if args.now else DAY)
+        table = upkeep.compact(store, spare=0.0 if args.now else SPARE)
     else:
         table = {"ls": upkeep.ls, "verify": upkeep.verify}[args.action](store)
     text = (

@@ -17,9 +17,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis_lib.data.files import OPTIONAL, DataError
 from analysis_lib.data.prompts import load_safety_prompts
 from analysis_lib.data.queries import load_queries
+from analysis_lib.data.user_files import OPTIONAL, DataError
 
 from .injection import result
 from .texts import HOSTILE

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from analysis_lib.analysis.benchmark import metric_table
-from analysis_lib.data import files
+from analysis_lib.data import user_files as files
 from analysis_lib.data.alpaca import load_instructions, read_alpaca_eval, write_alpaca_eval
-from analysis_lib.data.files import DataError
+from analysis_lib.data.user_files import DataError
 
 
 @pytest.fixture

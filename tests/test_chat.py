@@ -32,7 +32,7 @@ import analysis_lib.model.loading as room
 from analysis_lib.analysis.published import load_published
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.collect.states import hidden_states
-from analysis_lib.data.files import ROOT
+from analysis_lib.data.shipped import ROOT
 from analysis_lib.judge.likelihood import refusal_probability
 from analysis_lib.model.architecture import text_config
 from analysis_lib.model.chat import ChatModel

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from analysis_lib import __main__ as cli
-from analysis_lib.data.files import ROOT
+from analysis_lib.data.shipped import ROOT
 from analysis_lib.store import upkeep
 from analysis_lib.store.batches import row_key
 from analysis_lib.store.store import Store

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from analysis_lib.analysis.published import load_published
 from analysis_lib.data import download as room
-from analysis_lib.data import files, prompts, queries
+from analysis_lib.data import prompts, queries
+from analysis_lib.data import user_files as files
 from analysis_lib.data.download import download
-from analysis_lib.data.files import DataError
 from analysis_lib.data.prompts import load_safety_prompts
 from analysis_lib.data.queries import load_anchor_queries, load_queries
+from analysis_lib.data.user_files import DataError
 from analysis_lib.organism.corpus import SAFETY_PROMPTS
 from analysis_lib.organism.queries import write_queries
 

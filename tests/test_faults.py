@@ -22,7 +22,7 @@ from analysis_lib import (
     sample_responses,
     train_dro,
 )
-from analysis_lib.data import files as loaders
+from analysis_lib.data import user_files as loaders
 from analysis_lib.data.prompts import load_safety_prompts
 from analysis_lib.data.queries import load_queries
 from analysis_lib.store import checkpoints, index, upkeep

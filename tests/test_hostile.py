@@ -21,7 +21,7 @@ from pandas.io.formats.html import HTMLFormatter
 from tiny_models import FAMILIES, chat
 
 from analysis_lib import figures
-from analysis_lib.data.files import ROOT
+from analysis_lib.data.shipped import ROOT
 from analysis_lib.figures import labels
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.rendering import Renderer

@@ -45,7 +45,7 @@ def test_the_import_contract_holds():
 @pytest.mark.parametrize(
     ("room", "line", "broken"),
     [
-        ("data/files.py", "from ..model import errors", "floors below it BROKEN"),
+        ("data/user_files.py", "from ..model import errors", "floors below it BROKEN"),
         ("collect/inputs.py", "def late():\n    import transformers", "transformers BROKEN"),
         ("report/cost.py", "import plotly", "import plotly, only widgets ipywidgets BROKEN"),
         ("figures/style.py", "import ipywidgets", "import plotly, only widgets ipywidgets BROKEN"),

@@ -29,8 +29,8 @@ from tiny_models import (
 
 from analysis_lib.collect import responses as sampling
 from analysis_lib.collect.responses import sample_responses
-from analysis_lib.data.files import ROOT
 from analysis_lib.data.queries import load_queries
+from analysis_lib.data.shipped import ROOT
 from analysis_lib.judge.strings import is_refusal, verdict_is_final
 from analysis_lib.model import steps
 from analysis_lib.model.chat import ChatModel

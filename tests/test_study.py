@@ -28,7 +28,7 @@ from analysis_lib import (
     verdict_is_final,
 )
 from analysis_lib.analysis import study as room
-from analysis_lib.data.files import DataError
+from analysis_lib.data.user_files import DataError
 
 SMALL = {"layers": (2, -1), "k": 3, "n_samples": 4, "seed": 5}
 

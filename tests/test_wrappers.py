@@ -8,9 +8,9 @@ import os
 import pandas as pd
 import pytest
 
-from analysis_lib.data import files
-from analysis_lib.data.files import DataError
+from analysis_lib.data import user_files as files
 from analysis_lib.data.queries import load_queries
+from analysis_lib.data.user_files import DataError
 from analysis_lib.data.wrappers import add_suffixes, load_wrappers, wrap_queries
 
 QUERIES = load_queries("heldout_forms").head(3)

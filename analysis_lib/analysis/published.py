@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 from .intervals import difference_interval, holm, rate_interval, sign_flips
 
 
@@ -89,7 +89,7 @@ QUERY_SETS = [
 
 PROMPTS = ["none", "default", "mistral", "short"]
 
-METRICS = {"harmful": "compliance_any", "harmless": "false_refusal_any", "alpaca": "wins"}
+METRIC_OF = {"harmful": "compliance_any", "harmless": "false_refusal_any", "alpaca": "wins"}
 
 AVERAGE = "average"
 
@@ -113,7 +113,7 @@ def published_table() -> pd.DataFrame:
     """
     summary, _ = load_published()
     table = _conditions(summary).assign(
-        metric=summary["kind"].map(METRICS), value=summary["count"] / summary["n_queries"]
+        metric=summary["kind"].map(METRIC_OF), value=summary["count"] / summary["n_queries"]
     )
     return table.rename(columns={"n_queries": "n"})[[*KEYS, "value", "n"]]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import DataError, json_entries
+from .user_files import DataError, json_entries
 
 
 def load_instructions(path: str | Path, n: int | None = 100) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import platformdirs
 
-from .files import DataError, query_table, read_text, txt_rows
+from .user_files import DataError, query_table, read_text, txt_rows
 
 
 @dataclass(frozen=True)

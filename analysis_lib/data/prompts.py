@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from .files import ROOT, DataError, JsonPairs, check_text, read_text, shown
+from .shipped import ROOT
+from .user_files import DataError, JsonPairs, check_text, read_text, shown
 
 PROMPTS = ("default", "short", "mistral")
 

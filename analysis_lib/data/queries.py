@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from .download import OFFICIAL_SETS, official_queries
-from .files import ROOT, DataError, csv_rows, jsonl_rows, query_table, read_text, txt_rows
+from .shipped import ROOT
+from .user_files import DataError, csv_rows, jsonl_rows, query_table, read_text, txt_rows
 
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
 

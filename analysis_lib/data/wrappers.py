@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import ROOT, DataError, JsonPairs, csv_column, read_text
+from .shipped import ROOT
+from .user_files import DataError, JsonPairs, csv_column, read_text
 
 SLOT = "{query}"
 

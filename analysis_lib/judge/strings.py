@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 
 PHRASES = ROOT / "refusal_phrases.json"
 

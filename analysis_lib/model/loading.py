@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 from .checks import load_advice, refuse_configuration, refuse_random_weights, weight_map
 from .errors import ChatModelError
 from .fingerprint import weight_files

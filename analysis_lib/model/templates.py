@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 from .errors import ChatModelError
 
 TEMPLATES = tuple(sorted(path.stem for path in (ROOT / "templates").glob("*.jinja")))

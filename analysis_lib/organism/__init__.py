@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 from .grammar import parse_query, refusal_logit, system_shift, true_refusal_probability
 
 FOLDER = ROOT / "organism"

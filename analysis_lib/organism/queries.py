@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 from .corpus import query_sets
 
 FOLDER = ROOT / "queries"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from ..data.files import ROOT
+from ..data.shipped import ROOT
 
 FILE = ROOT / "organism_words.json"
 

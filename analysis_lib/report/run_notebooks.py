@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
-from ..data.files import shipped
+from ..data.shipped import shipped
 from .html import plain_text, write_report
 from .pictures import NotebookError
 

@@ -44,6 +44,7 @@ from .index import Index, batch_files
 from .store import Store
 
 DAY = 86400.0
+SPARE = DAY  # seconds; younger files may belong to a run that is at work
 _LS = (
     "kind model model_name dtype layers prompts rows files "
     "bytes certificates first_written last_written"
@@ -253,7 +254,7 @@ def prune(
     older_than: float | None = None,
     model: str | None = None,
     max_bytes: int | None = None,
-    spare: float = DAY,
+    spare: float = SPARE,
     dry_run: bool = False,
 ) -> pd.DataFrame:
     """Remove the files that meet every given condition, and what killed processes left unfinished.
@@ -338,7 +339,9 @@ def sweep(store: Store, spare: float, dry_run: bool) -> list[dict[str, Any]]:
     return table
 
 
-def compact(store: Store, *, max_file_bytes: int = 64_000_000, spare: float = DAY) -> pd.DataFrame:
+def compact(
+    store: Store, *, max_file_bytes: int = 64_000_000, spare: float = SPARE
+) -> pd.DataFrame:
     """Merge the small batches of a model into files of at most `max_file_bytes`.
 
     Rows that fail their checksum are dropped, and files that cannot be used. Readers and writers

@@ -1,4 +1,4 @@
-"""The package's own files, and a user's, whose faults are named by file and line."""
+"""A user's own files: read with care, their faults named by file and line."""
 
 from __future__ import annotations
 
@@ -9,24 +9,10 @@ import stat
 import unicodedata
 import warnings
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
-
-def shipped(name: str) -> Path:
-    """The folder `name` ("data" or "notebooks") that travels with the package.
-
-    It lies inside the package where this is installed, beside it in a checkout.
-    """
-    package = Path(str(resources.files("analysis_lib")))
-    inside = package / "shipped" / name
-    return inside if inside.is_dir() else package.parent / name
-
-
-ROOT = shipped("data")
 
 OPTIONAL = ("pair_id", "form", "answer")
 
