@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .labels import class_names, hover_texts, label, text
+from .labels import class_names, counted, hover_texts, label, text
 from .style import GREY, OPACITY, PROMPT_COLORS, finish, need_columns, prompt_style, rounded
 
 AXIS_TITLES = {
@@ -107,7 +107,10 @@ def _bin_means(table: pd.DataFrame, x: str, bins: int) -> go.Scatter:
         mode="lines+markers",
         marker=dict(color=PROMPT_COLORS[3], size=10),
         line=dict(color=PROMPT_COLORS[3], width=2),
-        hovertext=[f"mean of {m} points" for m in binned["observed", "size"].to_numpy()],
+        hovertext=[
+            f"mean of {counted(m, 'point', 'points')}"
+            for m in binned["observed", "size"].to_numpy()
+        ],
         hoverinfo="text+x+y",
         name=f"mean of a bin (of {bins})",
     )

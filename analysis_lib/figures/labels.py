@@ -37,6 +37,11 @@ def text(value: object) -> str:
     return escape(str(value), quote=False)
 
 
+def counted(n: int, one: str, several: str) -> str:
+    """ "1 point", "3 points": a number with its noun."""
+    return f"{n} {one if n == 1 else several}"
+
+
 def label(value: object, most: int = 24) -> str:
     """A value for a legend, tick or arrow, cut where it would take its room from the plot.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .labels import class_names, hover_texts, label, text
+from .labels import class_names, counted, hover_texts, label, text
 from .style import (
     CLASSES,
     GREY,
@@ -232,7 +232,8 @@ def _add_strips(
                 )
             )
             mean = round(float(part[column].mean()), 4)
-            told = f"mean of {len(part)} {cls} queries, prompt {name}: {mean:.3f}"
+            n = counted(len(part), f"{cls} query", f"{cls} queries")
+            told = f"mean of {n}, prompt {name}: {mean:.3f}"
             first = not any(t.name == "mean" for t in fig.data)
             fig.add_trace(_mean_bar(centre, half * 1.2, mean, told, legend=first))
     fig.update_xaxes(

@@ -101,7 +101,7 @@ def run_notebooks(
     table.unlink(missing_ok=True)  # an earlier run's table must not be printed as this one's
     name = given.get("MODEL", "organism")
     print(
-        f"Running {len(notebooks)} notebooks, {jobs} at a time, on the model {name!r}", flush=True
+        f"Running notebooks ({len(notebooks)}, {jobs} at a time) on the model {name!r}", flush=True
     )
     runs = asyncio.run(_run_all(notebooks, jobs, env or {}, out))
     report = write_report(
