@@ -226,10 +226,9 @@ def assert_shows_table(page: Page, shown: dict, layer: int, components: tuple[in
     expected = ask(
         page,
         f"""(lambda Z: [[f"{{'harmful' if c else 'harmless'}}, {{p}}", len(g), g['{x}'].mean().item(), g['{y}'].mean().item()]
-            for (p, c), g in points_table(Z, layered.rows).groupby(['prompt', 'harmful'])])
-        (AnchorSpace.fit(layered.at({layer})[0], k=4, like=Z).transform(layered.at({layer})[0]))""".replace(
-            "\n", " "
-        ),
+            for (p, c), g in __import__('analysis_lib.figures').figures.points_table(Z, study.states.rows).groupby(['prompt', 'harmful'])])
+        ((lambda states: __import__('analysis_lib').AnchorSpace.fit(states, k=4, like=study.coordinates).transform(states))
+        (study.states.at({layer})[0]))""".replace("\n", " "),
     )
     drawn = {
         name: [trace["drawn"], trace["x"], trace["y"]]
@@ -264,7 +263,7 @@ def test_the_explorer_of_notebook_03_answers_and_survives_a_reload(browser, lab)
         slider = page.locator(".widget-slider").filter(has_text="Layer")
         slider.locator(".noUi-handle").focus()
         page.keyboard.press("ArrowLeft")
-        layer = str(ask(page, "layered.layers[-2]"))
+        layer = str(ask(page, "study.states.layers[-2]"))
         expect(slider.locator(".widget-readout")).to_have_text(layer)
         shown = titled(plot, f"Layer {layer}")
         assert_shows_table(page, shown, int(layer), (1, 2))
@@ -326,13 +325,15 @@ def assert_nothing_ran(page: Page) -> None:
 
 
 HOSTILE_CELLS = (
-    "import numpy as np\nimport pandas as pd\nfrom analysis_lib.widgets import explore",
+    "import numpy as np\nimport pandas as pd\n"
+    "from analysis_lib import HiddenStates, Study\nfrom analysis_lib.widgets import explore",
     f"HOSTILE = {HOSTILE!r}\n"
     "queries = pd.DataFrame({'query_id': [f'q{i}' for i in range(8)], 'text': [f'Query {i} {HOSTILE}' for i in range(8)]})\n"
     "queries['harmful'] = pd.array([i > 3 for i in range(8)], dtype='boolean')\n"
     "rows = queries[['query_id']].merge(pd.DataFrame({'prompt': ['none', HOSTILE]}), how='cross')\n"
-    "states = np.random.default_rng(0).normal(size=(len(rows), 1, 6))",
-    "explore(states, rows, queries, layers=[-1], note=HOSTILE)",
+    "states = HiddenStates(np.random.default_rng(0).normal(size=(len(rows), 1, 6)), rows, (-1,))\n"
+    "study = Study('organism', queries, {'none': '', HOSTILE: 'Be careful.'}, known={'states': states})",
+    "explore(study, rates=False, note=HOSTILE)",
 )
 
 
@@ -362,15 +363,16 @@ def test_a_hostile_query_is_text(browser, lab):
 
 PANEL_CELLS = (
     "import pandas as pd\n"
-    "from analysis_lib import AnchorSpace, ChatModel, DROConfig, fit_direction, hidden_states, load_queries, load_safety_prompts\n"
+    "from dataclasses import replace\n"
+    "from analysis_lib import Study, hidden_states, load_queries, load_safety_prompts\n"
     "from analysis_lib.widgets import dro_console, probe",
-    "model, queries = ChatModel.load('organism'), load_queries('anchor').groupby('harmful').head(20)\n"
+    "queries = load_queries('anchor').groupby('harmful').head(20)\n"
     "prompts = {name: text for name, text in load_safety_prompts().items() if name in ('none', 'default')}\n"
-    "states, rows = hidden_states(model, queries, prompts).at(-1)\n"
-    "space = AnchorSpace.fit(states, k=4)\n"
-    "refusal = fit_direction(space.transform(states), rows['harmful'].astype(float), name='refusal', groups=rows['query_id'])",
-    "probe(model, states, rows, prompts, space, refusal)",
-    "console = dro_console(model, queries, prompts, states, rows, space, refusal, refusal)\nconsole",
+    "study = Study('organism', queries, prompts)\n"
+    "study = replace(study, known={'states': study.states, 'refusal': study.harmfulness})\n"
+    "model, space, refusal = study.model, study.space, study.refusal",
+    "probe(study)",
+    "console = dro_console(study)\nconsole",
 )
 
 

@@ -806,50 +806,61 @@ def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_dry_run_counts_what_notebook_09_trains():
+def test_the_dry_run_counts_what_notebook_09_trains(monkeypatch):
+    """The rows, steps, queries and samples of its stored outputs are those that its parameters declare."""
     import nbformat
 
-    from analysis_lib import DROConfig, PromptTuningConfig, ablations
+    from analysis_lib import ChatModel, DROConfig, PromptTuningConfig, Store, load_queries
     from analysis_lib.report import reproduce as room
     from analysis_lib.report.run_notebooks import FOLDER
 
-    cells = nbformat.read(next(FOLDER.glob("09_*.ipynb")), as_version=4).cells
-    source = next(
-        cell.source
-        for cell in cells
-        if cell.cell_type == "code" and "every, n_samples =" in cell.source
-    )
-    names = {
-        "FULL": False,
-        "rate": {},
-        "DROConfig": DROConfig,
-        "PromptTuningConfig": PromptTuningConfig,
-    }
-    exec(source[source.index("dro, tuning =") :], names)
-    trained = [
-        m
-        for m in ablations("default", names["dro"], names["tuning"], **names["rows"])
-        if isinstance(m.config, DROConfig)
+    (path,) = FOLDER.glob("09_*.ipynb")
+    declared = room.parameters_of(path)
+    assert set(room.DECLARED) <= set(declared) and declared["FULL"] is False
+    asked = {}
+
+    def cost(model, queries, prompts, *, sampling, store):
+        asked.update(queries=queries, prompts=prompts, sampling=sampling)
+        return pd.DataFrame({"step": ["states", "responses"], "rows": 1, "tokens": 1, "seconds": 1})
+
+    monkeypatch.setattr(room, "estimate", cost)
+    steps = {"DRO": DROConfig().epochs * 4, "prompt tuning": PromptTuningConfig().epochs * 20}
+    whole = pd.DataFrame({"step": steps.keys(), "rows": steps.values(), "tokens": 1, "seconds": 1})
+    model = ChatModel.load()
+    counted = room.cost_of_rows(model, "Be careful.", declared, whole, Store())
+    counted = counted.set_index("step")["rows"]
+
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    texts = [output.get("data", {}).get("text/plain", "") for output in outputs]
+    (trained,) = ([line.split() for line in t.splitlines()[1:]] for t in texts if " steps\n" in t)
+    (tried,) = ([line.split() for line in t.splitlines()[1:]] for t in texts if "weight " in t[:9])
+    of_dro = [int(line[-1]) for line in trained if line[1].startswith("dro")]
+    (tuned,) = (int(line[-1]) for line in trained if not line[1].startswith("dro"))
+    assert len(asked["prompts"]) == len(trained) == 1 + len(of_dro)
+    assert counted["DRO"] == sum(of_dro)
+    assert counted["prompt tuning"] == tuned * (1 + len(tried))
+    assert [float(line[1]) for line in tried] == list(declared["WEIGHTS"])
+    expected = load_queries("heldout_forms").iloc[:: declared["EVERY"]]
+    assert asked["queries"]["query_id"].tolist() == expected["query_id"].tolist()
+    assert asked["sampling"]["n_samples"] == declared["N_SAMPLES"]
+
+
+def test_a_new_notebook_that_trains_rows_is_counted_by_being_there(tmp_path):
+    import nbformat
+
+    from analysis_lib.report import reproduce as room
+
+    source = "\n".join(f"{name} = ({i},)  # a comment" for i, name in enumerate(room.DECLARED))
+    cells = [
+        nbformat.v4.new_code_cell("EVERY = 1"),
+        nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]}),
     ]
-    assert (len(trained), {m.config.epochs for m in trained}) == (
-        room.ABLATIONS,
-        {room.ABLATION_EPOCHS},
-    )
-    assert (names["every"], names["n_samples"]) == (room.ABLATION_EVERY, room.ABLATION_SAMPLES)
-    trials = next(
-        cell.source
-        for cell in cells
-        if cell.cell_type == "code" and "cross_validate_unlikelihood(" in cell.source
-    )
-    exec(
-        next(line for line in trials.splitlines() if line.startswith("options =")),
-        names | {"store": None},
-        names,
-    )
-    assert (
-        names["tuning"].epochs * (1 + len(names["options"]["weights"]))
-        == room.ABLATION_TUNING_EPOCHS
-    )
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "10_more.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells[:1]), tmp_path / "11_none.ipynb")
+    declared = room.parameters_of(tmp_path / "10_more.ipynb")
+    assert declared == {name: (i,) for i, name in enumerate(room.DECLARED)}
+    assert room.parameters_of(tmp_path / "11_none.ipynb") == {}
 
 
 # export

@@ -1,11 +1,12 @@
-"""What `analysis-lib reproduce` leaves: results, figures, exports and `summary.json`."""
+"""What `analysis-lib reproduce` leaves in its folder: the notebooks' results, figures, exports and `summary.json`."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pandas as pd
 
 from ..data.prompts import load_safety_prompts
 from ..data.queries import HELDOUT_SETS, load_anchor_queries, load_heldout_queries, load_queries
+from ..data.shipped import shipped
 from ..judge.strings import verdict_is_final
 from ..model.chat import ChatModel
 from ..model.loading import default_device, default_dtype
 from ..model.soft_prompt import SoftPrompt
 from ..store.store import Store
 from ..store.upkeep import info
+from ..train.ablations import ablations
 from ..train.dro import DROConfig
 from ..train.export import export
 from ..train.tuning import PromptTuningConfig
@@ -36,11 +39,18 @@ PACKAGES = (
     "plotly",
 )
 
-# What notebook 09 trains in its stored run: rows of DRO and their epochs, and epochs of prompt
-# tuning (its row, and two weights on one half of the queries and on the other).
-ABLATIONS, ABLATION_EPOCHS, ABLATION_TUNING_EPOCHS = 7, 10, 3
-# It samples every fourth held-out query, five times.
-ABLATION_EVERY, ABLATION_SAMPLES = 4, 5
+# A notebook that assigns all of these in its cell tagged `parameters` trains the rows of `ablations`
+# on the anchor queries, and samples every EVERY-th query of a set under each: the dry run counts it.
+DECLARED = (
+    "QUERY_SET",
+    "EVERY",
+    "N_SAMPLES",
+    "DRO_EPOCHS",
+    "TUNING_EPOCHS",
+    "WEIGHTS",
+    "COMPONENTS",
+    "NORM_WEIGHTS",
+)
 
 
 class ReproduceError(Exception):
@@ -59,21 +69,19 @@ def reproduce(
     forms: Sequence[str] | None = None,
     jobs: int = 1,
 ) -> bool:
-    """Runs every notebook on the model into `out`, exports soft prompts, writes `summary.json`.
+    """Runs every notebook on the model into `out`, exports the soft prompts and writes `summary.json`.
 
-    What was computed lies in the store: after an interruption the same call goes on from there.
-    heldout: names or files of the query sets that prompts are compared on. guard: a chat model that
-    judges replies to harmful queries as well, as in the study (`published_judge`); default: the
-    string judge alone. forms: see `export`. Returns whether every notebook ran and every form was
-    written. Raises ReproduceError where a package that runs notebooks is missing.
+    What was computed lies in the store: after an interruption the same call goes on from there. heldout: names or files of
+    the query sets that prompts are compared on. guard: a chat model that judges replies to harmful queries as well, as in
+    the study (`published_judge`); default: the string judge alone. forms: see `export`.
+    Returns whether every notebook ran and every form was written. Raises ReproduceError where what runs notebooks lacks.
     """
     try:
         from .pictures import write_figures
         from .run_notebooks import run_notebooks
     except ModuleNotFoundError as error:
         raise ReproduceError(
-            f"the notebooks cannot be run here: {error}; "
-            "in the project's folder, pip install -e '.[notebooks]'"
+            f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e '.[notebooks]'"
         ) from error
     before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
     given: dict[str, Any] = {
@@ -117,7 +125,7 @@ def reproduce(
 
 
 def _export(path: Path, model: ChatModel, out: Path, forms: Sequence[str] | None) -> dict[str, Any]:
-    """Exports a soft prompt of this run; returns its entry in the summary, errors included."""
+    """Exports a soft prompt of this run: its entry in the summary, with the error where it failed."""
     entry: dict[str, Any] = {"file": str(path.relative_to(out)), "config": {}, "exports": {}}
     try:
         soft = SoftPrompt.load(path, model)
@@ -159,72 +167,96 @@ def plan(
     heldout: Sequence[str] | None = None,
     guard: str | None = None,
 ) -> pd.DataFrame:
-    """What `reproduce` would still compute, and its cost from a short probe.
+    """What `reproduce` would still compute and its cost, from a short probe; prints where it would run and write.
 
-    Prints where it would run and write. Returns [queries, step, rows, found, tokens, seconds, GB]
-    (see `estimate`). On the held-out queries the trained prompts are counted as two more that
-    nothing is known of, and those of notebook 09, whose short run is taken, as eight. Not counted:
-    replies to wrapped queries and of the trials of a weight, the probabilities and losses of
-    replies, a guard's verdicts, the widgets' consoles.
+    Returns [queries, step, rows, found, tokens, seconds, GB] (see `estimate`). The trained prompts are
+    counted on the held-out queries as two more that nothing is known of. Rows that a notebook trains
+    are counted as it declares them, see DECLARED. Not counted: replies to wrapped queries and of the
+    trials of a weight, the probabilities and losses of replies, a guard's verdicts, the widgets'
+    consoles.
     """
     prompts, store = load_safety_prompts(prompt), Store()
-    # DRO starts from the user's prompt, else from "default".
-    start = next((name for name in prompts if name not in load_safety_prompts()), "default")
+    start = next(
+        (name for name in prompts if name not in load_safety_prompts()), "default"
+    )  # what DRO starts from
     anchor = {start: prompts[start], **prompts}
-    # As long as a trained prompt, and in no store.
-    trained = {f"trained {i}": f"{prompts[start]} {i}" for i in range(1, ABLATIONS + 2)}
-    two = {name: trained[name] for name in ("trained 1", "trained 2")}
     sampling: dict[str, Any] = {"n_samples": 20, "stop_when": verdict_is_final}
     anchors, tuning = load_anchor_queries(queries or "anchor"), PromptTuningConfig()
     asked = load_heldout_queries(heldout, anchors)
-    # A guard reads whole replies.
-    whole = sampling if guard is None else {"n_samples": 20}
-    # Nothing is trained on the held-out queries.
-    asked = asked.drop(columns="harmful")
-    forms = load_queries("heldout_forms").drop(columns="harmful").iloc[::ABLATION_EVERY]
+    whole = sampling if guard is None else {"n_samples": 20}  # a guard reads whole replies
+    asked = asked.drop(columns="harmful")  # nothing is trained on them
+    two = {**prompts, **_as_if_trained(prompts[start], 2)}
     every_layer = (*range(model.n_layers + 1), -1)
+    options: dict[str, Any] = {"layers": every_layer, "tuning": tuning}
     costs = {
-        "anchor": estimate(
-            model,
-            anchors,
-            anchor,
-            layers=every_layer,
-            sampling=sampling,
-            tuning=tuning,
-            store=store,
-        ),
-        "held out": estimate(model, asked, {**prompts, **two}, sampling=whole, store=store),
-        "ablations": estimate(
-            model, forms, trained, sampling={**sampling, "n_samples": ABLATION_SAMPLES}, store=store
-        ),
+        "anchor": estimate(model, anchors, anchor, sampling=sampling, store=store, **options),
+        "held out": estimate(model, asked, two, sampling=whole, store=store),
     }
-    # Trainings of the same steps.
-    more = {
-        "DRO": ABLATIONS * ABLATION_EPOCHS / DROConfig().epochs,
-        "prompt tuning": ABLATION_TUNING_EPOCHS / tuning.epochs,
-    }
-    trainings = costs["anchor"][costs["anchor"]["step"].isin(more)].copy()
-    for column in ("rows", "tokens", "seconds"):
-        scaled = trainings[column] * trainings["step"].map(more)
-        trainings[column] = scaled.astype(trainings[column].dtype)
-    costs["ablations"] = pd.concat([costs["ablations"].query("step == 'responses'"), trainings])
-    parts = [cost.assign(queries=name) for name, cost in costs.items()]
-    table = pd.concat(parts, ignore_index=True)
+    for path in sorted(shipped("notebooks").glob("[0-9][0-9]_*.ipynb")):
+        declared = parameters_of(path)
+        if set(DECLARED) <= set(declared):
+            name = path.stem.partition("_")[2]
+            costs[name] = cost_of_rows(model, prompts[start], declared, costs["anchor"], store)
+    table = pd.concat(
+        [cost.assign(queries=name) for name, cost in costs.items()], ignore_index=True
+    )
     table["GB"] = table.pop("memory_bytes") / 1e9
     about = model.about()
     print(
-        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts "
-        f"{about['prompt_goes']}, into {out}"
+        f"Would run the notebooks on {model.name!r} ({about['dtype']} on {model.device}), prompts {about['prompt_goes']}, into {out}"
     )
     print(f"The plain form of a soft prompt copies {model.weight_bytes / 1e9:.2f} GB of weights")
     return table[["queries", *table.columns.drop("queries")]]
 
 
-def environment_of(model: ChatModel) -> dict[str, str]:
-    """The environment under which `load` opens a model with the same device and dtype.
+def parameters_of(notebook: Path) -> dict[str, Any]:
+    """The plain values that the cell tagged `parameters` of a notebook assigns, by name.
 
-    It names those that are not the default.
+    Read as JSON: where a dry run is made there may be no Jupyter.
     """
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            assigned = ast.parse("".join(cell["source"])).body
+            return {
+                target.id: ast.literal_eval(node.value)
+                for node in assigned
+                if isinstance(node, ast.Assign)
+                for target in node.targets
+                if isinstance(target, ast.Name)
+            }
+    return {}
+
+
+def _as_if_trained(text: str, n: int) -> dict[str, str]:
+    """Prompts as long as the text, and in no store."""
+    return {f"trained {i}": f"{text} {i}" for i in range(1, n + 1)}
+
+
+def cost_of_rows(
+    model: ChatModel, text: str, declared: Mapping[str, Any], anchor: pd.DataFrame, store: Store
+) -> pd.DataFrame:
+    """Of the rows of `ablations` that a notebook declares; `anchor` holds the cost of whole trainings."""
+    rows = ablations(components=declared["COMPONENTS"], norm_weights=declared["NORM_WEIGHTS"])
+    n_dro = sum(isinstance(row.config, DROConfig) for row in rows)
+    # A weight is tried by two trainings on half of the queries each: as much as one on all of them
+    n_tuned = len(rows) - n_dro + len(declared["WEIGHTS"])
+    times = {
+        "DRO": n_dro * declared["DRO_EPOCHS"] / DROConfig().epochs,
+        "prompt tuning": n_tuned * declared["TUNING_EPOCHS"] / PromptTuningConfig().epochs,
+    }
+    trainings = anchor[anchor["step"].isin(times)].copy()
+    for column in ("rows", "tokens", "seconds"):
+        scaled = trainings[column] * trainings["step"].map(times)
+        trainings[column] = scaled.astype(trainings[column].dtype)
+    asked = load_queries(declared["QUERY_SET"]).drop(columns="harmful").iloc[:: declared["EVERY"]]
+    sampling = {"n_samples": declared["N_SAMPLES"], "stop_when": verdict_is_final}
+    prompts = _as_if_trained(text, len(rows))
+    sampled = estimate(model, asked, prompts, sampling=sampling, store=store)
+    return pd.concat([sampled.query("step == 'responses'"), trainings])
+
+
+def environment_of(model: ChatModel) -> dict[str, str]:
+    """The environment under which `load` opens a model on the same device and in the same dtype, where they are not the default."""
     asked = (
         {}
         if model.asked_device == default_device()

@@ -43,9 +43,7 @@ class LayerView:
 
     space: AnchorSpace
     directions: tuple[Direction, ...]
-    points: (
-        pd.DataFrame
-    )  # one row per state: query_id, prompt, harmful, text, pc1..pck, shift_length, ...
+    points: pd.DataFrame  # one row per state: query_id, prompt, text, pc1 .. pck, shift_length ...
 
 
 def explore(
@@ -139,9 +137,8 @@ class Explorer(Panel):
     ) -> None:
         self._states, self._rows = states, rows
         self._spaces, self._directions, self._base, self._note = spaces, directions, base, note
-        self._coordinates: dict[
-            tuple[str, int], tuple[AnchorSpace, np.ndarray, np.ndarray | None]
-        ] = {}
+        # Model and layer -> space, coordinates, lengths of shifts
+        self._coordinates: dict[tuple[str, int], tuple[AnchorSpace, np.ndarray, Any]] = {}
         self._views: dict[tuple[str, int, float], LayerView] = {}
         self._like: np.ndarray | None = None  # coordinates of the first view
         self.selected: tuple[Any, ...] = ()
