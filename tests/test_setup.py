@@ -90,7 +90,7 @@ def test_files_agree():
     ("file", "old", "new", "told"),
     [
         ("pyproject.toml", r'"torch>=[\d.]+"', '"torch>=99"', "torch>=99"),
-        ("pyproject.toml", r'"bleach>', '"not-locked>', "not-locked"),
+        ("pyproject.toml", r'"nh3>', '"not-locked>', "not-locked"),
         (
             "pyproject.toml",
             r'requires-python = ">=3.11"',

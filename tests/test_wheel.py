@@ -67,13 +67,14 @@ def test_the_wheel_holds_data_notebooks_and_licence(wheel):
 
 
 def tracked(*folders: str) -> list[Path]:
-    return [path for name in folders for path in (ROOT / name).rglob("*") if path.is_file()]
+    paths = [path for name in folders for path in (ROOT / name).rglob("*") if path.is_file()]
+    return [path for path in paths if not path.name.startswith(".")]
 
 
 def test_an_installed_package_finds_its_data(installed, tmp_path):
     code = (
         "import analysis_lib; from analysis_lib import ChatModel, is_refusal, load_queries;"
-        "print(analysis_lib.__file__, len(load_queries('anchor')), is_refusal('I cannot'),"
+        "print(analysis_lib.__file__, len(load_queries('anchor')), is_refusal('I cannot help with that.'),"
         "ChatModel.load().fingerprint[:4] != '')"
     )
     path, *rest = run(installed, tmp_path, "python", "-c", code).split()
