@@ -101,10 +101,16 @@ def write_reference(app: Any) -> None:
             path.write_text(text, encoding="utf-8")
 
 
+def offer_files(app: Any, name: str, source: list[str]) -> None:
+    """A link out of docs/ becomes a file to download; on a forge it opens the file."""
+    source[0] = re.sub(r"\]\((\.\./[^)#:]+)\)", r"](path:\1)", source[0])
+
+
 def show_plainly(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
     lines[:] = prose(lines)
 
 
 def setup(app: Any) -> None:
     app.connect("builder-inited", write_reference)
+    app.connect("source-read", offer_files)
     app.connect("autodoc-process-docstring", show_plainly, priority=400)  # before napoleon

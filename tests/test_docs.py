@@ -21,6 +21,7 @@ from nbval_plugin import agree
 
 import analysis_lib
 from analysis_lib.__main__ import main
+from analysis_lib.report.run_notebooks import parameters, read_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -213,6 +214,39 @@ def test_every_command_of_a_page_is_one():
     assert unknown_commands("`python -m analysis_lib reproduced`") != []
 
 
+# Notebooks -----------------------------------------------------------------------------------
+
+
+def faults_of_notebooks(index: str, options: str) -> list[str]:
+    """Notebooks without a row in the index, rows without one, and settings that no page names."""
+    shown = [path.stem.replace("_", " ") for path in NOTEBOOKS]
+    rows = [row[0] for row in table_rows(index)]
+    found = [
+        f"no row for {name}" for name in shown if [row[:2] for row in rows].count(name[:2]) != 1
+    ]
+    found += [f"{row} is no notebook" for row in rows[1:] if row[:2] not in {s[:2] for s in shown}]
+    section = options.partition("## The notebooks alone")[2].partition("\n## ")[0]
+    of_all = set(re.findall(r"`([A-Z]+)`", section.partition("\n| ")[0]))
+    more = {row[0]: set(re.findall(r"`(\w+)`", row[1])) for row in table_rows(section)[1:]}
+    for path in NOTEBOOKS:
+        own = set(parameters(read_notebook(path))) - of_all
+        differing = sorted(own ^ more.get(path.name[:2], set()))
+        found += [f"{name} of {path.name[:2]} is told wrongly" for name in differing]
+    return found
+
+
+def test_the_pages_have_every_notebook_and_its_settings():
+    index, options = text_of(DOCS / "index.md"), text_of(DOCS / "options.md")
+    assert faults_of_notebooks(index, options) == []
+    less = re.sub(r"\| 05 DRO .*\n", "", index)
+    assert faults_of_notebooks(less, options) == ["no row for 05 dro"]
+    more = index.replace("| 05 DRO ", "| 15 DRO ")
+    assert "15 DRO is no notebook" in faults_of_notebooks(more, options)
+    other = options.replace("`REVEAL`", "`SHOW`")
+    told = ["REVEAL of 02 is told wrongly", "SHOW of 02 is told wrongly"]
+    assert faults_of_notebooks(index, other) == told
+
+
 # Links ---------------------------------------------------------------------------------------
 
 
@@ -343,6 +377,12 @@ def test_the_site_asks_for_nothing_from_outside(site):
     assert {"index.html", "tutorial.html", "options.html"} <= {path.name for path in pages}
     assert [page for page in pages if outside.search(page.read_text(encoding="utf-8"))] == []
     assert outside.search('<script defer src="https://a.b/c.js">')
+
+
+def test_the_site_offers_the_files_that_its_pages_link_to(site):
+    offered = {path.name for path in site.glob("_downloads/*/*")}
+    assert {"CARD.md", "estimators.py", "loop.py"} <= offered
+    assert 'href="_downloads/' in (site / "limits.html").read_text(encoding="utf-8")
 
 
 def test_the_site_has_the_anchors_that_notebooks_link_to(site):
