@@ -57,6 +57,7 @@ check: lint
 	$(RUN) -m pytest -q -n 2 --dist=loadfile $(wildcard $(FAST:=.py))
 
 test: lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n 2 --dist=loadfile --doctest-modules analysis_lib
 	$(RUN) -m pytest -n 2 --dist=loadfile --skipped-to=$(SKIPPED) tests
 	$(MAKE) test-notebooks
 	@cat $(SKIPPED)
@@ -66,7 +67,7 @@ test: lint
 test-notebooks: setup
 	@test -n "$(NOTEBOOKS)" || { echo "No notebooks NN_*.ipynb in notebooks/: nothing to compare"; exit 1; }
 	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	unset ANALYSIS_LIB_DEVICE ANALYSIS_LIB_DTYPE; export ANALYSIS_LIB_STORE="$$folder/store" OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype TQDM_DISABLE=1; \
+	unset ANALYSIS_LIB_DEVICE ANALYSIS_LIB_DTYPE; export OMP_WAIT_POLICY=PASSIVE ANALYSIS_LIB_STORE="$$folder/store" OMP_NUM_THREADS=1 PLOTLY_RENDERER=plotly_mimetype TQDM_DISABLE=1; \
 	compare="$(RUN) -m pytest -p tests.nbval_plugin --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist=loadfile"; \
 	$$compare $(NOTEBOOKS); \
 	mkdir -p "$$folder/ipython/profile_default/startup"; \
@@ -77,7 +78,7 @@ notebooks: setup
 	OMP_NUM_THREADS=1 $(RUN) -m tools.store_outputs $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))
 
 lab: setup
-	$(RUN) -m jupyterlab --notebook-dir=notebooks
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m jupyterlab --notebook-dir=notebooks
 
 bench: setup
 	$(RUN) -m bench

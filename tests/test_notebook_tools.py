@@ -261,7 +261,7 @@ def test_a_kernel_that_may_not_load_weights_does_not(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name, code in loads.items():
-        head = "from analysis_lib import ChatModel\nfrom analysis_lib.model.loading import load_classifier\nfrom analysis_lib.data.user_files import ROOT\n"
+        head = "from analysis_lib import ChatModel\nfrom analysis_lib.model.loading import load_classifier\nfrom analysis_lib.data.shipped import ROOT\n"
         nbformat.write(new_notebook(cells=[new_code_cell(head + code)]), source / name)
     for run in run_notebooks(
         tmp_path / "out", folder=source, env={"IPYTHONDIR": str(tmp_path / "ipython")}
