@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from analysis_lib.analysis.published import load_published
 from analysis_lib.data import download as room
-from analysis_lib.data import prompts, queries
+from analysis_lib.data import prompts, queries, shipped
 from analysis_lib.data import user_files as files
 from analysis_lib.data.download import download
 from analysis_lib.data.prompts import load_safety_prompts
@@ -36,7 +36,7 @@ in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
 
 def test_query_files_are_what_the_grammar_writes(tmp_path):
     written = {path.name: path.read_bytes() for path in write_queries(tmp_path)}
-    assert written == {path.name: path.read_bytes() for path in (files.ROOT / "queries").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (shipped.ROOT / "queries").iterdir()}
     assert set(written) == {f"{name}.csv" for name in queries.QUERY_SETS}
 
 

@@ -283,6 +283,7 @@ class Console(Panel):
     def _start(self, _button: object) -> None:
         from ..train.dro import DROConfig
 
+        thread = None
         with self._told():
             if self.training:
                 raise RuntimeError("a training is running; stop it first")
@@ -299,13 +300,12 @@ class Console(Panel):
             self._stopping.clear()
             self.progress.value, self.progress.max, self.status.value = 0, steps, "training ..."
             self._enable(False)
-            self._thread = threading.Thread(
-                target=self._train,
-                args=(config, steps, self.start_prompt.value, self.name.value),
-                daemon=True,
-            )
+            arguments = (config, steps, self.start_prompt.value, self.name.value)
+            thread = threading.Thread(target=self._train, args=arguments, daemon=True)
+        if thread is not None:  # begun here: an error at once must not be wiped out by `_told`
+            self._thread = thread
             atexit.register(self._end)  # an interpreter that ends under a training thread aborts
-            self._thread.start()
+            thread.start()
 
     def _enable(self, ready: bool) -> None:
         for part in (self.start, *(getattr(self, name) for name in self._choices)):
