@@ -36,7 +36,9 @@ in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
 
 def test_query_files_are_what_the_grammar_writes(tmp_path):
     written = {path.name: path.read_bytes() for path in write_queries(tmp_path)}
-    assert written == {path.name: path.read_bytes() for path in (shipped.ROOT / "queries").iterdir()}
+    assert written == {
+        path.name: path.read_bytes() for path in (shipped.ROOT / "queries").iterdir()
+    }
     assert set(written) == {f"{name}.csv" for name in queries.QUERY_SETS}
 
 
