@@ -25,6 +25,20 @@ def empty_store(tmp_path_factory):
         yield
 
 
+# Files whose tests start kernels and browsers. They go first, so that no worker is left with one at the end.
+LONGEST = (
+    "test_notebook_tools.py",
+    "test_browser.py",
+    "test_cli.py",
+    "test_docs.py",
+    "test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_addoption(parser):
     parser.addoption("--skipped-to", type=Path, help="a file for the lines on skipped tests")
 

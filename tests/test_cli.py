@@ -735,27 +735,41 @@ def test_figures_are_left_as_html_where_no_browser_is(monkeypatch, tmp_path, cap
     assert "No .svg figures: no Chromium" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["ExportError", "OSError", "RuntimeError"])
-def test_reproduce_says_that_a_form_cannot_be_written(
-    call, one_notebook, monkeypatch, tmp_path, kind
-):
+def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkeypatch, tmp_path):
     """After hours of work: the rest is there, and the summary says what lacks."""
+    import nbformat
+
     from analysis_lib.train import export
 
-    def refuses(*arguments):
-        raise getattr(export, kind, getattr(builtins, kind, None))("no space left")
+    kinds = ("ExportError", "OSError", "RuntimeError")
+    notebook = nbformat.read(one_notebook / "00_small.ipynb", as_version=4)
+    save = notebook.cells[1].source
+    for kind in kinds:
+        line = save.splitlines()[-1].replace("'dro'", repr(kind)).replace("dro_mine", kind)
+        notebook.cells[1].source += "\n" + line
+    nbformat.write(notebook, one_notebook / "00_small.ipynb")
 
-    monkeypatch.setitem(export.FORMS, "plain", refuses)
+    def refuses(soft, *arguments):
+        raise getattr(export, soft.name, getattr(builtins, soft.name, None))("no space left")
+
+    written = export.FORMS["plain"]
+
+    def write(soft, *arguments):
+        return (refuses if soft.name in kinds else written)(soft, *arguments)
+
+    monkeypatch.setitem(export.FORMS, "plain", write)
     (tmp_path / "mine.txt").write_text("You are a careful assistant.")
     code, shown, _ = call(
         "reproduce", "--prompt", tmp_path / "mine.txt", "--form", "plain", "--out", tmp_path / "out"
     )
-    assert code == 1 and f"Not exported: dro_mine: {kind}: no space left" in shown
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    soft = summary["soft_prompts"]["dro_mine"]
-    assert (soft["error"], soft["exports"]) == (f"{kind}: no space left", {}) and len(
-        soft["sha256"]
-    ) == 64
+    soft = json.loads((tmp_path / "out" / "summary.json").read_text())["soft_prompts"]
+    assert code == 1 and len(soft) == len(kinds) + 1
+    assert soft["dro_mine"]["error"] is None and list(soft["dro_mine"]["exports"]) == ["plain"]
+    for kind in kinds:
+        assert f"Not exported: {kind}: {kind}: no space left" in shown
+        found = soft[kind]
+        assert (found["error"], found["exports"]) == (f"{kind}: no space left", {})
+        assert len(found["sha256"]) == 64
 
 
 def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_path):

@@ -225,6 +225,7 @@ def test_make_test_ends_with_what_was_skipped(tmp_path):
 def test_without_chromium_its_tests_are_skipped_and_counted(tmp_path):
     file = tmp_path / "new" / "skipped"
     absent = {"BROWSER_PATH": str(tmp_path / "absent"), "XDG_DATA_HOME": str(tmp_path)}
+    absent["PYTEST_ADDOPTS"] = ""  # a user's, such as --durations, has lines of its own
     options = ["-p", "no:cacheprovider", f"--skipped-to={file}"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/test_browser.py"],
