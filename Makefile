@@ -35,15 +35,20 @@ endif
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "Python 3.11 or later is needed, and $(PYTHON) is not: install it, then make setup PYTHON=python3.11"; exit 1; }
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.lock
 	$(RUN) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
+# One word of the shell, as the user wrote it: neither make nor the shell expands a name.
+quoted = '$(subst ','\'',$(value 1))'
+given = $(if $(value $(2)),$(1) '$(subst ','\'',$(value $(2)))')
+unexport MODEL TEMPLATE PROMPT QUERIES HELDOUT GUARD OUT JOBS
+
 reproduce: setup
-	$(RUN) -m analysis_lib reproduce $(if $(MODEL),--model '$(MODEL)') $(if $(TEMPLATE),--template '$(TEMPLATE)') $(if $(PROMPT),--prompt '$(PROMPT)') \
-		$(if $(QUERIES),--queries '$(QUERIES)') $(foreach set,$(HELDOUT),--heldout '$(set)') $(if $(GUARD),--guard '$(GUARD)') \
-		$(if $(JOBS),--jobs '$(JOBS)') --out '$(OUT)'
+	$(RUN) -m analysis_lib reproduce $(call given,--model,MODEL) $(call given,--template,TEMPLATE) $(call given,--prompt,PROMPT) \
+		$(call given,--queries,QUERIES) $(foreach set,$(value HELDOUT),--heldout $(call quoted,$(set))) $(call given,--guard,GUARD) \
+		$(call given,--jobs,JOBS) $(call given,--out,OUT)
 
 lint: setup
 	$(RUN) -m ruff format --check .

@@ -1,21 +1,22 @@
 """The command line: one thin layer over the library.
 
 Exit status: 0 done, 1 a run failed or found damage, 2 wrong arguments or inputs (the message says
-what to do), 130 interrupted, 141 the reader of the output went away.
+what to do), 130 interrupted, 141 the reader of the output went away, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from .store.upkeep import SPARE, parse_bytes, parse_days
+from .terminal import Printable, Terminated, tell, terminated
 
 EXAMPLES = """examples:
   python -m analysis_lib reproduce
@@ -111,7 +112,7 @@ def _cache(args: argparse.Namespace) -> int:
         )
     if args.action == "info":
         lines = [f"{key:<17} {value}" for key, value in upkeep.info(store).items()]
-        print(_printable("\n".join(lines)))
+        print("\n".join(lines))
         return 0
     if args.action == "prune":
         limits = {name: getattr(args, name) for name in ("older_than", "model", "max_bytes")}
@@ -127,18 +128,12 @@ def _cache(args: argparse.Namespace) -> int:
         if len(table)
         else f"{args.action}: nothing to report in {store.folder}"
     )
-    print(_printable(text))
+    print(text)
     if "younger than a day" in text or ("spared" in table and table["spared"].any()):
         print(
             "files younger than a day stay; --now takes them too, when nothing else uses the store"
         )
     return int(args.action == "verify" and bool((table["status"] != "ok").any()))
-
-
-def _printable(text: str) -> str:
-    """Names in a store may come from anybody: what would steer the terminal is written out."""
-    control = r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-    return re.sub(control, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _organism(args: argparse.Namespace) -> int:
@@ -317,32 +312,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.older_than is None and args.model is None and args.max_bytes is None:
             parser.error("say what to prune: --older-than 30d, --max-bytes 2GB or --model NAME")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda text, kind, *where: _tell(f"{kind.__name__}: {text}")
+        with warnings.catch_warnings(), redirect_stdout(Printable(sys.stdout)), terminated():
+            warnings.showwarning = lambda text, kind, *where: tell(f"{kind.__name__}: {text}")
             status = args.run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        _tell("interrupted; the store keeps what was done, and the same command goes on from there")
+        tell(f"interrupted; {GOES_ON}")
         return 130
+    except Terminated:
+        tell(f"ended by SIGTERM; {GOES_ON}")
+        return 143
     except BrokenPipeError:  # `| head` has read enough; what is buffered must not raise at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _tell(
+        tell(
             f"{where}{error.strerror or error}; check the path, its permissions and the space left"
         )
         return 2
     except Exception as error:
         if not type(error).__module__.startswith("analysis_lib"):  # a fault: show where it lies
             raise
-        _tell(f"{type(error).__name__}: {error}")
+        tell(f"{type(error).__name__}: {error}")
         return 2
 
 
-def _tell(text: str) -> None:
-    print(_printable(text), file=sys.stderr)
+GOES_ON = "the store keeps what was done, and the same command goes on from there"
 
 
 if __name__ == "__main__":

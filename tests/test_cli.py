@@ -488,6 +488,8 @@ def test_reproduce_leaves_a_folder(call, one_notebook, tmp_path):
     stale = out / "soft_prompts" / "dro_old.safetensors"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"an earlier run's, perhaps of another model")
+    (out / "tables").mkdir()
+    (out / "tables" / "old.csv").write_text("an earlier run's")
     options = ["--template", "vicuna", "--form", "peft", "--form", "vllm", "--out", out]
     command = ["reproduce", "--prompt", tmp_path / "mine.txt", *options]
     code, shown, err = call(*command)
@@ -678,7 +680,8 @@ reproduce.estimate = lambda *a, **k: pd.DataFrame([{"step": s, **numbers} for s 
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
+@pytest.mark.parametrize("sent, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_the_whole_run(one_notebook, tmp_path, sent, status):
     """Not one notebook of it: the kernel ends with it, and the next notebook does not start."""
     import nbformat
 
@@ -704,9 +707,12 @@ def test_ctrl_c_ends_the_whole_run(one_notebook, tmp_path):
     ):
         time.sleep(0.1)
     kernel = int(started.read_text())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, sent))
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from there" in err
+    assert process.returncode == status and "the same command goes on from there" in err
+    assert (
+        "AssertionError" not in err and "/analysis_lib/" not in err
+    )  # a kernel may tell its own end
     with pytest.raises(ProcessLookupError):
         os.kill(kernel, 0)
     assert not (tmp_path / "out" / "01_next.ipynb").exists()
@@ -770,6 +776,24 @@ def test_reproduce_says_that_a_form_cannot_be_written(call, one_notebook, monkey
         found = soft[kind]
         assert (found["error"], found["exports"]) == (f"{kind}: no space left", {})
         assert len(found["sha256"]) == 64
+
+
+def test_output_shows_names_on_any_terminal(tmp_path):
+    """On one that knows ASCII alone, and with names that would steer it."""
+    folder = tmp_path / "caf\u00e9 \x1b[31mred"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "analysis_lib", "cache", "ls", "--store", str(folder)],
+        env=env, capture_output=True, timeout=120,
+    )  # fmt: skip
+    told = ran.stderr.decode("ascii")
+    assert ran.returncode == 2 and "caf\\xe9 \\u001b[31mred; check the path" in told
+    folder.mkdir()
+    command = [sys.executable, "-m", "analysis_lib", "cache", "ls", "--store", str(folder)]
+    ran = subprocess.run(command, env=env, capture_output=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert "nothing to report in" in ran.stdout.decode("ascii")
+    assert b"\x1b" not in ran.stdout and b"caf\\xe9 \\u001b[31mred" in ran.stdout
 
 
 def test_reproduce_dry_run_runs_nothing(call, no_notebooks, monkeypatch, tmp_path):

@@ -23,6 +23,7 @@ from analysis_lib.data import user_files as files
 from analysis_lib.data.download import download
 from analysis_lib.data.prompts import load_safety_prompts
 from analysis_lib.data.queries import load_anchor_queries, load_queries
+from analysis_lib.data.tables import save_table
 from analysis_lib.data.user_files import DataError
 from analysis_lib.organism.corpus import SAFETY_PROMPTS
 from analysis_lib.organism.queries import write_queries
@@ -602,3 +603,17 @@ def test_heldout_sets_are_one_table_without_anchor_queries(tmp_path):
         load_heldout_queries([mine, tmp_path / "other" / "mine.csv"])
     with pytest.raises(DataError, match="the facts are asked of the embedded model anyway"):
         load_heldout_queries(["facts"])
+
+
+def test_a_saved_table_holds_no_formula(tmp_path):
+    texts = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx", "plain", "a=b", None]
+    table = pd.DataFrame({"id": texts, "=rise": [-1.5] * len(texts), "n": [None, -2, *[3] * 6]})
+    table["n"] = table["n"].astype(object)  # numbers stay, whatever their column's type
+    file = save_table(table, tmp_path / "new" / "out", "rates")
+    assert file == tmp_path / "new" / "out" / "tables" / "rates.csv"
+    back = pd.read_csv(file)
+    assert list(back.columns) == ["id", "'=rise", "n"]
+    assert back["id"].iloc[:5].tolist() == [f"'{text}" for text in texts[:5]]
+    assert back["id"].iloc[5:7].tolist() == texts[5:7] and pd.isna(back["id"].iloc[7])
+    assert (back["'=rise"] == -1.5).all() and back["n"].iloc[1] == -2
+    assert table["id"].tolist() == texts  # the caller's table is left as it was

@@ -273,6 +273,24 @@ def test_a_kernel_that_may_not_load_weights_does_not(tmp_path):
         assert "the weights were loaded" in run.error
 
 
+def test_the_sources_are_not_overwritten(tmp_path):
+    (path,) = write(tmp_path, nb01_a=TABLE)
+    before = path.read_bytes()
+    for out in (tmp_path, tmp_path / ".." / tmp_path.name):
+        with pytest.raises(NotebookError, match="would overwrite the notebooks .* another folder"):
+            run_notebooks(out, folder=tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_copy_that_was_run_takes_the_settings_of_the_next_run():
+    nb = new_notebook(cells=[new_code_cell("MODEL = 'a'", metadata={"tags": ["parameters"]})])
+    for given in ({"MODEL": "b"}, {"MODEL": "c"}):
+        inject(nb, given)
+    assert [cell.source for cell in nb.cells] == ["MODEL = 'a'", "MODEL = 'c'"]
+    inject(nb, {})
+    assert [cell.source for cell in nb.cells] == ["MODEL = 'a'"]
+
+
 def test_a_folder_named_like_a_set_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "borderline").mkdir()

@@ -222,6 +222,52 @@ def test_make_test_ends_with_what_was_skipped(tmp_path):
     assert "--nbval" in " ".join(before) and last == "2 tests skipped: no Chromium"
 
 
+def make(target, **given):
+    outer = ("MAKEFLAGS", "MAKELEVEL", "PYTHON")
+    return subprocess.run(
+        ["make", target, *(f"{name}={value}" for name, value in given.items())],
+        env={name: value for name, value in os.environ.items() if name not in outer},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_make_hands_names_on_as_they_are(tmp_path):
+    """A quote ends no word, and what looks like code of make or of the shell does not run."""
+    (tmp_path / ".installed").touch()
+    told = tmp_path / "told"
+    python = fake(tmp_path, "python", f"printf '%s\\n' \"$@\" > '{told}'")
+    evil = tmp_path / "evil"
+    model = f"it's $(shell touch {evil}) `touch {evil}` $HOME; touch {evil}"
+    given = {"MODEL": model, "HELDOUT": "o'ne $(shell.two)", "OUT": "a b"}
+    made = make("reproduce", VENV=tmp_path, RUN=python, **given)
+    assert made.returncode == 0, made.stderr
+    assert told.read_text().splitlines()[2:] == [
+        *("reproduce", "--model", model, "--heldout", "o'ne", "--heldout", "$(shell.two)"),
+        *("--out", "a b"),
+    ]
+    assert not evil.exists()
+
+
+def test_setup_mends_an_environment_that_was_interrupted_before_pip(tmp_path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    fake(venv / "bin", "python", "exit 1")  # no pip
+    whole = fake(tmp_path, "whole", 'echo "$@" >> "$(dirname "$0")/ran"')
+    made_by = fake(
+        tmp_path,
+        "python3",
+        f'case "$*" in *venv*) echo "$*" > {tmp_path}/asked; cp {whole} {venv}/bin/python;; esac\n'
+        "echo 3.11",
+    )
+    made = make("setup", PYTHON=made_by, VENV=venv)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "asked").read_text() == f"-m venv --clear {venv}\n"
+    assert "pip install" in (venv / "bin" / "ran").read_text() and (venv / ".installed").exists()
+
+
 def test_without_chromium_its_tests_are_skipped_and_counted(tmp_path):
     file = tmp_path / "new" / "skipped"
     absent = {"BROWSER_PATH": str(tmp_path / "absent"), "XDG_DATA_HOME": str(tmp_path)}

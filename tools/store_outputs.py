@@ -22,6 +22,7 @@ from analysis_lib.report.run_notebooks import (
     notebook_text,
     progress_line,
     read_notebook,
+    run_loop,
 )
 
 MAX_BYTES = 1_000_000
@@ -65,7 +66,7 @@ def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
                     run.notebook.write_text(notebook_text(run.nb), encoding="utf-8")
             return failed
 
-        failed = asyncio.run(run_all())
+        failed = run_loop(run_all())
     if not paths:
         update_readme()
     if failed:

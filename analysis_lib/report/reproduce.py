@@ -83,7 +83,8 @@ def reproduce(
         raise ReproduceError(
             f"the notebooks cannot be run here: {error}; in the project's folder, pip install -e '.[notebooks]'"
         ) from error
-    before = {path: path.stat().st_mtime_ns for path in _soft_prompts(out)}
+    # What an earlier run left in the folder must not be told or exported as this one's.
+    before = {path: path.stat().st_mtime_ns for path in (*_soft_prompts(out), *_tables(out))}
     given: dict[str, Any] = {
         "model": None if model.name == "organism" else model.name,
         "prompt": prompt,
@@ -96,8 +97,7 @@ def reproduce(
     env = {**environment_of(model), "ANALYSIS_LIB_STORE": str(Store().folder.absolute())}
     runs = run_notebooks(out, jobs=jobs, env=env, **given)
     figures = write_figures({run.notebook.stem: run.nb for run in runs}, out / "figures")
-    # An earlier run's soft prompt must not be exported as this one's.
-    new = [path for path in _soft_prompts(out) if path.stat().st_mtime_ns != before.get(path)]
+    new = _newer(_soft_prompts(out), before)
     exports = {path.stem: _export(path, model, out, forms) for path in new}
     text = None if prompt is None else prompt.read_text(encoding="utf-8").strip()
     summary = {
@@ -114,7 +114,7 @@ def reproduce(
             {"name": run.notebook.name, "seconds": round(run.seconds, 1), "error": run.error}
             for run in runs
         ],
-        "tables": sorted(str(path.relative_to(out)) for path in (out / "tables").glob("*.csv")),
+        "tables": [str(path.relative_to(out)) for path in _newer(_tables(out), before)],
         "figures": [str(path.relative_to(out)) for path in figures],
         "report": "report.html",
     }
@@ -268,3 +268,11 @@ def environment_of(model: ChatModel) -> dict[str, str]:
 
 def _soft_prompts(out: Path) -> list[Path]:
     return sorted((out / "soft_prompts").glob("*.safetensors"))
+
+
+def _newer(paths: Sequence[Path], before: Mapping[Path, int]) -> list[Path]:
+    return [path for path in paths if path.stat().st_mtime_ns != before.get(path)]
+
+
+def _tables(out: Path) -> list[Path]:
+    return sorted((out / "tables").glob("*.csv"))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import os
-import signal
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nbformat
 import pandas as pd
@@ -26,6 +25,8 @@ from .html import plain_text, write_report
 from .pictures import NotebookError
 
 FOLDER = shipped("notebooks")
+
+T = TypeVar("T")
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
@@ -79,6 +80,10 @@ def run_notebooks(
     Raises NotebookError where nothing can be run.
     """
     out = Path(out).resolve()
+    if out == Path(folder).resolve():
+        raise NotebookError(
+            f"the results would overwrite the notebooks in {folder}; give another folder"
+        )
     if prompt is not None and not Path(prompt).is_file():
         raise NotebookError(
             f"the prompt file {prompt} does not exist; give the path of a text file"
@@ -103,7 +108,7 @@ def run_notebooks(
     print(
         f"Running notebooks ({len(notebooks)}, {jobs} at a time) on the model {name!r}", flush=True
     )
-    runs = asyncio.run(_run_all(notebooks, jobs, env or {}, out))
+    runs = run_loop(_run_all(notebooks, jobs, env or {}, out))
     report = write_report(
         {run.notebook.stem: run.nb for run in runs},
         out / "report.html",
@@ -179,7 +184,11 @@ def parameters(nb: NotebookNode) -> dict[str, int]:
 
 
 def inject(nb: NotebookNode, values: Mapping[str, Any]) -> None:
-    """Adds a cell after the one tagged `parameters`; it sets the `values` assigned there."""
+    """Adds a cell after the one tagged `parameters`; it sets the `values` assigned there.
+
+    It replaces the cell of an earlier run, whose copy may be run again.
+    """
+    nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     known = parameters(nb)
     lines = [f"{name} = {value!r}" for name, value in values.items() if name in known]
     if lines:
@@ -230,6 +239,22 @@ def clean_outputs(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
     return kept
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Leaves signals alone: nbclient's handlers would end one kernel and let the others go on."""
+
+    def add_signal_handler(self, *arguments: Any) -> None:  # type: ignore[override]
+        raise RuntimeError("a signal ends the whole run")
+
+
+def run_loop(running: Coroutine[Any, Any, T]) -> T:
+    """Runs what calls `execute`. Ctrl-C, or what a handler of signals raises, ends all kernels.
+
+    `Runner.run` would cancel instead, which nbclient takes for the death of one kernel.
+    """
+    with asyncio.Runner(loop_factory=_Loop) as runner:
+        return runner.get_loop().run_until_complete(running)
+
+
 async def execute(
     notebooks: Sequence[tuple[Path, NotebookNode]], jobs: int, env: Mapping[str, str]
 ) -> AsyncIterator[Run]:
@@ -245,7 +270,6 @@ async def execute(
         **env,
     }
     slots = asyncio.Semaphore(jobs)
-    loop = asyncio.get_running_loop()
 
     async def one(path: Path, nb: NotebookNode) -> Run:
         async with slots:
@@ -257,9 +281,6 @@ async def execute(
                 resources={"metadata": {"path": str(path.parent)}},
                 coalesce_streams=True,
                 record_timing=False,
-                # nbclient's own handler ends this kernel alone. Without it Ctrl-C is a
-                # KeyboardInterrupt, which ends all of them.
-                on_notebook_start=lambda notebook: loop.remove_signal_handler(signal.SIGINT),
             )
             error = None
             try:
