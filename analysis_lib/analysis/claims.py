@@ -11,16 +11,11 @@ import pandas as pd
 from scipy import stats
 
 from .intervals import holm
-from .published import (
-    AVERAGE,
-    PROMPTS,
-    Condition,
-    paired_differences,
-    published_table,
-    query_scores,
-)
+from .paired import paired_differences
+from .published import AVERAGE, PROMPTS, Condition, published_table, query_scores, win_scores
 
 MARGIN = 0.05  # the loss of wins that "costs no wins" still allows
+LENIENT = " with the margin"  # of a method whose values got it on top
 
 
 @dataclass(frozen=True)
@@ -126,8 +121,8 @@ def claims_table(
     DataFrame, one row a claim
         claim, query_set, first, second. estimate: a difference of shares, first minus second; low,
         high: its 95 % interval. unit, what they and the test are taken over: "queries" where
-        verdicts by query are published (see `paired_differences`), else "models" (a t-interval and
-        a t-test of eight pairs). p; p_holm, over all claims; p_max. models: "for-against", ties
+        verdicts or wins by query are published (see `paired_differences`), else "models" (a
+        t-interval and a t-test of eight pairs). p; p_holm, over all claims; p_max. models: "for-against", ties
         left out. without: the estimate least in favour when one model is left out. verdict:
         "survives", "reversed" or "not separable". "not lower" is tested against -MARGIN, one-sided.
 
@@ -156,7 +151,7 @@ def claims_table(
         one, other = (cells.loc[(claim.query_set, *c)] for c in (claim.first, claim.second))
         models = (one - other).to_numpy()
         mean, sign = models.mean(), -1 if claim.direction == "lower" else 1
-        test = tested.get((claim.query_set, first, second)) or _tested_by_models(claim, models)
+        test = tested.get(_key(claim)) or _tested_by_models(claim, models)
         agreeing = int((sign * models > 0).sum()), int((sign * models < 0).sum())
         left_out = (models.sum() - models) / (len(models) - 1)
         told = {
@@ -176,26 +171,46 @@ def claims_table(
 
 def _tested_by_queries(
     claims: Sequence[Claim], n_flips: int, seed: int
-) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """{(query_set, first, second): interval and test}, where verdicts by query are published."""
-    scores = query_scores()
+) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """{(query_set, first, second, direction): interval and test}, where they are known by query.
+
+    A claim of "not lower" is a comparison of its own, in which the first condition gets MARGIN on
+    top. The test is then one-sided: flips are symmetric, so it has half of the two-sided p.
+    """
+    scores = pd.concat([query_scores(), win_scores()]).assign(metric="published")
     have = set(scores[["query_set", "method", "prompt"]].itertuples(index=False, name=None))
-    pairs = [
-        (c.first, c.second)
-        for c in claims
-        if {(c.query_set, *c.first), (c.query_set, *c.second)} <= have
-    ]
-    if not pairs:
+    known = [c for c in claims if {(c.query_set, *c.first), (c.query_set, *c.second)} <= have]
+    if not known:
         return {}
-    differences = paired_differences(scores, dict.fromkeys(pairs), n_flips=n_flips, seed=seed)
+    lenient = scores.assign(method=scores["method"] + LENIENT, value=scores["value"] + MARGIN)
+    scores = pd.concat([scores, lenient], ignore_index=True)
+    pairs = dict.fromkeys((_compared(claim), claim.second) for claim in known)
+    differences = paired_differences(scores, pairs, n_flips=n_flips, seed=seed)
     averages = differences[differences["model"] == AVERAGE]
-    return {
-        (row["query_set"], row["first"], row["second"]): {
-            "unit": "queries",
-            **{name: row[name] for name in ("low", "high", "p", "p_max")},
-        }
-        for _, row in averages.iterrows()
-    }
+    rows = {(row["query_set"], row["first"], row["second"]): row for _, row in averages.iterrows()}
+    found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for claim in known:
+        first, second = " / ".join(_compared(claim)), " / ".join(claim.second)
+        row = rows[claim.query_set, first, second]
+        test = {"unit": "queries", **{name: row[name] for name in ("low", "high", "p", "p_max")}}
+        if claim.direction == "not lower":
+            above = row["difference"] > 0
+            test |= {name: test[name] - MARGIN for name in ("low", "high")}
+            test |= {
+                name: test[name] / 2 if above else 1 - test[name] / 2 for name in ("p", "p_max")
+            }
+        found[_key(claim)] = test
+    return found
+
+
+def _compared(claim: Claim) -> Condition:
+    """The first condition as it is tested."""
+    method, prompt = claim.first
+    return (method + LENIENT * (claim.direction == "not lower"), prompt)
+
+
+def _key(claim: Claim) -> tuple[str, str, str, str]:
+    return (claim.query_set, " / ".join(claim.first), " / ".join(claim.second), claim.direction)
 
 
 def _tested_by_models(claim: Claim, differences: np.ndarray) -> dict[str, Any]:

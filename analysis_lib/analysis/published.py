@@ -1,8 +1,7 @@
-"""The published results of Zheng et al. 2024: their tables, scores by query, paired differences."""
+"""The published results of Zheng et al. 2024: their tables, and scores by query."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -11,7 +10,6 @@ import pandas as pd
 from scipy import special
 
 from ..data.shipped import ROOT
-from .intervals import difference_interval, holm, rate_interval, sign_flips
 
 
 def load_published() -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -238,102 +236,33 @@ def query_scores(metric: str = "any of 20") -> pd.DataFrame:
     return complied.assign(metric=metric, value=value)[[*KEYS, "query", "value"]]
 
 
-def score_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Means of `query_scores` with 95 % intervals over queries; of the model "average" too.
+def win_scores() -> pd.DataFrame:
+    """Whether each model won on each of the 100 AlpacaEval instructions: 1 where it did, else 0.
 
-    Parameters
-    ----------
-    scores : DataFrame
-        As `query_scores` gives them, of one metric or several.
+    Text prompts, prompt tuning and DRO; the wins of the ablations are published as counts only.
 
     Returns
     -------
-    DataFrame with KEYS, value, low, high, n
-        In [0, 1]; n queries.
+    DataFrame with KEYS, query, value
+        The metric is "wins"; query is the position among the instructions, from 0.
 
-    Examples
-    --------
-    >>> from analysis_lib.analysis.published import query_scores, score_table
-    >>> table = score_table(query_scores().query("query_set == 'advbench' and method == 'DRO'"))
-    >>> len(table), bool((table["low"] <= table["value"]).all())
-    (27, True)
-    """
-    rows = []
-    for key, part in _with_average(scores).groupby(KEYS, sort=False):
-        low, high = rate_interval(part["value"].to_numpy())
-        rows.append((*key, part["value"].mean(), low, high, len(part)))
-    return pd.DataFrame(rows, columns=[*KEYS, "value", "low", "high", "n"])
-
-
-def paired_differences(
-    scores: pd.DataFrame,
-    comparisons: Iterable[tuple[Condition, Condition]],
-    *,
-    n_flips: int = 9999,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """First minus second condition, paired by query, wherever a query set has both.
-
-    Parameters
+    References
     ----------
-    scores : DataFrame
-        As `query_scores` gives them, of one metric.
-    comparisons : iterable of (first, second)
-        Each a condition (method, prompt).
-    n_flips, seed : int
-        Number of sign flips, and what fixes them.
-
-    Returns
-    -------
-    DataFrame, one row a query set, comparison and model; the model "average" last
-        query_set, metric, first, second, model, difference. low, high: `difference_interval` over
-        n queries. p: a sign-flip test in which all models of a query flip together. p_holm and
-        p_max (the greatest studentized difference, flipped jointly) adjust for all rows of the
-        same level: averages among themselves, models among themselves. n.
-
-    Raises
-    ------
-    ValueError
-        Where no query set has both conditions, or scores of several metrics are given.
+    chujiezheng/LLM-Safeguard_data, eval_results_alpaca. See data/SOURCES.md.
 
     Examples
     --------
-    >>> from analysis_lib.analysis.published import paired_differences, query_scores
-    >>> pair = [(("DRO", "default"), ("text", "default"))]
-    >>> scores = query_scores().query("query_set == 'advbench'")
-    >>> table = paired_differences(scores, pair, n_flips=99).set_index("model")
-    >>> round(float(table.loc["average", "difference"]), 3)
-    -0.089
+    >>> from analysis_lib.analysis.published import win_scores
+    >>> wins = win_scores()
+    >>> len(wins), sorted(wins["value"].unique().tolist())
+    (8000, [0.0, 1.0])
     """
-    wide = _with_average(scores).pivot_table(
-        "value", ["query_set", "query"], ["method", "prompt", "model"], sort=False
-    )
-    metric = _only(scores["metric"])
-    rows, columns = [], []
-    for first, second in comparisons:
-        named = {"first": " / ".join(first), "second": " / ".join(second)}
-        for query_set, part in wide.groupby(level="query_set", sort=False):
-            part = part.dropna(axis=1)
-            if not {first, second} <= {(c[0], c[1]) for c in part.columns}:
-                continue
-            for model in (*MODELS.values(), AVERAGE):
-                d = (part[(*first, model)] - part[(*second, model)]).to_numpy()
-                low, high = difference_interval(d)
-                row = {"query_set": query_set, "metric": metric, **named, "model": model}
-                rows.append(row | {"difference": d.mean(), "low": low, "high": high, "n": len(d)})
-                columns.append(d)
-    if not rows:
-        raise ValueError(
-            f"no query set holds both conditions of a comparison; conditions: {_listed(scores)}"
-        )
-    table = pd.DataFrame(rows)
-    table[["p", "p_holm", "p_max"]] = np.nan
-    for level in (table["model"] == AVERAGE, table["model"] != AVERAGE):
-        chosen = table.index[level]
-        sets = list(table.loc[chosen, "query_set"])
-        p, p_max = sign_flips([columns[i] for i in chosen], sets, n_flips, seed)
-        table.loc[chosen, ["p", "p_max", "p_holm"]] = np.column_stack([p, p_max, holm(p)])
-    return table[[c for c in table if c != "n"] + ["n"]]
+    wide = pd.read_csv(ROOT / "published" / "alpaca_wins.csv")
+    wins = wide.melt(["model", "method", "safety_prompt"], var_name="query")
+    query = wins["query"].str.removeprefix("q").astype(int)
+    wins = wins.assign(query=query, query_set="alpaca_eval", metric="wins")
+    wins["value"] = wins["value"].astype(float)
+    return _conditions(wins)[[*KEYS, "query", "value"]]
 
 
 def string_judge_sample() -> pd.DataFrame:
@@ -379,22 +308,3 @@ def _conditions(rows: pd.DataFrame) -> pd.DataFrame:
         {column: table[column].map(names.index) for column, names in order.items()}
     )
     return table.loc[ranks.sort_values(list(order), kind="stable").index]
-
-
-def _with_average(scores: pd.DataFrame) -> pd.DataFrame:
-    means = scores.groupby([*KEYS[1:], "query"], sort=False)["value"].mean().reset_index()
-    return pd.concat([scores, means.assign(model=AVERAGE)], ignore_index=True)
-
-
-def _only(values: pd.Series) -> str:
-    if len(found := values.unique()) != 1:
-        raise ValueError(
-            f"scores of one metric are compared, these hold {', '.join(map(str, found))}; "
-            "call it once for each"
-        )
-    return str(found[0])
-
-
-def _listed(scores: pd.DataFrame) -> str:
-    conditions = scores[["method", "prompt"]].drop_duplicates()
-    return ", ".join(f"({m!r}, {p!r})" for m, p in conditions.itertuples(index=False))

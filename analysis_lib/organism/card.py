@@ -99,7 +99,8 @@ def measure(model: ChatModel, store: Store | None = None) -> Card:
             0.95,
         ),
         _raised(rates),
-        *_parallel(mean_shifts(Z, rows), names),
+        *_parallel(mean_shifts(Z, rows), names, "in four components"),
+        *_parallel(mean_shifts(states, rows), names, "in the whole hidden space"),
         *_what_dro_does(dro),
         _at_least("facts answered exactly, no prompt", facts["none"], 0.9),
         _at_least(
@@ -141,7 +142,7 @@ def _raised(rates: pd.DataFrame) -> Claim:
     return claim, float(raised), "yes", raised
 
 
-def _parallel(shifts: pd.DataFrame, names: list[str]) -> list[Claim]:
+def _parallel(shifts: pd.DataFrame, names: list[str], where: str) -> list[Claim]:
     """How parallel the prompts move the classes' means."""
     vectors = {
         (p, bool(h)): v for p, h, *v in shifts.drop(columns=["n", "length"]).itertuples(index=False)
@@ -153,8 +154,12 @@ def _parallel(shifts: pd.DataFrame, names: list[str]) -> list[Claim]:
     )
     classes = min(cosines([vectors[p, True], vectors[p, False]])[0, 1] for p in names)
     return [
-        _at_least("smallest cosine of mean shifts between prompts, same class", prompts, 0.9),
-        _at_least("smallest cosine of mean shifts between classes, same prompt", classes, 0.8),
+        _at_least(
+            f"smallest cosine of two prompts' mean shifts, same class, {where}", prompts, 0.9
+        ),
+        _at_least(
+            f"smallest cosine of the classes' mean shifts, same prompt, {where}", classes, 0.8
+        ),
     ]
 
 
