@@ -465,6 +465,19 @@ def test_a_template_file_in_another_encoding_is_refused(tmp_path, encoding):
         read_template(file)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_template_in_a_model_folder_in_another_encoding(tmp_path, encoding):
+    made = build("qwen2")  # saving changes its configuration
+    made.model.save_pretrained(tmp_path), made.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML, encoding=encoding)
+    if encoding == "utf-8-sig":
+        model = ChatModel.load(tmp_path)
+        assert model.renderer.apply(SAFETY, QUERY) == made.renderer.apply(SAFETY, QUERY)
+    else:
+        with pytest.raises(ChatModelError, match="chat_template.jinja, is not in UTF-8.*save it"):
+            ChatModel.load(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ another's soft prompt
 
 

@@ -96,7 +96,8 @@ class Renderer(TemplateTexts):
         asked = [self.escape(q.strip(), "a query") for q in queries]
         texts = [self.apply(system, query) for query in asked]
         self.say_of_template(system)
-        changed = [self._changes(*row, system) for row in zip(queries, asked, texts)]
+        framed = USER.join(self.frame(system))
+        changed = [self._changes(*row, framed) for row in zip(queries, asked, texts)]
         out = self._rows(texts, asked, system, prompt)
         self.check_tokens(out, queries)
         self._check_length(out, queries)
@@ -110,7 +111,7 @@ class Renderer(TemplateTexts):
         head = len(self.frame(system)[0])
         if not system:
             return [Rendered(ids, (0, 0)) for ids, _ in self._encode(texts, 0, head)]
-        begins = [self._place(text, query, system) for text, query in zip(texts, asked)]
+        begins = self._places(texts, asked, system)
         soft: tuple[int, ...] | None = None
         digest = ""
         if not isinstance(prompt, str):
@@ -122,13 +123,16 @@ class Renderer(TemplateTexts):
             soft = tuple(range(self.n_embeddings, self.n_embeddings + len(prompt.embeddings)))
             digest = soft_digest(prompt.embeddings)
         out: list[Rendered] = []
+        start = stop = 0
+        found: tuple[Any, int] | None = None  # the offsets and beginning that gave start and stop
         encoded = self._encode(texts, max(begins) + len(system), head)
         for (ids, offsets), begin in zip(encoded, begins):
-            end = begin + len(system)
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
-            if not out:
-                self._check_spelling(system, [offsets[i] for i in inside], begin)
-            start, stop = inside[0], inside[-1] + 1
+            if found is None or offsets is not found[0] or begin != found[1]:
+                end = begin + len(system)
+                inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
+                if found is None:
+                    self._check_spelling(system, [offsets[i] for i in inside], begin)
+                start, stop, found = inside[0], inside[-1] + 1, (offsets, begin)
             if soft is None:
                 out.append(Rendered(ids, (start, stop)))
             else:
@@ -137,23 +141,28 @@ class Renderer(TemplateTexts):
                 )
         return out
 
-    def _place(self, text: str, query: str, system: str) -> int:
-        """Where the system message begins in a rendered chat. Raises where it is not spelled."""
+    def _places(self, texts: list[str], asked: list[str], system: str) -> list[int]:
+        """Where the system message begins in each text. Raises where it is not spelled."""
         framed, pattern = USER.join(self.frame(system)), self.pattern
         begin = pattern.find(SYSTEM)
         end, spelled = begin + len(system), framed[begin : begin + len(system)] == system
+        places = []
         if framed == pattern.replace(SYSTEM, system) or (spelled and framed.count(system) == 1):
-            before, after = (part.replace(USER, query) for part in (framed[:begin], framed[end:]))
-            # Where the template rewrites the query, one side may differ.
-            at = len(before) if text.startswith(before) else len(text) - len(after) - len(system)
-            if text[at : at + len(system)] == system:
-                return at
-        raise ChatModelError(
-            f"the chat template of {self.name!r} ({self.template}) rewrites the prompt "
-            f"{system[:60]!r}, so its place in the chat is not known; leave out what the template "
-            "takes out or changes, such as a switch or a quotation mark, "
-            f"or pass template=FILE or one of {', '.join(TEMPLATES)}"
-        )
+            for text, query in zip(texts, asked):
+                before = framed[:begin].replace(USER, query)
+                at = len(before)
+                if not text.startswith(before):  # the template rewrites the query in front of it
+                    at = len(text) - len(framed[end:].replace(USER, query)) - len(system)
+                if text[at : at + len(system)] == system:
+                    places.append(at)
+        if len(places) < len(texts):
+            raise ChatModelError(
+                f"the chat template of {self.name!r} ({self.template}) rewrites the prompt "
+                f"{system[:60]!r}, so its place in the chat is not known; leave out what the "
+                "template takes out or changes, such as a switch or a quotation mark, "
+                f"or pass template=FILE or one of {', '.join(TEMPLATES)}"
+            )
+        return places
 
     def _check_spelling(self, system: str, offsets: list[tuple[int, int]], begin: int) -> None:
         """Raises where a visible character of the system message is in no token of the slot."""
@@ -169,10 +178,14 @@ class Renderer(TemplateTexts):
                 f"in the prompt {system[:60]!r}; leave that out of the prompt"
             )
 
-    def _changes(self, query: str, asked: str, text: str, system: str) -> tuple[str, ...]:
-        """What became of a query's text. Raises where the template drops it."""
-        stripped, framed = query.strip(), USER.join(self.frame(system))
-        expected = framed.replace(USER, asked)
+    def _changes(self, query: str, asked: str, text: str, framed: str) -> tuple[str, ...]:
+        """What became of a query's text; framed: the chat of the query `USER`.
+
+        Raises where the template drops it.
+        """
+        stripped, expected = query.strip(), framed.replace(USER, asked)
+        if query == asked and text == expected:
+            return ()
         if asked and text == framed.replace(USER, ""):
             raise ChatModelError(
                 f"the chat template of {self.name!r} drops the query {asked[:60]!r}; "
@@ -216,7 +229,8 @@ class Renderer(TemplateTexts):
         tails = self.tokenizer([text[cut:] for text in texts], add_special_tokens=False)[
             "input_ids"
         ]
-        out = [((*ids[: n - 1], *tail), offsets[:n]) for tail in tails]
+        shared = offsets[:n]
+        out = [((*ids[: n - 1], *tail), shared) for tail in tails]
         if (
             any(tail[:1] != [ids[n - 1]] for tail in tails)
             or out[0][0] != ids

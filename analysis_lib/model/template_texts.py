@@ -105,7 +105,13 @@ class TemplateTexts:
     @cached_property
     def pattern(self) -> str:
         """The rendered text of the messages `SYSTEM` and `USER`."""
-        return self.apply(SYSTEM, USER, first=True)
+        text = self.apply(SYSTEM, USER, first=True)
+        if any(text != self.apply(SYSTEM, USER) for _ in range(8)):
+            raise ChatModelError(
+                f"the chat template of {self.name!r} renders one chat in two ways; "
+                "pass template=FILE with one that draws nothing at random"
+            )
+        return text
 
     @cached_property
     def date(self) -> str | None:
@@ -176,13 +182,7 @@ class TemplateTexts:
     def frame(self, system: str) -> tuple[str, str]:
         """The rendered text before and after the query."""
         if system not in self._frames:
-            framed = self.apply(system, USER, first=True)
-            if any(framed != self.apply(system, USER) for _ in range(8)):
-                raise ChatModelError(
-                    f"the chat template of {self.name!r} renders one chat in two ways; "
-                    "pass template=FILE with one that draws nothing at random"
-                )
-            head, found, tail = framed.partition(USER)
+            head, found, tail = self.apply(system, USER, first=True).partition(USER)
             if not found:
                 raise ChatModelError(
                     f"the chat template of {self.name!r} drops the user message; it cannot be used"
