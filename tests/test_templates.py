@@ -579,3 +579,10 @@ def test_the_limit_of_time_leaves_a_tracer_as_it_was():
 def test_a_template_that_draws_at_random_is_refused():
     with pytest.raises(ChatModelError, match="renders one chat in two ways"):
         wrapped("{{ range(99999) | random }}" + CHATML).render([QUERY])
+
+
+def test_the_date_on_the_command_line(capsys):
+    from analysis_lib.__main__ import main
+
+    assert main(["reproduce", "--dry-run", "--date", "27.11."]) == 2
+    assert "unknown date '27.11.'; give a day as '2026-11-27'" in capsys.readouterr().err
