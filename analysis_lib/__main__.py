@@ -77,7 +77,8 @@ def _model(args: argparse.Namespace) -> Any:
     from .model.chat import ChatModel
 
     name = f"{args.model}@{args.revision}" if args.revision else args.model
-    return ChatModel.load(name, device=args.device, dtype=args.dtype, template=args.template)
+    asked = {"device": args.device, "dtype": args.dtype, "template": args.template}
+    return ChatModel.load(name, **asked, date=args.date)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -232,6 +233,7 @@ def _of_model(command: argparse.ArgumentParser) -> None:
         "--device", help="cpu, cuda, cuda:1, or auto for all GPUs; default: cuda where there is one"
     )
     add("--template", metavar="FILE", help="a chat template in place of the tokenizer's")
+    add("--date", help="the day (2026-11-27) for a chat template that writes it; default: today")
     add(
         "--form",
         "--to",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported by a test module
-for name in ("ANALYSIS_LIB_DEVICE", "ANALYSIS_LIB_DTYPE"):
+for name in ("ANALYSIS_LIB_DEVICE", "ANALYSIS_LIB_DTYPE", "ANALYSIS_LIB_DATE"):
     os.environ.pop(name, None)
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 

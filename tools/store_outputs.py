@@ -45,6 +45,7 @@ def store_outputs(paths: Sequence[str | Path] = (), *, jobs: int = 2) -> None:
             "ANALYSIS_LIB_STORE": store,
             "ANALYSIS_LIB_DEVICE": "",
             "ANALYSIS_LIB_DTYPE": "",
+            "ANALYSIS_LIB_DATE": "",
         }  # none of the user's settings
 
         async def run_all() -> list[str]:

@@ -235,9 +235,7 @@ def _require_query(rows: pd.DataFrame, *columns: str) -> None:
 def _shown(guard: ChatModel, query: str, response: str) -> str:
     """What the guard reads: its template around the query and the response."""
     messages = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
-    return str(
-        guard.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    )
+    return guard.renderer.chat(messages)
 
 
 def _check_template(guard: ChatModel) -> None:

@@ -27,6 +27,7 @@ from .loading import (
     read_source,
 )
 from .rendering import Prompt, Rendered, Renderer
+from .template_checks import Day
 
 
 class ChatModel:
@@ -66,12 +67,13 @@ class ChatModel:
         *,
         template: str = "tokenizer",
         quantization: str | None = None,
+        date: Day = None,
     ):
         self.name, self.source, self.revision = name, source, revision
         self.dtype, self.template, self.quantization = dtype, template, quantization
         self.config = config
         self.asked_device, self.dtype_name = device, str(dtype).removeprefix("torch.")
-        self.renderer = Renderer(tokenizer, config, name=name, template=template)
+        self.renderer = Renderer(tokenizer, config, name=name, template=template, day=date)
         text = text_config(config)
         self.n_layers, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
         self.n_embeddings = self.renderer.n_embeddings
@@ -94,6 +96,7 @@ class ChatModel:
         dtype: str | torch.dtype | None = None,
         template: str | Path | None = None,
         quantization: str | None = None,
+        date: Day = None,
     ) -> ChatModel:
         """Opens a model; its weights stay on disk until they are used.
 
@@ -121,6 +124,9 @@ class ChatModel:
             Default: the tokenizer's.
         quantization : str, optional
             "8bit" or "4bit". Needs bitsandbytes; for capture and sampling only.
+        date : str or datetime.date, optional
+            The day, as "2026-11-27", for a template that writes it; it stays. Default:
+            ANALYSIS_LIB_DATE, else today.
 
         Returns
         -------
@@ -155,6 +161,7 @@ class ChatModel:
             config,
             template="tokenizer" if source.template is None else Path(source.template).name,
             quantization=quantization,
+            date=date,
         )
         chat._files = source.files
         # A template that cannot be rendered is told now.
@@ -164,7 +171,9 @@ class ChatModel:
         return chat
 
     @classmethod
-    def wrap(cls, model: Any, tokenizer: Any, *, name: str = "in-memory") -> ChatModel:
+    def wrap(
+        cls, model: Any, tokenizer: Any, *, name: str = "in-memory", date: Day = None
+    ) -> ChatModel:
         """Makes a chat model of transformers objects in memory.
 
         Parameters
@@ -173,8 +182,8 @@ class ChatModel:
             It is put into eval mode and frozen.
         tokenizer : transformers.PreTrainedTokenizerFast
             A fast tokenizer with a chat template.
-        name : str
-            The model's name in tables and messages.
+        name, date
+            The model's name in tables and messages; the day, see `load`.
 
         Returns
         -------
@@ -196,6 +205,7 @@ class ChatModel:
             model.dtype,
             tokenizer,
             model.config,
+            date=date,
         )
         chat._forward = _passes(chat, model.eval().requires_grad_(False))
         return chat
@@ -235,10 +245,7 @@ class ChatModel:
         return self.forward.model
 
     def unload(self) -> None:
-        """Gives the weights' memory back; the next use loads them again.
-
-        A model in memory alone keeps its weights.
-        """
+        """Gives the weights' memory back until the next use; a model in memory alone keeps it."""
         with self.lock:
             if self.source and self._forward is not None:
                 self._forward = self._loaded = None
@@ -320,10 +327,9 @@ class ChatModel:
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
         """Renders each query under the prompt, with the generation prompt, as token ids.
 
-        The chat template does it. A model without a system role gets the prompt in front of the
-        query; a warning says so once. Soft tokens take exactly the positions of their start text's
-        tokens. Special tokens and role markers inside a query are broken by a space, so that no
-        query opens a new role.
+        A model without a system role gets the prompt in front of the query, and says so. Soft tokens take exactly the positions of their start text's
+        tokens. White space at the ends of a text is left out. Special tokens and role markers in it
+        are broken by a space, so that no query opens a new role. Both are said.
 
         Parameters
         ----------
@@ -335,13 +341,14 @@ class ChatModel:
         Returns
         -------
         list of Rendered
-            One a query: ids (token ids), slot (start and stop of the system message's tokens,
-            (0, 0) without one) and soft (SHA-256 of the soft embeddings, "" for text).
+            One a query: token ids, the place of the system message's tokens, the digest of soft
+            embeddings, and what became of the query's text.
 
         Raises
         ------
         ChatModelError
-            For a text that is not valid Unicode, or longer with its prompt than the context.
+            For a text that is not valid Unicode, or longer with its prompt than the context. Where
+            the template changes the prompt, or drops the query. For another model's soft prompt.
 
         Examples
         --------
@@ -351,17 +358,16 @@ class ChatModel:
         >>> model.tokenizer.decode(row.ids[slice(*row.slot)])
         'Be kind.'
         """
+        if not isinstance(prompt, str):
+            prompt.check(self)
         return self.renderer.render(queries, prompt)
 
     def about(self) -> dict[str, Any]:
-        """What a record of a run says of the model; loads no weights.
+        """What a record of a run says of the model, as a dict; loads no weights.
 
-        Returns
-        -------
-        dict
-            name, revision, fingerprint, dtype, quantization, template, template_sha256, prompt_goes
-            ("into the system message" or "in front of the query") and default_system (the system
-            message that the template puts in by itself, "" for most).
+        name, revision, fingerprint, dtype, quantization, template, template_sha256, template_date
+        (the day that the template writes, None for most), prompt_goes ("into the system message" or
+        "in front of the query"), default_system (what the template puts in by itself, "" for most).
         """
         return {
             "name": self.name,
@@ -369,19 +375,14 @@ class ChatModel:
             "fingerprint": self.fingerprint,
             "dtype": self.dtype_name,
             "quantization": self.quantization,
-            "template": self.template,
-            "template_sha256": self.renderer.template_digest,
-            "prompt_goes": "into the system message"
-            if self.renderer.system_role
-            else "in front of the query",
-            "default_system": self.renderer.default_system,
+            **self.renderer.about(),
         }
 
     def embedding_table(self) -> torch.Tensor:
-        """The input embeddings (n_embeddings, hidden_size), without loading the weights.
+        """The input embeddings (n_embeddings, hidden_size).
 
-        Where these are not loaded, the table alone is read from its file, in the file's dtype.
-        Raises ChatModelError where the folder changed after the model was opened.
+        Where the weights are not loaded, the table alone is read from its file, in the file's
+        dtype. Raises ChatModelError where the folder changed after the model was opened.
         """
         if not self.loaded and not self.quantization:
             table = embeddings_of_file(

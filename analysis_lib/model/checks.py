@@ -100,6 +100,11 @@ def load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> st
             f"the weights of {name!r} are damaged or incomplete ({error}); "
             "copy or download the model again"
         )
+    if "UnicodeDecodeError" in said:
+        return (
+            f"a text file of {name!r}, such as its chat_template.jinja, is not in UTF-8 ({error}); "
+            "save it in UTF-8"
+        )
     if "trust_remote_code" in said:
         return (
             f"{name!r} needs its own Python code, which is never run; choose a model that "

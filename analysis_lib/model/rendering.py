@@ -7,7 +7,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,9 +16,15 @@ from numpy.typing import NDArray
 
 from .architecture import text_config
 from .errors import ChatModelError
+from .template_checks import Day
+from .template_texts import SYSTEM, USER, TemplateTexts
 from .templates import TEMPLATES
 
-_SYSTEM, _USER = "Xq7 system slot 7qX", "Xq7 user slot 7qX"
+_TOLD = {  # what became of a query's text -> what is said of it
+    "stripped": "white space at the ends is left out",
+    "normalized": "letters that look like a special token are written in Unicode's NFKC",
+    "rewritten": "the chat template changes the text",
+}
 Encoded = tuple[tuple[int, ...], list[tuple[int, int]]]  # token ids and their offsets in the text
 
 
@@ -34,6 +40,9 @@ class SoftTokens(Protocol):
 
     @property
     def start_text(self) -> str: ...
+
+    def check(self, model: Any) -> None:
+        """Raises where they belong to another model or chat template."""
 
 
 Prompt = str | SoftTokens
@@ -51,26 +60,27 @@ class Rendered:
     ids   token ids; ids >= the model's embedding rows are soft tokens (row = id - embedding rows)
     slot  (start, stop) positions of the system message's tokens; (0, 0) without one
     soft  SHA-256 of the soft embeddings, "" for text
+    changed  what became of the query's text: any of "stripped" (of white space at its ends),
+          "broken" (by spaces in special tokens or role markers), "normalized" (to Unicode's NFKC)
+          and "rewritten" (by the chat template); empty for most. Not compared.
     """
 
     ids: tuple[int, ...]
     slot: tuple[int, int]
     soft: str = ""
+    changed: tuple[str, ...] = field(default=(), compare=False)
 
 
-class Renderer:
+class Renderer(TemplateTexts):
     """Renders chats with one tokenizer and its chat template.
 
-    config is the model's configuration; name and template are for messages. Soft tokens take the
-    ids from n_embeddings on, the rows of the input embedding matrix.
+    config is the model's configuration; see `TemplateTexts` for the rest. Soft tokens take the ids
+    from n_embeddings on, the rows of the input embedding matrix.
     """
 
-    def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str):
-        self.tokenizer, self.config, self.name, self.template = tokenizer, config, name, template
-        self.n_embeddings = int(text_config(config).vocab_size)
-        self._frames: dict[str, tuple[str, str]] = {}
-        self._said: set[str] = set()
-        self.system_role = self._finds_system_role()
+    def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str, day: Day = None):
+        super().__init__(tokenizer, name=name, template=template, day=day)
+        self.config, self.n_embeddings = config, int(text_config(config).vocab_size)
 
     @property
     def context(self) -> int | None:
@@ -83,41 +93,46 @@ class Renderer:
             return []
         text = prompt if isinstance(prompt, str) else prompt.start_text
         system = self.escape(text.strip(), "a prompt")
-        head, _ = self.frame(system)
-        texts = [self.apply(system, self.escape(q.strip(), "a query")) for q in queries]
-        if system and not self.system_role:
-            self._say(
-                f"the chat template of {self.name!r} takes no system message; "
-                "prompts stand in front of the query"
-            )
-        if not system and self.default_system:
-            self._say(
-                f"without a system message the chat template of {self.name!r} puts in its own: "
-                f"{self.default_system[:60]!r}; pass a template without it to have none"
-            )
-        if system:
-            out = self._with_slot(texts, len(system), len(head), prompt)
-        else:
-            out = [Rendered(ids, (0, 0)) for ids, _ in self._encode(texts, 0, len(head))]
+        asked = [self.escape(q.strip(), "a query") for q in queries]
+        texts = [self.apply(system, query) for query in asked]
+        self.say_of_template(system)
+        framed = USER.join(self.frame(system))
+        changed = [self._changes(*row, framed) for row in zip(queries, asked, texts)]
+        out = self._rows(texts, asked, system, prompt)
         self.check_tokens(out, queries)
         self._check_length(out, queries)
-        return out
+        self._say_changes(queries, changed, prompt)
+        return [replace(row, changed=found) for row, found in zip(out, changed)]
 
-    def _with_slot(
-        self, texts: list[str], length: int, head: int, prompt: Prompt
+    def _rows(
+        self, texts: list[str], asked: list[str], system: str, prompt: Prompt
     ) -> list[Rendered]:
-        """Rows whose system message has `length` characters; soft tokens take its place."""
-        begin = self.apply(_SYSTEM, _USER).index(_SYSTEM)
-        end = begin + length
+        """Token ids and slot of each text; soft tokens take the place of the system message."""
+        head = len(self.frame(system)[0])
+        if not system:
+            return [Rendered(ids, (0, 0)) for ids, _ in self._encode(texts, 0, head)]
+        begins = self._places(texts, asked, system)
         soft: tuple[int, ...] | None = None
         digest = ""
         if not isinstance(prompt, str):
+            if self.pattern.count(SYSTEM) > 1:
+                raise ChatModelError(
+                    f"the chat template of {self.name!r} writes the system message more than once, "
+                    "and a soft prompt has one place; pass template=FILE with one that does not"
+                )
             soft = tuple(range(self.n_embeddings, self.n_embeddings + len(prompt.embeddings)))
             digest = soft_digest(prompt.embeddings)
-        out = []
-        for ids, offsets in self._encode(texts, end, head):
-            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
-            start, stop = inside[0], inside[-1] + 1
+        out: list[Rendered] = []
+        start = stop = 0
+        found: tuple[Any, int] | None = None  # the offsets and beginning that gave start and stop
+        encoded = self._encode(texts, max(begins) + len(system), head)
+        for (ids, offsets), begin in zip(encoded, begins):
+            if found is None or offsets is not found[0] or begin != found[1]:
+                end = begin + len(system)
+                inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
+                if found is None:
+                    self._check_spelling(system, [offsets[i] for i in inside], begin)
+                start, stop, found = inside[0], inside[-1] + 1, (offsets, begin)
             if soft is None:
                 out.append(Rendered(ids, (start, stop)))
             else:
@@ -126,12 +141,70 @@ class Renderer:
                 )
         return out
 
+    def _places(self, texts: list[str], asked: list[str], system: str) -> list[int]:
+        """Where the system message begins in each text. Raises where it is not spelled."""
+        framed, pattern = USER.join(self.frame(system)), self.pattern
+        begin = pattern.find(SYSTEM)
+        end, spelled = begin + len(system), framed[begin : begin + len(system)] == system
+        places = []
+        if framed == pattern.replace(SYSTEM, system) or (spelled and framed.count(system) == 1):
+            for text, query in zip(texts, asked):
+                before = framed[:begin].replace(USER, query)
+                at = len(before)
+                if not text.startswith(before):  # the template rewrites the query in front of it
+                    at = len(text) - len(framed[end:].replace(USER, query)) - len(system)
+                if text[at : at + len(system)] == system:
+                    places.append(at)
+        if len(places) < len(texts):
+            raise ChatModelError(
+                f"the chat template of {self.name!r} ({self.template}) rewrites the prompt "
+                f"{system[:60]!r}, so its place in the chat is not known; leave out what the "
+                "template takes out or changes, such as a switch or a quotation mark, "
+                f"or pass template=FILE or one of {', '.join(TEMPLATES)}"
+            )
+        return places
+
+    def _check_spelling(self, system: str, offsets: list[tuple[int, int]], begin: int) -> None:
+        """Raises where a visible character of the system message is in no token of the slot."""
+        covered = {i for a, b in offsets for i in range(a, b)}
+        lost = [
+            char
+            for i, char in enumerate(system, begin)
+            if i not in covered and not char.isspace() and unicodedata.category(char)[0] != "C"
+        ]
+        if lost or not offsets:
+            raise ChatModelError(
+                f"the tokenizer of {self.name!r} has no token for {(''.join(lost) or system)[:20]!r} "
+                f"in the prompt {system[:60]!r}; leave that out of the prompt"
+            )
+
+    def _changes(self, query: str, asked: str, text: str, framed: str) -> tuple[str, ...]:
+        """What became of a query's text; framed: the chat of the query `USER`.
+
+        Raises where the template drops it.
+        """
+        stripped, expected = query.strip(), framed.replace(USER, asked)
+        if query == asked and text == expected:
+            return ()
+        if asked and text == framed.replace(USER, ""):
+            raise ChatModelError(
+                f"the chat template of {self.name!r} drops the query {asked[:60]!r}; "
+                "drop it from the queries, or pass template=FILE with one that keeps it"
+            )
+        found = {
+            "stripped": query != stripped,
+            "broken": asked != stripped,
+            "normalized": asked.replace(" ", "") != stripped.replace(" ", ""),
+            "rewritten": asked != "" and text.count(asked) < expected.count(asked),
+        }
+        return tuple(change for change, true in found.items() if true)
+
     def _encode(self, texts: list[str], slot_end: int, head: int) -> list[Encoded]:
         """Token ids of each text and, at least up to character `slot_end`, their offsets.
 
         Text on both sides of a special token is tokenized apart. So what precedes the last special
-        token between the characters `slot_end` and `head` is tokenized once, where the first and
-        the last text show that this changes nothing.
+        token between the characters `slot_end` and `head` is tokenized once, and the rest with that
+        token in front, where the first and the last text show that this changes nothing.
         """
 
         def whole(part: list[str]) -> list[Encoded]:
@@ -147,15 +220,22 @@ class Renderer:
             for i, (token, (start, stop)) in enumerate(zip(ids, offsets))
             if token in self._special_ids
         ]
-        cuts = [n for n, start, stop in found if slot_end <= start and stop <= head]
-        if not cuts or len({text[: offsets[cuts[-1] - 1][1]] for text in texts}) > 1:
+        cuts = [(n, start) for n, start, stop in found if slot_end <= start and stop <= head]
+        if not cuts:
             return whole(texts)
-        n, cut = cuts[-1], offsets[cuts[-1] - 1][1]
+        n, cut = cuts[-1]
+        if len({text[: offsets[n - 1][1]] for text in texts}) > 1:
+            return whole(texts)
         tails = self.tokenizer([text[cut:] for text in texts], add_special_tokens=False)[
             "input_ids"
         ]
-        out = [((*ids[:n], *tail), offsets[:n]) for tail in tails]
-        if out[0][0] != ids or out[-1][0] != whole(texts[-1:])[0][0]:
+        shared = offsets[:n]
+        out = [((*ids[: n - 1], *tail), shared) for tail in tails]
+        if (
+            any(tail[:1] != [ids[n - 1]] for tail in tails)
+            or out[0][0] != ids
+            or out[-1][0] != whole(texts[-1:])[0][0]
+        ):
             return whole(texts)
         return out
 
@@ -185,45 +265,6 @@ class Renderer:
             i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
         )
 
-    def apply(self, system: str, query: str) -> str:
-        """The rendered text of one chat, with the generation prompt. Raises ChatModelError."""
-        if self.system_role:
-            messages = ([{"role": "system", "content": system}] if system else []) + [
-                {"role": "user", "content": query}
-            ]
-        else:
-            messages = [{"role": "user", "content": f"{system}\n\n{query}" if system else query}]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except Exception as error:  # a template raises what it likes
-            raise ChatModelError(
-                f"the chat template of {self.name!r} ({self.template}) cannot be rendered: "
-                f"{type(error).__name__}: {error}; "
-                f"mend it, or pass template=FILE or one of {', '.join(TEMPLATES)}"
-            ) from error
-
-    @cached_property
-    def default_system(self) -> str:
-        """The system message that the template puts in where none is given; "" for most models."""
-        if not self.system_role:
-            return ""
-        before, _, after = self.frame(_SYSTEM)[0].partition(_SYSTEM)
-        head = self.frame("")[0]
-        if len(head) < len(before) + len(after) or not (
-            head.startswith(before) and head.endswith(after)
-        ):
-            return ""
-        return head[len(before) : len(head) - len(after)].strip()
-
-    @property
-    def template_digest(self) -> str:
-        """SHA-256 of the chat template."""
-        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-
     @cached_property
     def tokenizer_digest(self) -> str:
         """SHA-256 of what turns token ids into text."""
@@ -232,30 +273,17 @@ class Renderer:
         backend.no_truncation()
         return hashlib.sha256(backend.to_str().encode()).hexdigest()
 
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, stacklevel=4)
-
-    def frame(self, system: str) -> tuple[str, str]:
-        """The rendered text before and after the query."""
-        if system not in self._frames:
-            head, found, tail = self.apply(system, _USER).partition(_USER)
-            if not found:
-                raise ChatModelError(
-                    f"the chat template of {self.name!r} drops the user message; it cannot be used"
-                )
-            self._frames[system] = head, tail
-        return self._frames[system]
-
-    def _finds_system_role(self) -> bool:
-        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}]
-        try:
-            return _SYSTEM in self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception:  # a template refuses the role by raising what it likes
-            return False
+    def _say_changes(
+        self, queries: Sequence[str], changed: Sequence[tuple[str, ...]], prompt: Prompt
+    ) -> None:
+        """Says what became of the texts; `escape` tells of those that it breaks."""
+        if isinstance(prompt, str) and prompt != prompt.strip():
+            self.say(f"in a prompt white space at the ends is left out: {prompt[:60]!r}")
+        for change, told in _TOLD.items():
+            found = [query for query, changes in zip(queries, changed) if change in changes]
+            if found:
+                n = f"{len(found)} of {len(queries)} queries"
+                self.say(f"in {n} {told}; the first is {found[0][:60]!r}")
 
     @cached_property
     def _markers(self) -> re.Pattern[str]:
@@ -263,8 +291,7 @@ class Renderer:
         special = set(self.tokenizer.all_special_tokens) | {
             t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special
         }
-        framed = self.apply(_SYSTEM, _USER)
-        for before in framed.replace(_SYSTEM, _USER).split(_USER):
+        for before in self.pattern.replace(SYSTEM, USER).split(USER):
             special.update(
                 re.findall(r"[<\[][^\s<>\[\]]{1,40}[>\]]+|<<[^<>]+>>|\w+:(?=\s*$)", before)
             )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..data.prompts import load_safety_prompts
 from .chat import ChatModel
 from .errors import ChatModelError
+from .template_checks import refuse_template
 from .templates import read_template, study_models
 
 # Names of the study's published files. DRO's have a "type", those of prompt tuning do not.
@@ -50,7 +51,7 @@ class SoftPrompt:
     history : DataFrame
         One row a step: step, epoch, the losses and gradient_norm.
     template : str
-        SHA-256 of the chat template it was trained in; "" where it was not recorded.
+        The chat template it was trained in, see `template_digest`; "" where it was not recorded.
 
     Raises
     ------
@@ -138,10 +139,12 @@ class SoftPrompt:
     def check(self, model: ChatModel) -> None:
         """Raises where the soft prompt belongs to another model or chat template.
 
+        `ChatModel.render` asks it, so all that takes a soft prompt does.
+
         Raises
         ------
         ChatModelError
-            Where it was trained on another model, or in another chat template.
+            Where it was trained on another model, in another chat template or on another day.
 
         Examples
         --------
@@ -155,12 +158,8 @@ class SoftPrompt:
                 f"({self.model[:12]}) and cannot be used on {model.name!r} "
                 f"({model.fingerprint[:12]}); load the model it was trained on"
             )
-        if self.template and self.template != (found := model.renderer.template_digest):
-            raise ChatModelError(
-                f"the soft prompt {self.name!r} was trained in the chat template "
-                f"{self.template[:12]} and cannot be used in {found[:12]}, which {model.name!r} "
-                "has now; load the model with the chat template it was trained with"
-            )
+        if self.template:
+            refuse_template(self.name, self.template, model.name, model.renderer.template_digest)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file: tensor `soft_prompt` (length, d), all else as JSON metadata.

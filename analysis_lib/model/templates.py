@@ -37,9 +37,9 @@ def study_models() -> pd.DataFrame:
 
 
 def read_template(name_or_file: str | Path) -> str:
-    """The Jinja text of one of the study's templates (`TEMPLATES`) or of a file.
+    """The Jinja text of one of the study's templates (`TEMPLATES`) or of a file in UTF-8.
 
-    Raises ChatModelError where there is none.
+    A byte-order mark is left out. Raises ChatModelError where there is no such text.
     """
     path = (
         ROOT / "templates" / f"{name_or_file}.jinja"
@@ -47,9 +47,21 @@ def read_template(name_or_file: str | Path) -> str:
         else Path(name_or_file).expanduser()
     )
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ChatModelError(_not_utf8(path, str(error))) from error
+    except OSError as error:
         raise ChatModelError(
             f"no chat template can be read from {str(path)!r} ({error}); give a Jinja file, or one "
             f"of {', '.join(TEMPLATES)}"
         ) from error
+    if "\0" in text:  # UTF-16 or UTF-32 of plain letters is valid UTF-8
+        raise ChatModelError(_not_utf8(path, "it holds zero bytes"))
+    return text
+
+
+def _not_utf8(path: Path, why: str) -> str:
+    return (
+        f"no chat template can be read from {str(path)!r}, which is not in UTF-8 ({why}); "
+        f"save it in UTF-8, or give one of {', '.join(TEMPLATES)}"
+    )

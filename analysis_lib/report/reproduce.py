@@ -256,14 +256,16 @@ def cost_of_rows(
 
 
 def environment_of(model: ChatModel) -> dict[str, str]:
-    """The environment under which `load` opens a model on the same device and in the same dtype, where they are not the default."""
+    """The environment under which `load` opens a model on the same device, in the same dtype and on the same day, where they are not the default."""
     asked = (
         {}
         if model.asked_device == default_device()
         else {"ANALYSIS_LIB_DEVICE": model.asked_device}
     )
     own = model.dtype == default_dtype(model.name, model.asked_device)
-    return asked | ({} if own else {"ANALYSIS_LIB_DTYPE": model.dtype_name})
+    # A run may go on past midnight.
+    day = {"ANALYSIS_LIB_DATE": model.renderer.date} if model.renderer.date else {}
+    return asked | ({} if own else {"ANALYSIS_LIB_DTYPE": model.dtype_name}) | day
 
 
 def _soft_prompts(out: Path) -> list[Path]:

@@ -53,7 +53,7 @@ def save_tokenizer(tokenizer: Any, text: str, model: ChatModel, folder: Path) ->
     default = f"{{% set messages = {messages} %}}"
     tokenizer.chat_template = (
         f"{{% if messages[0]['role'] != 'system' %}}{default}{{% endif %}}"
-        f"{model.tokenizer.get_chat_template()}"
+        f"{model.renderer.chat_template}"
     )
     tokenizer.save_pretrained(folder)
     saved = type(tokenizer).from_pretrained(folder)
