@@ -47,7 +47,7 @@ _ROOMS = {
     "store.store": ["Store"],
     "train.ablations": ["ablations", "cross_validate_unlikelihood", "train_methods"],
     "train.dro": ["DROConfig", "train_dro"],
-    "train.tuning": ["PromptTuningConfig", "train_prompt_tuning"],
+    "train.tuning": ["PromptTuningConfig", "study_tuning", "train_prompt_tuning"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)

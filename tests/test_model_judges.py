@@ -18,6 +18,7 @@ from tiny_models import (
     build_guard,
     chat,
     embedded,
+    said,
     tokenizer,
 )
 
@@ -302,12 +303,7 @@ def test_next_token_loss_is_the_mean_over_an_answers_tokens(family):
         row = model.render([rows[query_id]], prompts[name])[0]
         each = []
         for _, text, end in answers[answers["query_id"] == query_id].itertuples(index=False):
-            ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-            each.extend(
-                log_p(
-                    model, row, prompts[name], ids + [model.tokenizer.eos_token_id] * (end == "eos")
-                )
-            )
+            each.extend(log_p(model, row, prompts[name], said(model, text, end == "eos")))
         assert found["n_tokens"] == len(each)
         assert found["loss"] == pytest.approx(-np.mean(each), rel=1e-4)
 

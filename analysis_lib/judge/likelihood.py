@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.passes import log_probabilities
 from ..model.rendering import Prompt
+from ..model.replies import reply_ids
 from ..store.batches import row_key
 from ..store.store import Store
 from .strings import phrases
@@ -171,19 +172,12 @@ def _tokens_of_answers(
         )
     place = {query_id: i for i, query_id in enumerate(queries["query_id"])}
     kept = answers[answers["query_id"].isin(place) & answers["response"].notna()]
-    ends = kept["end"].tolist() if "end" in kept else [""] * len(kept)
-    eos: Any = model.tokenizer.eos_token_id
-    if "eos" in ends and eos is None:
-        raise ChatModelError(
-            f"the tokenizer of {model.name!r} has no end-of-sequence token to charge; "
-            "drop the answers' column end"
-        )
-    texts = kept["response"].tolist()
-    tokens = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ended = (kept["end"] == "eos").tolist() if "end" in kept else [False] * len(kept)
+    tokens = reply_ids(model, kept["response"].tolist(), ended) if len(kept) else []
     given: dict[int, list[tuple[int, ...]]] = {}
-    for query_id, ids, end in zip(kept["query_id"], tokens, ends, strict=True):
-        if reply := (*ids, *([eos] if end == "eos" else [])):
-            given.setdefault(place[query_id], []).append(reply)
+    for query_id, ids in zip(kept["query_id"], tokens, strict=True):
+        if ids:
+            given.setdefault(place[query_id], []).append(ids)
     if not given:
         raise ValueError(
             "no answer belongs to one of the queries; give answers to the same queries"

@@ -218,7 +218,7 @@ class Renderer(TemplateTexts):
         found = [
             (i + 1, start, stop)
             for i, (token, (start, stop)) in enumerate(zip(ids, offsets))
-            if token in self._special_ids
+            if token in self.special_ids
         ]
         cuts = [(n, start) for n, start, stop in found if slot_end <= start and stop <= head]
         if not cuts:
@@ -260,7 +260,8 @@ class Renderer(TemplateTexts):
             )
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """The tokenizer's special tokens."""
         return frozenset(
             i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
         )

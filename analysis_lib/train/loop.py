@@ -37,6 +37,8 @@ class TrainingConfig(Protocol):
     def seed(self) -> int: ...
 
 
+Order = Callable[[int, int, int, int], Iterator[tuple[int, NDArray[Any]]]]
+
 OnStep = Callable[[dict[str, float], NDArray[np.float32]], bool | None]
 
 
@@ -50,8 +52,12 @@ def train_soft_prompt(
     on_step: OnStep | None,
     progress: bool | None,
     label: str,
+    *,
+    order: Order | None = None,
 ) -> SoftPrompt:
     """AdamW on the soft embeddings over shuffled batches of 0 .. n - 1.
+
+    order(n, batch_size, epochs, seed) gives (epoch, batch) of each step; default: `evenly`.
 
     step_of(batch) leaves the gradient of the batch's loss in the soft tokens, and returns its
     losses. Gradients are clipped after backward. A whole run is kept.
@@ -59,7 +65,7 @@ def train_soft_prompt(
     values = torch.tensor(start.embeddings, dtype=forward.work_dtype, device=forward.device)
     soft = torch.nn.Parameter(values)
     optimizer = torch.optim.AdamW([soft], lr=config.learning_rate)
-    batches = list(_shuffled(n, config.batch_size, config.epochs, config.seed))
+    batches = list((order or evenly)(n, config.batch_size, config.epochs, config.seed))
     bar = Progress(len(batches), label, progress)
     history = kept.resume(soft, optimizer)
     bar.add(found=len(history))
@@ -97,9 +103,7 @@ def _learned(soft: torch.Tensor) -> NDArray[np.float32]:
     return soft.detach().float().cpu().numpy()
 
 
-def _shuffled(
-    n: int, batch_size: int, epochs: int, seed: int
-) -> Iterator[tuple[int, NDArray[Any]]]:
+def evenly(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[tuple[int, NDArray[Any]]]:
     """(epoch, indices) of each step; an epoch is split evenly into about n / batch_size batches."""
     rng = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):
@@ -109,7 +113,7 @@ def _shuffled(
 
 def check_config(config: TrainingConfig) -> None:
     for key, value in asdict(config).items():
-        if not np.isfinite(value) or value < 0:
+        if not isinstance(value, str) and (not np.isfinite(value) or value < 0):
             raise ValueError(f"{key} = {value} must be a finite number >= 0")
     if config.epochs < 1 or config.batch_size < 1 or not config.learning_rate:
         raise ValueError("epochs, batch_size and learning_rate must be above 0")
