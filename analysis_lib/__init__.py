@@ -28,6 +28,7 @@ _ROOMS = {
     "data.alpaca": ["load_instructions", "read_alpaca_eval", "write_alpaca_eval"],
     "data.prompts": ["load_safety_prompts"],
     "data.queries": ["load_anchor_queries", "load_heldout_queries", "load_queries"],
+    "data.units": ["query_units"],
     "data.wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],
     "judge.likelihood": ["next_token_loss", "refusal_probability"],
     "judge.models": ["chat_judge", "classifier_judge", "published_judge"],

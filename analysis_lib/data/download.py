@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import platformdirs
 
+from .units import tell_copies
 from .user_files import DataError, query_table, read_text, txt_rows
 
 
@@ -126,7 +127,10 @@ def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
             f"{path}: not the official file (wrong SHA-256); "
             "run `python -m analysis_lib download` to replace it"
         )
-    return query_table(path, txt_rows(path, read_text(path))[: official.n], official.harmful)
+    rows = txt_rows(path, read_text(path))[: official.n]
+    table = query_table(path, rows, official.harmful)
+    tell_copies(table, str(path), [f"line {line}" for line, _ in rows])
+    return table
 
 
 def _sha256(content: bytes) -> str:

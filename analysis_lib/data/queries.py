@@ -16,6 +16,7 @@ import pandas as pd
 
 from .download import OFFICIAL_SETS, official_queries
 from .shipped import ROOT
+from .units import query_units, refuse_two_labels, tell_copies, text_key
 from .user_files import DataError, csv_rows, jsonl_rows, query_table, read_text, txt_rows
 
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
@@ -51,12 +52,12 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
         Of a file, `text` is needed and stripped of surrounding space. `harmful` (true/false, 1/0 or
         harmful/harmless in any case, or empty) is <NA> where it is missing. Where they are missing,
         `query_id` becomes stem-0001, ... and `query_set` the stem. Other columns are left out with
-        a warning.
+        a warning. Another one tells texts that occur several times: see `query_units`.
 
     Raises
     ------
     DataError
-        Names file, line and remedy.
+        Names file, line and remedy. One text that is labelled both ways is such a fault.
 
     Examples
     --------
@@ -89,7 +90,10 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
         raise DataError(
             f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these"
         )
-    return query_table(path, readers[suffix](path, read_text(path)), harmful)
+    rows = readers[suffix](path, read_text(path))
+    table = query_table(path, rows, harmful)
+    tell_copies(table, str(path), [f"line {line}" for line, _ in rows])
+    return table
 
 
 def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
@@ -125,11 +129,7 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
             f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query "
             "needs one; fill the column harmful with true and false"
         )
-    units = (
-        queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"])
-        if "pair_id" in queries
-        else queries["query_id"]
-    )
+    units = query_units(queries, pairs=True)
     found = {
         kind: units[harmful == label].nunique()
         for kind, label in (("harmful", True), ("harmless", False))
@@ -159,7 +159,8 @@ def load_heldout_queries(
     names : sequence of str or Path, optional
         Sets or files as in `load_queries`. Default: HELDOUT_SETS.
     anchor : DataFrame, optional
-        The anchor queries. Held-out queries with one of their texts are left out with a warning.
+        The anchor queries. Held-out queries with one of their texts are left out with a warning;
+        see `query_units` for what counts as the same text.
 
     Returns
     -------
@@ -191,7 +192,12 @@ def load_heldout_queries(
             f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); "
             "name each set once, and give files different names or ids of their own"
         )
-    kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
+    if len(names) > 1:
+        refuse_two_labels(queries, f"the held-out sets ({named})", queries["query_id"].tolist())
+    kept = queries
+    if anchor is not None:
+        known = set(anchor["text"].map(text_key))
+        kept = queries[~queries["text"].map(text_key).isin(known)]
     if 0 < (left_out := len(queries) - len(kept)) < len(queries):
         warnings.warn(
             f"{left_out} of {len(queries)} held-out queries ({named}) "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .architecture import text_config
 from .errors import ChatModelError
-from .templates import TEMPLATES
+from .templates import TEMPLATES, takes_text
 
 _SYSTEM, _USER = "Xq7 system slot 7qX", "Xq7 user slot 7qX"
 Encoded = tuple[tuple[int, ...], list[tuple[int, int]]]  # token ids and their offsets in the text
@@ -66,7 +66,8 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str):
-        self.tokenizer, self.config, self.name, self.template = tokenizer, config, name, template
+        self.tokenizer, self.config = takes_text(tokenizer), config
+        self.name, self.template = name, template
         self.n_embeddings = int(text_config(config).vocab_size)
         self._frames: dict[str, tuple[str, str]] = {}
         self._said: set[str] = set()
