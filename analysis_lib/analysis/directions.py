@@ -316,7 +316,7 @@ def bootstrap_directions(
             continue
         weight, _ = run_estimator(estimator, Z[rows], y[rows], groups[rows], seed)
         if not weight.any():
-            raise FitError("the estimator returned a weight of 0; use more varied queries")
+            raise FitError("the estimator found a weight of 0, which has no direction; try another")
         draws.append(weight / np.linalg.norm(weight))
     return np.stack(draws)
 
