@@ -35,6 +35,13 @@ def gguf_advice(name: str, files: Iterable[str] = ()) -> str:
     )
 
 
+def no_model(name: str) -> str:
+    """Of a repository of the hub without config.json."""
+    if "gguf" in name.lower():
+        return gguf_advice(name)
+    return f"{name!r} holds no config.json, so it is no model; give the id of a chat model"
+
+
 def adapter_advice(name: str, config_file: str | Path) -> str:
     """Of a folder or repository that holds a PEFT adapter and no model."""
     about: dict[str, object] = {}
@@ -118,11 +125,7 @@ def load_advice(name: str, error: Exception, *, meant: Iterable[str] = ()) -> st
             "not read: choose another revision or convert it"
         )
     if "does not appear to have a file named config.json" in said:
-        return (
-            gguf_advice(name)
-            if "gguf" in name.lower()
-            else f"{name!r} holds no config.json, so it is no model; give the id of a chat model"
-        )
+        return no_model(name)
     if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):
         return (
             f"{name!r} is gated or private; "

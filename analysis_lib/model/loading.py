@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..data.shipped import ROOT
-from .advice import adapter_advice, file_advice, load_advice, near_names, no_tokenizer
+from .advice import adapter_advice, file_advice, load_advice, near_names, no_model, no_tokenizer
 from .checks import refuse_configuration, refuse_report, weight_map
 from .classes import auto_class, refuse_architecture, without_weights
 from .errors import ChatModelError
@@ -140,8 +140,8 @@ def _check_repository(name: str, place: str, revision: str | None) -> str | None
         return extract_commit_hash(found, None) or revision
     if adapter := _cached(place, "adapter_config.json", revision):
         raise ChatModelError(adapter_advice(name, adapter))
-    cached_file(place, "config.json", revision=revision)  # raises what is wrong
-    return revision
+    cached_file(place, "config.json", revision=revision)  # raises where the hub cannot be asked
+    raise ChatModelError(no_model(name))
 
 
 def _check_tokenizer(name: str, tokenizer: Any, template: str | Path | None) -> None:
