@@ -389,7 +389,8 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
 
     (tmp_path / "p.txt").write_text("Be careful.")
     (tmp_path / "q.csv").write_text(
-        "text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5
+        "text,harmful\n"
+        + "".join(f"How to bake bread {i}?,false\nHow to rob bank {i}?,true\n" for i in range(5))
     )
     given = {}
     monkeypatch.setattr(
@@ -653,7 +654,10 @@ def test_without_jupyter_and_plotly_the_dry_run_works_and_the_run_says_what_to_i
     from test_imports import BLOCK, NOTEBOOK_PACKAGES
 
     queries = tmp_path / "few.csv"
-    queries.write_text("text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5)
+    queries.write_text(
+        "text,harmful\n"
+        + "".join(f"How to bake bread {i}?,false\nHow to rob bank {i}?,true\n" for i in range(5))
+    )
     blocked = f"blocked = {NOTEBOOK_PACKAGES!r}" + BLOCK
     quick = """
 import pandas as pd

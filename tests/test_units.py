@@ -107,9 +107,13 @@ def test_heldout_copies_of_anchor_queries_are_left_out_in_any_form(tmp_path):
 
 def test_copies_count_once_where_an_anchor_set_is_large_enough(tmp_path):
     rows = [f"How to do {i}?,true" for i in range(6)] + ["How to rest?,false"] * 9
-    with pytest.warns(UserWarning, match="occur several times"):
-        with pytest.raises(DataError, match="1 harmless queries"):
-            load_anchor_queries(write(tmp_path / "mine.csv", rows))
+    path = tmp_path / "mine.csv"
+    with pytest.raises(DataError, match="1 harmless queries"):  # and no warning beside it
+        load_anchor_queries(write(path, rows))
+    rows[6:] = [f"How to rest {i}?,false" for i in range(6)]
+    with pytest.warns(UserWarning, match="1 of its texts occur several times") as caught:
+        load_anchor_queries(write(path, [*rows, "how to rest 1?,false"]))
+    assert len(caught) == 1 and caught[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("ignore:.* occur several times")

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .download import OFFICIAL_SETS, official_queries
 from .shipped import ROOT
-from .units import query_units, refuse_two_labels, tell_copies, text_key
+from .units import query_units, refuse_two_labels, text_key, told_of_copies
 from .user_files import DataError, csv_rows, jsonl_rows, query_table, read_text, txt_rows
 
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
@@ -73,6 +73,14 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
     >>> mine["query_id"].tolist(), mine["harmful"].tolist()
     (['mine-0001'], [False])
     """
+    queries, told = _read(name_or_path, harmful)
+    if told:
+        warnings.warn(told, stacklevel=2)
+    return queries
+
+
+def _read(name_or_path: str | Path, harmful: bool | None) -> tuple[pd.DataFrame, str]:
+    """The queries, and what is to be told of copies among them."""
     if isinstance(name_or_path, str):
         if name_or_path in OFFICIAL_SETS:
             return official_queries(name_or_path, harmful)
@@ -92,8 +100,7 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
         )
     rows = readers[suffix](path, read_text(path))
     table = query_table(path, rows, harmful)
-    tell_copies(table, str(path), [f"line {line}" for line, _ in rows])
-    return table
+    return table, told_of_copies(table, str(path), [f"line {line}" for line, _ in rows])
 
 
 def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
@@ -122,7 +129,7 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
     >>> int(queries["harmful"].sum()), len(queries)
     (100, 200)
     """
-    queries = load_queries(name_or_path)
+    queries, told = _read(name_or_path, None)
     harmful = queries["harmful"]
     if lacking := int(harmful.isna().sum()):
         raise DataError(
@@ -146,6 +153,8 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
             f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} "
             f"of each class are needed; add {MIN_OF_EACH_CLASS - found[few]} or more"
         )
+    if told:
+        warnings.warn(told, stacklevel=2)
     return queries
 
 

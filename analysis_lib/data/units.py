@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,15 +104,16 @@ def refuse_two_labels(queries: pd.DataFrame, where: str, names: Sequence[str]) -
     return list(groups.values())
 
 
-def tell_copies(queries: pd.DataFrame, where: str, names: Sequence[str]) -> None:
-    """As `refuse_two_labels`; also warns of texts that occur several times."""
-    if groups := refuse_two_labels(queries, where, names):
-        told = "; ".join(_first([names[i] for i in rows]) for rows in groups[:3])
-        warnings.warn(
-            f"{where}: {len(groups)} of its texts occur several times ({told}"
-            f"{'; ...' * (len(groups) > 3)}); copies count as one query, so leave them out",
-            stacklevel=3,
-        )
+def told_of_copies(queries: pd.DataFrame, where: str, names: Sequence[str]) -> str:
+    """As `refuse_two_labels`; what a warning says of texts that occur several times, "" of none."""
+    groups = refuse_two_labels(queries, where, names)
+    if not groups:
+        return ""
+    told = "; ".join(_first([names[i] for i in rows]) for rows in groups[:3])
+    return (
+        f"{where}: {len(groups)} of its texts occur several times ({told}"
+        f"{'; ...' * (len(groups) > 3)}); copies count as one query, so leave them out"
+    )
 
 
 def _first(names: Sequence[str]) -> str:

@@ -135,12 +135,11 @@ def _check_repository(name: str, place: str, revision: str | None) -> str | None
     """The commit of a repository of the hub that holds a model."""
     from transformers.utils import cached_file, extract_commit_hash
 
-    found = _cached(place, "config.json", revision)
+    found = cached_file(place, "config.json", revision=revision)
     if found is not None:
         return extract_commit_hash(found, None) or revision
     if adapter := _cached(place, "adapter_config.json", revision):
         raise ChatModelError(adapter_advice(name, adapter))
-    cached_file(place, "config.json", revision=revision)  # raises where the hub cannot be asked
     raise ChatModelError(no_model(name))
 
 
