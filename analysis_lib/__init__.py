@@ -29,6 +29,7 @@ _ROOMS = {
     "data.prompts": ["load_safety_prompts"],
     "data.queries": ["load_anchor_queries", "load_heldout_queries", "load_queries"],
     "data.tables": ["save_table"],
+    "data.units": ["query_units"],
     "data.wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],
     "judge.likelihood": ["next_token_loss", "refusal_probability"],
     "judge.models": ["chat_judge", "classifier_judge", "published_judge"],

@@ -598,7 +598,7 @@ def test_embeddings_are_read_without_the_rest_of_the_weights(family, shards, tmp
     assert not np.array_equal(rows, embed_text(model, SAFETY))
 
 
-@pytest.mark.parametrize("change", ["another name", "another shape", "no index", "damaged"])
+@pytest.mark.parametrize("change", ["another name", "another shape"])
 def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_loaded_model(
     change, tmp_path, monkeypatch
 ):
@@ -610,18 +610,12 @@ def test_embeddings_that_their_file_does_not_hold_as_expected_come_from_the_load
     index = folder / "model.safetensors.index.json"
     parsed = json.loads(index.read_text())
     shard = folder / parsed["weight_map"][name]
-    if change == "no index":
-        index.unlink()
-    elif change == "damaged":
-        shard.write_bytes(shard.read_bytes()[:100])
-    else:
-        tensors = load_file(shard)
-        table = tensors.pop(name)
-        save_file(
-            tensors
-            | ({"other": table} if change == "another name" else {name: table[:-1].clone()}),
-            shard,
-        )
+    tensors = load_file(shard)
+    table = tensors.pop(name)
+    save_file(
+        tensors | ({"other": table} if change == "another name" else {name: table[:-1].clone()}),
+        shard,
+    )
     found = ChatModel.load(str(folder), device="cpu")
     forbid_weights(monkeypatch)
     with pytest.raises((ChatModelError, AssertionError), match="the weights were loaded"):

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from ..collect.inputs import check_prompts, check_queries
 from ..collect.responses import sample_responses
 from ..collect.states import HiddenStates, checked_layers, hidden_states
+from ..data.labels import with_labels
 from ..data.prompts import load_safety_prompts
 from ..data.queries import load_queries
+from ..data.units import query_units, refuse_two_labels
 from ..judge.strings import is_refusal, verdict_is_final
 from ..judge.verdicts import RowJudge, TextJudge, judge_responses, refusal_rates
 from ..model.chat import ChatModel
@@ -283,7 +285,7 @@ class Study:
                 f"no row has a value that {name!r} could be fitted to; give labelled queries, or a "
                 "judge that scores"
             )
-        groups = self.states.rows["query_id"][known]
+        groups = query_units(self.states.rows[known])
         return fit_direction(
             self.coordinates[known], target[known].astype(float), name=name, groups=groups
         )
@@ -310,7 +312,10 @@ def _queries(given: pd.DataFrame | str | Path) -> pd.DataFrame:
     check_queries(given)
     if given.empty:
         raise ValueError("the table of queries is empty; give at least one query")
-    return given.copy()
+    given = with_labels(given.copy())
+    if "harmful" in given:
+        refuse_two_labels(given, "queries", given["query_id"].astype(str).tolist())
+    return given
 
 
 def _prompts(given: Mapping[str, Prompt] | str | Path | None) -> dict[str, Prompt]:

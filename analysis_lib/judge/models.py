@@ -11,6 +11,7 @@ import torch
 
 from ..collect.responses import sample_rows
 from ..collect.sampling import Settings
+from ..data.labels import with_labels
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.loading import load_classifier
@@ -61,7 +62,7 @@ def published_judge(guard: RowJudge | TextJudge) -> RowJudge:
     """
 
     def judge(rows: pd.DataFrame) -> list[Verdict]:
-        _require_query(rows, "harmful")
+        rows = _with_query(rows, "harmful")
         verdicts: list[Verdict] = []
         open_to_guard = []
         for i, (response, harmful) in enumerate(zip(rows["response"], rows["harmful"])):
@@ -202,7 +203,7 @@ def chat_judge(
     settings = Settings(max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0, stop_when=None)
 
     def judge(rows: pd.DataFrame) -> list[bool | None]:
-        _require_query(rows, "text", "harmful")
+        rows = _with_query(rows, "text", "harmful")
         asked = _rendered(guard, rows, max_new_tokens)
         said: dict[int, str] = {}
         if asked:
@@ -225,11 +226,13 @@ def chat_judge(
     return RowJudge(judge)
 
 
-def _require_query(rows: pd.DataFrame, *columns: str) -> None:
+def _with_query(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows, which have these columns of their queries, with labels as `read_labels` gives them."""
     if any(column not in rows for column in columns):
         raise ValueError(
             "this judge reads the query; pass queries=, the table with query_id, text and harmful"
         )
+    return with_labels(rows)
 
 
 def _shown(guard: ChatModel, query: str, response: str) -> str:

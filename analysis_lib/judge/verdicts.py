@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.labels import with_labels
 from .strings import is_refusal
 
 
@@ -250,7 +251,7 @@ def _about(queries: pd.DataFrame, asked: list[Any]) -> pd.DataFrame:
         raise ValueError(
             f"query {min(lacking)!r} is not in the queries' table; pass the table that was sampled"
         )
-    known = queries.drop(columns="response", errors="ignore")
+    known = with_labels(queries).drop(columns="response", errors="ignore")
     known = known.drop_duplicates("query_id", keep="last").set_index("query_id")
     return known.loc[asked].reset_index()
 

@@ -17,7 +17,15 @@ from .errors import ChatModelError
 
 
 def text_config(config: Any) -> Any:
-    """The language part's configuration; of a text model, its own."""
+    """The language part's configuration; of a text model, its own.
+
+    Raises ChatModelError for an encoder-decoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ChatModelError(
+            f"a model of the kind {config.model_type!r} is an encoder-decoder: it reads the query "
+            "in one part and writes the reply in another; choose a decoder, such as Llama or Qwen"
+        )
     return config.get_text_config(decoder=True)
 
 

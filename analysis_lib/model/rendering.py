@@ -18,7 +18,7 @@ from .architecture import text_config
 from .errors import ChatModelError
 from .template_checks import Day
 from .template_texts import SYSTEM, USER, TemplateTexts
-from .templates import TEMPLATES
+from .templates import TEMPLATES, takes_text
 
 _TOLD = {  # what became of a query's text -> what is said of it
     "stripped": "white space at the ends is left out",
@@ -79,7 +79,7 @@ class Renderer(TemplateTexts):
     """
 
     def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str, day: Day = None):
-        super().__init__(tokenizer, name=name, template=template, day=day)
+        super().__init__(takes_text(tokenizer), name=name, template=template, day=day)
         self.config, self.n_embeddings = config, int(text_config(config).vocab_size)
 
     @property

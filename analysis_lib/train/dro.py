@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..analysis.directions import Direction
 from ..analysis.space import AnchorSpace
 from ..collect.inputs import check_queries
+from ..data.labels import with_labels
 from ..model.chat import ChatModel
 from ..model.forward import Forward
 from ..model.passes import last_states, run_plan, shares_prefixes
@@ -218,6 +219,7 @@ def train_dro(
     """
     config = config or DROConfig()
     check_queries(queries, "harmful")
+    queries = with_labels(queries)
     labelled = queries[queries["harmful"].notna()]
     _check(model, labelled, space, refusal, harmfulness)
     texts, labels = labelled["text"].tolist(), labelled["harmful"].astype(float).tolist()

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..collect.inputs import check_queries
+from ..data.labels import with_labels
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.forward import Forward
@@ -224,6 +225,7 @@ def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame
     Unscored and unlabelled responses are left out.
     """
     check_queries(queries, "harmful")
+    queries = with_labels(queries)
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
         raise ValueError(
             f"the judged responses lack the column {', '.join(sorted(lacking))}; "
