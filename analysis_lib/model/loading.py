@@ -14,7 +14,7 @@ import torch
 from ..data.shipped import ROOT
 from .checks import load_advice, refuse_configuration, refuse_random_weights, weight_map
 from .errors import ChatModelError
-from .fingerprint import weight_files
+from .fingerprint import FileStat, weight_files
 from .templates import TEMPLATES, read_template, study_models
 
 _VOCABULARIES = (
@@ -41,7 +41,7 @@ class Source:
     name: str
     place: str
     revision: str | None
-    files: Mapping[str, tuple[int, int, int]]
+    files: Mapping[str, FileStat]
     template: str | Path | None
 
     @property
