@@ -29,6 +29,7 @@ from ..model.errors import ChatModelError
 from ..model.fingerprint import digest_in_memory
 from ..model.passes import TOLERANCE, plain_states
 from ..model.rendering import Rendered
+from ..store.about import depth_and_length
 from ..store.store import Store
 from .inputs import usable
 
@@ -91,7 +92,9 @@ def _of_witness(found: Mapping[str, Any]) -> Known:
 def longest_witness(
     store: Store | None, model: ChatModel, keys: Sequence[str] = (), soft: str = ""
 ) -> Known | None:
-    """The longest witness of the batches that hold these responses, else of the model's batches.
+    """The best witness of the batches that hold these responses, else of the model's batches.
+
+    It is the longest of the deepest layer, which sees most of the model.
 
     Of rows with soft tokens only those of the digest `soft` can be computed. None where the store
     has no witness.
@@ -103,26 +106,17 @@ def longest_witness(
         for found in store.witnesses(keys, model.fingerprint)
         if found["dtype"] == model.dtype_name and found["soft"] in ("", soft)
     ]
-    return _of_witness(max(fits, key=lambda found: len(found["ids"]))) if fits else None
+    return _of_witness(max(fits, key=depth_and_length)) if fits else None
 
 
-def row_witness(model: ChatModel, rows: Sequence[Rendered], prompt: Any) -> dict[str, Any]:
+def row_witness(model: ChatModel, rows: Sequence[Rendered]) -> dict[str, Any]:
     """The witness of the longest of some rows: its state after the final norm, computed plainly.
 
-    prompt: the soft prompt or the soft embeddings that the rows hold.
+    Call it where the soft tokens of the rows stand for their embeddings.
     """
     row = max(rows, key=lambda row: len(row.ids))
-    return witness(row, _plain(model, row.ids, prompt, (-1,))[0], -1, model.dtype_name)
-
-
-def _plain(
-    model: ChatModel, ids: Sequence[int], prompt: Any, layers: Sequence[int]
-) -> NDArray[np.float64]:
-    """States (L, d) of a row. prompt: a prompt, soft embeddings or None."""
-    embeddings = None if isinstance(prompt, str) else getattr(prompt, "embeddings", prompt)
-    with torch.no_grad(), model.forward.soft_tokens(embeddings):
-        states = plain_states(model.forward, [list(ids)], layers)[0]
-    return states.double().cpu().numpy()
+    state = plain_states(model.forward, [list(row.ids)], (-1,))[0, 0]
+    return witness(row, state.double().cpu().numpy(), -1, model.dtype_name)
 
 
 def unchanged(
@@ -135,7 +129,10 @@ def unchanged(
     """
     if store is None or not store.recheck or not model.loaded or known is None:
         return store
-    new = _plain(model, known.ids, prompt if known.soft else None, known.layers)[:, known.places]
+    soft = getattr(prompt, "embeddings", prompt) if known.soft else None
+    with torch.no_grad(), model.forward.soft_tokens(soft):
+        states = plain_states(model.forward, [list(known.ids)], known.layers)[0]
+    new = states.double().cpu().numpy()[:, known.places]
     off = np.abs(new - known.states).max(axis=1) / np.maximum(known.sizes, 1e-12)
     limit = TOLERANCE.get(model.dtype_name, 1e-3)
     if (off <= limit).all():

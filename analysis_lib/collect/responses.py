@@ -222,7 +222,7 @@ def sample_rows(
                         "model": model.fingerprint,
                         "model_name": model.name,
                         "prompts": [name],
-                        "witness": row_witness(model, [rows[i] for i in batch], embeddings),
+                        "witness": row_witness(model, [rows[i] for i in batch]),
                         **settings.parts(),
                     }
                     # Queries may render alike: one row for each key.

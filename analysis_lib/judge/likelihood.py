@@ -228,6 +228,7 @@ def _reply_log_p(
             each = log_probabilities(
                 model.forward, heads, [reply for i in part for reply in replies[i]]
             )
+            seen = row_witness(model, [rows[i] for i in part]) if store is not None else {}
         sums = np.array([log_p.sum() for log_p in each])
         if not np.isfinite(sums).all():
             raise ChatModelError(
@@ -242,7 +243,7 @@ def _reply_log_p(
                 "model": model.fingerprint,
                 "model_name": model.name,
                 "prompts": [name],
-                "witness": row_witness(model, [rows[i] for i in part], prompt),
+                "witness": seen,
             }
             store.write_responses(list(new), list(new.values()), about=about)
     return [found[i] for i in range(len(rows))]

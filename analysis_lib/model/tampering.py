@@ -16,12 +16,14 @@ import torch
 
 from .errors import ChatModelError
 
-# Packages whose functions make up a clean model; the last lines hold kernels and quantizers.
+# Packages whose functions a clean model runs, or its files name; a third of them are kernels and
+# quantizers.
 LIBRARIES = frozenset(
-    "torch transformers accelerate analysis_lib bitsandbytes kernels "
-    "flash_attn flash_attn_interface xformers triton causal_conv1d mamba_ssm fla einops numpy "
-    "torchao compressed_tensors optimum awq gptqmodel auto_gptq hqq aqlm fbgemm_gpu fp_quant "
-    "eetq spqr_quant vptq auto_round tokenizers huggingface_hub PIL scipy".split()
+    "torch transformers accelerate analysis_lib safetensors tokenizers huggingface_hub numpy einops "
+    "scipy packaging regex tqdm PIL timm torchvision torchaudio sentencepiece "
+    "flash_attn flash_attn_interface xformers triton causal_conv1d mamba_ssm fla kernels "
+    "bitsandbytes torchao compressed_tensors optimum awq gptqmodel auto_gptq hqq aqlm fbgemm_gpu "
+    "fp_quant eetq spqr_quant vptq auto_round".split()
 )
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 

@@ -37,12 +37,12 @@ def check_batch(keys: Sequence[str], n: int) -> bool:
 def merge_about(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What batches have in common; a field in which they differ becomes the list of its values.
 
-    Of witnesses, the longest one of each dtype and soft prompt is enough.
+    Of witnesses, the best one of each dtype and soft prompt is enough.
     """
     merged: dict[str, Any] = {}
     if witnesses := witnesses_of(abouts):
-        by_length = sorted(witnesses, key=lambda one: len(one["ids"]))
-        merged["witness"] = list({(w["dtype"], w["soft"]): w for w in by_length}.values())
+        ranked = sorted(witnesses, key=depth_and_length)
+        merged["witness"] = list({(w["dtype"], w["soft"]): w for w in ranked}.values())
     for name in sorted({name for about in abouts for name in about} - {"witness"}):
         values = values_of(abouts, name)
         listed = any(isinstance(about.get(name), list) for about in abouts)
@@ -86,6 +86,11 @@ def witnesses_of(abouts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         and _numbers(value.get("ids"), int)
         and _numbers(value.get("state"), float)
     ]
+
+
+def depth_and_length(witness: Mapping[str, Any]) -> tuple[bool, int, int]:
+    """Sorts witnesses up to the one that sees most of a model; layer -1 is the last of all."""
+    return witness["layer"] == -1, witness["layer"], len(witness["ids"])
 
 
 def _numbers(value: Any, kind: type) -> bool:
