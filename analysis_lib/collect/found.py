@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model.chat import ChatModel
 from ..model.rendering import Prompt, Rendered
-from ..store.batches import row_key
 from ..store.store import Store
 
 
@@ -29,13 +27,6 @@ class Asked:
 
     def found(self) -> NDArray[np.int64]:
         return np.setdiff1d(np.arange(len(self.rows)), self.missing)
-
-
-def state_keys(
-    model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]
-) -> list[list[str]]:
-    common = {"kind": "state", **model.key_parts()}
-    return [[row_key(ids=r.ids, soft=r.soft, layer=i, **common) for i in layers] for r in rows]
 
 
 def fill_kept(

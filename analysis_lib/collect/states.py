@@ -24,9 +24,10 @@ from ..model.chat import ChatModel
 from ..model.forward import peak_bytes
 from ..model.passes import last_states
 from ..model.rendering import Prompt, Rendered
+from ..store.batches import row_key
 from ..store.store import Store
 from .certificates import certify, new_certificate, recall, widen
-from .found import Asked, fill_kept, state_keys
+from .found import Asked, fill_kept
 from .inputs import Progress, check_prompts, check_queries, usable
 from .recheck import known_row, loaded_and_usable, longest_witness, unchanged, witness
 
@@ -221,7 +222,7 @@ def missing_states(
     check_prompts(prompts)
     missing = np.ones((len(prompts), len(queries), len(layers)), dtype=bool)
     for mask, prompt in zip(missing, prompts.values()):
-        keys = state_keys(model, model.render(queries["text"].tolist(), prompt), layers)
+        keys = _keys(model, model.render(queries["text"].tolist(), prompt), layers)
         kept = store.read_states([key for row in keys for key in row]) if store is not None else {}
         mask[:] = [[key not in kept for key in row] for row in keys]
     return missing
@@ -261,7 +262,7 @@ class _Capture:
         rows = self.model.render(self.texts, prompt)
         if self.store is None:
             return Asked(block, name, prompt, rows)
-        keys = state_keys(self.model, rows, self.layers)
+        keys = _keys(self.model, rows, self.layers)
         return Asked(block, name, prompt, rows, keys, *fill_kept(block, keys, self.store))
 
     def recheck(self, asked: Sequence[Asked]) -> None:
@@ -359,3 +360,8 @@ class _Capture:
             if new:
                 states = np.stack(list(new.values()))
                 self.store.write_states(list(new), states, dtype=dtype, about=about)
+
+
+def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> list[list[str]]:
+    common = {"kind": "state", **model.key_parts()}
+    return [[row_key(ids=r.ids, soft=r.soft, layer=i, **common) for i in layers] for r in rows]

@@ -135,57 +135,51 @@ def digest_of_source(source: str, revision: str | None, quantization: str | None
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, remembered with its `FileStat`: a 14 GB model is hashed once."""
-    path = path.resolve()
+def file_digest(path: Path, *, anew: bool = False) -> str:
+    """SHA-256 of a file, remembered by path and `FileStat`: a 14 GB model is hashed once.
+
+    anew: whatever is remembered, the file is hashed again.
+    """
     memo, stat = _memo(path), _stat_of(path)
-    with suppress(OSError, ValueError, TypeError):
-        known = json.loads(memo.read_text(encoding="utf-8"))
-        if tuple(known["stat"]) == stat and re.fullmatch("[0-9a-f]{64}", known["sha256"]):
-            return str(known["sha256"])
-    digest = _hash(path)
+    if not anew and (known := _remembered(memo)):
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if _stat_of(path) == stat:  # else it was written meanwhile
-        text = json.dumps({"file": str(path), "stat": stat, "sha256": digest})
         with suppress(OSError):  # a memo only: without it the file is hashed again
             memo.parent.mkdir(parents=True, exist_ok=True)
             part = memo.with_suffix(f".{os.getpid()}")
-            part.write_text(text, encoding="utf-8")
+            part.write_text(digest)
             part.replace(memo)
     return digest
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _memo(path: Path) -> Path:
-    return _memos() / (hashlib.sha256(str(path).encode()).hexdigest() + ".json")
-
-
-def _memos() -> Path:
+    """Where the digest of a file's content, as it is now, is remembered."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("analysis_lib") / "digests"
+    stat = ":".join(map(str, _stat_of(path)))
+    key = hashlib.sha256(f"{path.resolve()}:{stat}".encode()).hexdigest()
+    return user_cache_path("analysis_lib") / "digests" / key
 
 
-def check_digests() -> list[dict[str, str]]:
-    """Hashes every file anew whose digest is remembered: {"file", "status"} of each.
+def _remembered(memo: Path) -> str:
+    with suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", known := memo.read_text()):
+            return known
+    return ""
 
-    status is "ok", or says what is wrong. A wrong digest is forgotten, so the next use of the model
-    hashes the file. Files that are gone, or whose stat changed, are hashed at their next use anyway
-    and left out here.
+
+def hash_anew(folder: Path) -> dict[str, str]:
+    """{file: status} of a model folder's weights, hashed whatever is remembered of them.
+
+    status is "ok", or says that the remembered digest was of another content. The new digest takes
+    its place.
     """
-    report = []
-    for memo in sorted(_memos().glob("*.json")):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            known = json.loads(memo.read_text(encoding="utf-8"))
-            path = Path(known["file"])
-            if _stat_of(path) != tuple(known["stat"]):
-                continue
-            status = "ok"
-            if _hash(path) != known["sha256"]:
-                memo.unlink()
-                status = "content changed though size, times and inode did not"
-            report.append({"file": str(path), "status": status})
-    return report
+    found = {}
+    for path in (folder / name for name in weight_files(folder)):
+        before = _remembered(_memo(path))
+        new = file_digest(path, anew=True)
+        changed = before not in ("", new)
+        found[path.name] = "content changed, size and times did not" if changed else "ok"
+    return found
