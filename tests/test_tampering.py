@@ -424,6 +424,18 @@ def test_accelerates_replaced_forward_and_compiled_modules_are_clean(tmp_path):
     assert altered(compiled.model, "m") == ""
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_a_clean_model_of_another_dtype_finds_its_rows(dtype, tmp_path):
+    model, store = build("qwen2", dtype=getattr(torch, dtype)), Store(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first = everything(model, store)
+        again = everything(model, store)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    with data_edit(model), pytest.warns(UserWarning, match="does not compute"):
+        refusal_probability(model, QUERIES, {"none": ""}, openings=["Sure"], store=store)
+
+
 def test_a_witness_is_small_and_of_the_longest_row(tmp_path):
     model, store = build("qwen2"), Store(tmp_path)
     sample_responses(model, QUERIES, {"p": SAFETY}, store=store, **SHORT)

@@ -34,6 +34,8 @@ from ..store.store import Store
 from .inputs import usable
 
 WITNESS_NUMBERS = 64  # of a state, spread over it
+# States are kept as float32 at the most, relative to their root mean square.
+FLOAT32_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def witness(row: Rendered, state: NDArray[Any], layer: int, dtype: str) -> dict[
         "dtype": dtype,
         "width": len(whole),
         "size": float(np.sqrt((whole**2).mean())),
-        "state": [float(f"{number:.6g}") for number in chosen],
+        "state": [float(f"{number:.9g}") for number in chosen],
     }
 
 
@@ -134,7 +136,7 @@ def unchanged(
         states = plain_states(model.forward, [list(known.ids)], known.layers)[0]
     new = states.double().cpu().numpy()[:, known.places]
     off = np.abs(new - known.states).max(axis=1) / np.maximum(known.sizes, 1e-12)
-    limit = TOLERANCE.get(model.dtype_name, 1e-3)
+    limit = max(TOLERANCE.get(model.dtype_name, 1e-3), FLOAT32_ROUNDING)
     if (off <= limit).all():
         return store
     warnings.warn(
