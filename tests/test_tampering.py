@@ -330,8 +330,7 @@ def test_a_model_that_has_to_load_is_looked_at_before_its_rows_are_kept(tmp_path
 
 
 def test_an_adapter_may_be_switched_so_the_store_is_not_asked(tmp_path):
-    import peft
-
+    peft = pytest.importorskip("peft")
     tuned = peft.get_peft_model(build("qwen2").model, lora())
     tuned.add_adapter("second", lora())
     model, store = ChatModel.wrap(tuned, build("qwen2").tokenizer, name="tuned"), Store(tmp_path)
