@@ -444,3 +444,19 @@ def test_a_witness_is_small_and_of_the_longest_row(tmp_path):
     state = hidden_states(model, QUERIES, {"p": SAFETY}).states[3, 0]
     assert len(seen["state"]) == min(WITNESS_NUMBERS, model.hidden_size)
     assert relative(seen["state"], state) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ids": [10**6]}, {"width": 7}, {"state": [1.0]}, {"layer": 99}, {"ids": "x"}, None]
+)
+def test_a_witness_that_cannot_be_of_the_model_is_passed_over(wrong, tmp_path):
+    model, store = build("qwen2"), Store(tmp_path)
+    sample_responses(model, QUERIES, {"p": SAFETY}, store=store, **SHORT)
+    (seen,) = store.witnesses([], model.fingerprint)
+    other = Store(tmp_path / "other")
+    about = {"model": model.fingerprint, "witness": wrong and {**seen, **wrong}}
+    other.write_responses(["0" * 64], [{"response": "", "end": "eos"}], about=about)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hidden_states(model, QUERIES, {"p": ""}, store=other)
+    assert len(ls(other)) == 2

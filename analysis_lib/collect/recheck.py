@@ -106,9 +106,21 @@ def longest_witness(
     fits = [
         found
         for found in store.witnesses(keys, model.fingerprint)
-        if found["dtype"] == model.dtype_name and found["soft"] in ("", soft)
+        if found["soft"] in ("", soft) and _fits(found, model)
     ]
     return _of_witness(max(fits, key=depth_and_length)) if fits else None
+
+
+def _fits(found: Mapping[str, Any], model: ChatModel) -> bool:
+    """Whether a witness can be of this model; files of a store may come from anywhere."""
+    return (
+        found["dtype"] == model.dtype_name
+        and found["width"] == model.hidden_size
+        and len(found["state"]) == len(_places(model.hidden_size))
+        and -1 <= found["layer"] <= model.n_layers
+        and min(found["ids"]) >= 0
+        and (found["soft"] != "" or max(found["ids"]) < model.n_embeddings)
+    )
 
 
 def row_witness(model: ChatModel, rows: Sequence[Rendered]) -> dict[str, Any]:
