@@ -124,6 +124,9 @@ def _cache(args: argparse.Namespace) -> int:
         table = upkeep.compact(store, spare=0.0 if args.now else SPARE)
     else:
         table = {"ls": upkeep.ls, "verify": upkeep.verify}[args.action](store)
+        if args.action == "verify" and args.weights:
+            rows = [*table.to_dict("records"), *_weights_anew(args.weights)]
+            table = type(table)(rows, columns=table.columns)
     text = (
         table.to_string(index=False)
         if len(table)
@@ -135,6 +138,20 @@ def _cache(args: argparse.Namespace) -> int:
             "files younger than a day stay; --now takes them too, when nothing else uses the store"
         )
     return int(args.action == "verify" and bool((table["status"] != "ok").any()))
+
+
+def _weights_anew(model: str) -> list[dict[str, Any]]:
+    """Rows as those of `verify`, one for each file of a model folder."""
+    from .model.errors import ChatModelError
+    from .model.fingerprint import hash_anew
+    from .model.loading import find_source
+
+    source = find_source(model, None, None)
+    if not source.is_folder:
+        raise ChatModelError(f"{model!r} is a model of the hub, known by its commit; give a folder")
+    about = {"kind": "weights", "model": model, "rows": 0, "bad_rows": 0, "bad_keys": []}
+    found = hash_anew(Path(source.place))
+    return [{**about, "file": file, "status": status} for file, status in found.items()]
 
 
 def _organism(args: argparse.Namespace) -> int:
@@ -282,6 +299,8 @@ def _of_cache(command: argparse.ArgumentParser) -> None:
     made = {name: actions.add_parser(name, help=t, description=t) for name, t in actions_of.items()}
     for action in made.values():
         action.add_argument("--store", type=_argument(_place), help=STORE_HELP)
+    anew = "a model folder whose weights are hashed anew, whatever size and time say"
+    made["verify"].add_argument("--weights", metavar="FOLDER", help=anew)
     add = made["prune"].add_argument
     age = "files older than this: 12h, 30d, 4w"
     add("--older-than", type=_argument(parse_days), metavar="AGE", help=age)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 import weakref
@@ -1121,6 +1122,28 @@ def test_a_damaged_note_of_a_digest_is_not_believed(tmp_path, monkeypatch):
     for damage in ("", digest[:40], digest + "0"):
         note.write_text(damage)
         assert file_digest(file) == digest == note.read_text()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_replaced_with_size_and_time_kept_are_noticed(folder, in_place):
+    from safetensors.torch import load_file, save_file
+
+    first, open_model = ChatModel.load(str(folder)), ChatModel.load(str(folder))
+    before, file = first.fingerprint, folder / "model.safetensors"
+    stat = file.stat()
+    tensors = {name: tensor + 1e-3 for name, tensor in load_file(file).items()}
+    save_file(tensors, other := folder.parent / "other", metadata={"format": "pt"})
+    assert other.stat().st_size == stat.st_size
+    if in_place:
+        file.write_bytes(other.read_bytes())
+    else:
+        other.replace(file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    now = file.stat()
+    assert (now.st_size, now.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert ChatModel.load(str(folder)).fingerprint != before
+    with pytest.raises(ChatModelError, match="changed after the model was opened"):
+        _ = open_model.model
 
 
 # --------------------------------------------------------------------------------------- several devices, fewer bits

@@ -227,6 +227,26 @@ def test_cache_verify_finds_damage(call, store):
     assert "rows fail their checksum" in line and out.count(" ok ") == 2
 
 
+def test_cache_verify_hashes_weights_anew(call, store, tmp_path, monkeypatch):
+    from analysis_lib import ChatModel
+    from analysis_lib.model import fingerprint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "_memo", lambda path: tmp_path / path.name)
+    model = ChatModel.load()
+    args = ("cache", "verify", "--weights", "organism", "--store", store.folder)
+    first = model.fingerprint
+    code, out, _ = call(*args)
+    assert code == 0 and out.count("weights") >= 2 and out.count(" ok ") == 5
+    (tmp_path / "model.safetensors").write_text("0" * 64)
+    assert ChatModel.load().fingerprint != first
+    code, out, _ = call(*args)
+    assert code == 1 and out.count("content changed, size and times did not") == 1
+    assert call(*args)[0] == 0 and ChatModel.load().fingerprint == first
+    code, _, err = call(*args[:3], "org/model")
+    assert code == 2 and "give a folder" in err
+
+
 def test_cache_compact_drops_damage(call, store):
     damaged = files(store)[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")

@@ -26,6 +26,7 @@ from ..model.tree import common_length
 from ..store.batches import row_key
 from ..store.store import Store
 from .inputs import Progress, check_prompts, check_queries, usable
+from .recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from .sampling import Jobs, SampleTree, Settings
 
 
@@ -201,6 +202,12 @@ def sample_rows(
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
     if store is not None:
         got = _found(store, keys)
+        if any(response is None for row in got for response in row):
+            store = loaded_and_usable(store, model)
+        known = longest_witness(store, model, [k for row in keys for k in row], rows[0].soft)
+        store = unchanged(store, model, known, embeddings)
+        if store is None:
+            got = [[None] * n_samples for _ in rows]
     todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
     todo = {i: samples for i, samples in todo.items() if samples}
     done(found=len(rows) * n_samples - sum(map(len, todo.values())))
@@ -215,6 +222,7 @@ def sample_rows(
                         "model": model.fingerprint,
                         "model_name": model.name,
                         "prompts": [name],
+                        "witness": row_witness(model, [rows[i] for i in batch]),
                         **settings.parts(),
                     }
                     # Queries may render alike: one row for each key.

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..collect.inputs import check_prompts, check_queries, usable
+from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
@@ -206,6 +207,10 @@ def _reply_log_p(
         ]
         kept = store.read_responses(keys)
         found = {i: np.array(kept[key]["log_p"]) for i, key in enumerate(keys) if key in kept}
+        if len(found) < len(rows):
+            store = loaded_and_usable(store, model)
+        store = unchanged(store, model, longest_witness(store, model, keys, rows[0].soft), prompt)
+        found = found if store is not None else {}
     missing = [i for i in range(len(rows)) if i not in found]
     for at in range(0, len(missing), CHUNK_ROWS):
         part = missing[at : at + CHUNK_ROWS]
@@ -217,6 +222,7 @@ def _reply_log_p(
             each = log_probabilities(
                 model.forward, heads, [reply for i in part for reply in replies[i]]
             )
+            seen = row_witness(model, [rows[i] for i in part]) if store is not None else {}
         sums = np.array([log_p.sum() for log_p in each])
         if not np.isfinite(sums).all():
             raise ChatModelError(
@@ -227,6 +233,11 @@ def _reply_log_p(
         found |= zip(part, np.split(sums, np.cumsum([len(replies[i]) for i in part])[:-1]))
         if store is not None:
             new = {keys[i]: {"log_p": found[i].tolist()} for i in part}  # queries may render alike
-            about = {"model": model.fingerprint, "model_name": model.name, "prompts": [name]}
+            about = {
+                "model": model.fingerprint,
+                "model_name": model.name,
+                "prompts": [name],
+                "witness": seen,
+            }
             store.write_responses(list(new), list(new.values()), about=about)
     return [found[i] for i in range(len(rows))]

@@ -13,8 +13,7 @@ import torch
 
 from .architecture import text_config
 from .checks import weight_map
-from .errors import ChatModelError
-from .fingerprint import digest_in_memory, digest_of_source, state_of, weight_files
+from .fingerprint import digest_in_memory, digest_of_source, refuse_change, state_of
 from .forward import Forward
 from .loading import (
     bytes_of_weights,
@@ -27,6 +26,7 @@ from .loading import (
     read_source,
 )
 from .rendering import Prompt, Rendered, Renderer
+from .tampering import refuse_prompt_learning
 from .template_checks import Day
 
 
@@ -179,7 +179,8 @@ class ChatModel:
         Parameters
         ----------
         model : transformers.PreTrainedModel
-            It is put into eval mode and frozen.
+            It is put into eval mode and frozen. A PEFT model that puts learned tokens before the
+            chat is refused with ChatModelError.
         tokenizer : transformers.PreTrainedTokenizerFast
             A fast tokenizer with a chat template.
         name, date
@@ -196,6 +197,7 @@ class ChatModel:
         >>> ChatModel.wrap(organism.model, organism.tokenizer, name="mine").loaded
         True
         """
+        refuse_prompt_learning(model, name)
         spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         chat = cls(
             name,
@@ -271,8 +273,8 @@ class ChatModel:
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights, 64 hex digits.
 
-        Of a folder the content is hashed, of a hub model its id and commit. Weights that were
-        changed in memory (assigned, or in place outside `.data`) are hashed anew.
+        Of a folder the content is hashed, of a hub model its id and commit. Weights, modules and
+        numbers of modules that were changed in memory (not through `.data`) are hashed anew.
         """
         state = state_of(self.model) if self.loaded and not self.quantization else self._loaded
         if self._hashed is None or self._hashed[0] != state:
@@ -289,11 +291,7 @@ class ChatModel:
         return {"model": self.fingerprint, "dtype": self.dtype_name}
 
     def _refuse_change(self) -> None:
-        if self._files and weight_files(Path(self.source)) != self._files:
-            raise ChatModelError(
-                f"the files of {self.name!r} changed after the model was opened; "
-                "open it again with ChatModel.load to use the new ones"
-            )
+        refuse_change(self.name, self.source, self._files)
 
     @cached_property
     def _weight_map(self) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ from .advice import adapter_advice, file_advice, load_advice, near_names, no_mod
 from .checks import refuse_configuration, refuse_report, weight_map
 from .classes import auto_class, refuse_architecture, without_weights
 from .errors import ChatModelError
-from .fingerprint import weight_files
+from .fingerprint import FileStat, weight_files
 from .folders import check_folder, is_file, model_folder
 from .templates import TEMPLATES, processor_template, read_template, study_models
 
@@ -35,7 +35,7 @@ class Source:
     name: str
     place: str
     revision: str | None
-    files: Mapping[str, tuple[int, int, int]]
+    files: Mapping[str, FileStat]
     template: str | Path | None
 
     @property
