@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -14,9 +15,9 @@ from ..collect.inputs import check_queries
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.forward import Forward
-from ..model.passes import run_plan, shares_prefixes
+from ..model.passes import plan_ways, run_plan, shares_prefixes
 from ..model.soft_prompt import SoftPrompt
-from ..model.tree import Pack, plan_rows
+from ..model.tree import Pack
 from ..store.store import Store
 from .kept import KeptTraining
 from .loop import OnStep, check_config, train_soft_prompt
@@ -228,7 +229,7 @@ def _tuning_loss(
     """
     # The heads without their last token.
     most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))
-    plan = plan_rows(rows, forward.backward_tokens, most=most)
+    plans = plan_ways(forward, rows, forward.backward_tokens, most=most, most_rows=1)
     n_tokens = {
         kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind))
         for kind in (True, False)
@@ -241,7 +242,8 @@ def _tuning_loss(
             {node for i, path in zip(pack.rows, pack.paths) for node in path[-len(targets[i][0]) :]}
         )
 
-    for pack, logits, _ in run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True):
+    runs = (run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True) for plan in plans)
+    for pack, logits, _ in chain.from_iterable(runs):
         place = {node: j for j, node in enumerate(reply_nodes(pack))}
         log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
         losses = []
