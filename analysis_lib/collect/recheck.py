@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.fingerprint import digest_in_memory
-from ..model.passes import TOLERANCE, plain_states
+from ..model.passes import plain_states
+from ..model.precision import accepted_difference
 from ..model.rendering import Rendered
 from ..store.about import depth_and_length
 from ..store.store import Store
@@ -144,16 +145,21 @@ def unchanged(
     if store is None or not store.recheck or not model.loaded or known is None:
         return store
     soft = getattr(prompt, "embeddings", prompt) if known.soft else None
+
+    def plain() -> torch.Tensor:
+        return plain_states(model.forward, [list(known.ids)], known.layers)[0]
+
     with torch.no_grad(), model.forward.soft_tokens(soft):
-        states = plain_states(model.forward, [list(known.ids)], known.layers)[0]
-    new = states.double().cpu().numpy()[:, known.places]
-    off = np.abs(new - known.states).max(axis=1) / np.maximum(known.sizes, 1e-12)
-    limit = max(TOLERANCE.get(model.dtype_name, 1e-3), FLOAT32_ROUNDING)
+        new = plain().double().cpu().numpy()[:, known.places]
+        off = np.abs(new - known.states).max(axis=1) / np.maximum(known.sizes, 1e-12)
+        if (off <= FLOAT32_ROUNDING).all():
+            return store
+        limit = accepted_difference(model.forward, plain)
     if (off <= limit).all():
         return store
     warnings.warn(
         f"{model.name!r} does not compute what the store keeps of it: a state differs by "
-        f"{off.max():.2g} of its size (limit {limit:g} for {model.dtype_name}). {_cause(model)} "
+        f"{off.max():.2g} of its size (limit {limit:.2g} for {model.dtype_name}). {_cause(model)} "
         "Nothing is read from the store and nothing kept",
         stacklevel=3,
     )

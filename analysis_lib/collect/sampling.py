@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.rendering import Rendered
-from ..model.steps import CachedStep, PlainStep, steps_from_cache
+from ..model.steps import PlainStep, next_logits, replayed
+from .certificates import certify_numbers
 
 Jobs = dict[int, list[int]]
 """Rows, by their position, and the sample indices to draw for each."""
@@ -65,8 +66,10 @@ class SampleTree:
     def run(self) -> dict[tuple[int, int], dict[str, str]]:
         node = self.owner.copy()  # job -> node
         jobs = np.arange(len(node))
+        # What each node has sampled so far, and its row's position in ids.
         texts: list[tuple[int, ...]] = [()] * len(self.ids)
-        step = (CachedStep if steps_from_cache(self.forward) else PlainStep)(self.forward, self.ids)
+        whose = np.arange(len(self.ids))
+        step = next_logits(self.forward, self.ids, self.settings.max_new_tokens)
         logits = step.first()
         for position in range(self.settings.max_new_tokens):
             # NaN and infinity pass through a maximum.
@@ -87,13 +90,28 @@ class SampleTree:
                     self.done[key] = {"response": self._reply(grown[c], ends[c]), "end": ends[c]}
             alive = np.array([not e for e in ends])
             if not alive.any():
+                if not isinstance(step, PlainStep):
+                    self._certify([(*self.ids[r], *t) for r, t in zip(whose, texts)], logits)
                 break
             renumber = np.cumsum(alive) - 1
             keep = alive[child]
             node, jobs = renumber[child[keep]], jobs[keep]
             texts = [text for text, a in zip(grown, alive) if a]
+            whose = whose[parents[alive]]
             logits = step.next(parents[alive], new[alive])
         return self.done
+
+    def _certify(self, rows: Sequence[tuple[int, ...]], logits: torch.Tensor) -> None:
+        """Compares the last logits (n, vocabulary) of the longest row with the plain pass's."""
+        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+        row = rows[longest]
+        certify_numbers(
+            self.forward,
+            "logits",
+            logits[longest],
+            lambda: PlainStep(self.forward, [row]).first()[0],
+            lambda: replayed(self.forward, row),
+        )
 
     def _end(self, ids: tuple[int, ...], position: int) -> str:
         if ids[-1] in self.model.stop_ids:

@@ -47,8 +47,8 @@ class HiddenStates:
     layers : tuple of int
         0 is the embedding output, i the output of block i, -1 the state after the final norm.
     certificate : mapping
-        How the rows came about. computed and found count rows. way is "tree" or "plain". max_abs
-        and max_rel are the largest absolute and relative differences from rows re-run plainly: of
+        How the rows came about. computed and found count rows. way is "tree", "plain" or both.
+        max_abs and max_rel are the largest absolute and relative differences from rows re-run plainly: of
         the computed rows, and of the batches in which the found ones were committed. checked counts
         the rows re-run now, unchecked the found rows of batches of which none was. seconds is the
         time taken. peak_bytes is the peak memory, where any row was computed. dtype and template
@@ -142,8 +142,8 @@ def hidden_states(
     store : Store, optional
         Kept rows are read from it; computed rows are kept in it, prompt by prompt.
     n_check : int
-        Rows of this call that are re-run plainly (batch 1, nothing shared): at least one of each
-        prompt that is computed, unless 0.
+        Rows of this call that are re-run plainly (batch 1, nothing shared): at least the longest of
+        each prompt that is computed, unless 0.
     progress : bool, optional
         Whether a bar is shown. Default: in a terminal or a notebook, where something is to be
         computed.
@@ -321,17 +321,23 @@ class _Capture:
             ids = [row.ids for row in wanted]
             computed, way = forward.with_smaller_packs(last_states, forward, ids, self.layers)
             block[part] = computed.float().cpu().numpy()
-            chosen = self.rng.choice(len(part), take, replace=False)
+            chosen = self._chosen(wanted, take)
             texts = [self.texts[i] for i in part]
             worst = certify(self.model, wanted, texts, block[part], self.layers, chosen)
         # The names that Store.certificates knows.
-        certificate = {"way": way, "checked": take, **worst}
+        certificate = {"way": way, "checked": len(chosen), **worst}
         self.certificate["computed"] += len(part)
-        self.certificate["checked"] += take
+        self.certificate["checked"] += len(chosen)
         widen(self.certificate, certificate)
         # Some norms give float32 in a model of half precision; float64 is kept as float32.
         dtype = torch.float32 if computed.dtype == torch.float64 else computed.dtype
         return str(dtype), certificate
+
+    def _chosen(self, rows: Sequence[Rendered], take: int) -> NDArray[np.int64]:
+        """Positions of the rows to certify: the longest, and others up to `take`."""
+        longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
+        others = self.rng.choice(len(rows), take, replace=False)
+        return np.array([longest, *others[others != longest]], dtype=np.int64)[:take]
 
     def _keep(
         self,

@@ -10,11 +10,13 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from ..collect.certificates import certify_numbers
 from ..collect.inputs import check_prompts, check_queries, usable
 from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
+from ..model.forward import Forward
 from ..model.passes import log_probabilities
 from ..model.rendering import Prompt
 from ..model.replies import reply_ids
@@ -69,6 +71,8 @@ def refusal_probability(
         Where no opening has a token.
     ChatModelError
         Where log probabilities hold NaN or infinity.
+    ParityError
+        Where those of the longest row differ from a plain pass by more than rounding explains.
 
     Examples
     --------
@@ -138,6 +142,8 @@ def next_token_loss(
     ChatModelError
         Where an end is to be charged and the tokenizer has no token for it, or log probabilities
         hold NaN or infinity.
+    ParityError
+        Where those of the longest row differ from a plain pass by more than rounding explains.
 
     Examples
     --------
@@ -219,9 +225,8 @@ def _reply_log_p(
             model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings),
         ):
             heads = [rows[i].ids for i in part for _ in replies[i]]
-            each = log_probabilities(
-                model.forward, heads, [reply for i in part for reply in replies[i]]
-            )
+            own = [reply for i in part for reply in replies[i]]
+            each = log_probabilities(model.forward, heads, own)
             seen = row_witness(model, [rows[i] for i in part]) if store is not None else {}
         sums = np.array([log_p.sum() for log_p in each])
         if not np.isfinite(sums).all():
@@ -230,6 +235,11 @@ def _reply_log_p(
                 "and nothing of this batch is kept; load the model with dtype='float32' or "
                 "'bfloat16', or copy its weights again"
             )
+        with (
+            torch.no_grad(),
+            model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings),
+        ):
+            _certify(model.forward, heads, own, each)
         found |= zip(part, np.split(sums, np.cumsum([len(replies[i]) for i in part])[:-1]))
         if store is not None:
             new = {keys[i]: {"log_p": found[i].tolist()} for i in part}  # queries may render alike
@@ -241,3 +251,27 @@ def _reply_log_p(
             }
             store.write_responses(list(new), list(new.values()), about=about)
     return [found[i] for i in range(len(rows))]
+
+
+def _certify(
+    forward: Forward,
+    heads: Sequence[tuple[int, ...]],
+    replies: Sequence[tuple[int, ...]],
+    log_p: Sequence[NDArray[np.float64]],
+) -> None:
+    """Compares the longest row's log probabilities with those of a plain pass of it."""
+    longest = max(range(len(heads)), key=lambda i: len(heads[i]) + len(replies[i]))
+
+    def again() -> torch.Tensor:
+        rows = [longest, 0]
+        found = log_probabilities(forward, [heads[i] for i in rows], [replies[i] for i in rows])
+        return torch.from_numpy(found[0])
+
+    def plain() -> torch.Tensor:
+        with forward.run_plainly():
+            return torch.from_numpy(
+                log_probabilities(forward, [heads[longest]], [replies[longest]])[0]
+            )
+
+    mine = torch.from_numpy(log_p[longest])
+    certify_numbers(forward, "log probabilities", mine, plain, again, least=1.0)

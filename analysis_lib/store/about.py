@@ -100,7 +100,9 @@ def _numbers(value: Any, kind: type) -> bool:
 def sum_up(certificates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One certificate for at least one: every way, all rows checked, the largest differences."""
     return {
-        "way": ", ".join(dict.fromkeys(one["way"] for one in certificates)),
+        "way": ", ".join(
+            dict.fromkeys(way for one in certificates for way in one["way"].split(", "))
+        ),
         "checked": sum(one["checked"] for one in certificates),
         "max_abs": max(one["max_abs"] for one in certificates),
         "max_rel": max(one["max_rel"] for one in certificates),

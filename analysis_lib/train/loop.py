@@ -12,8 +12,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from ..collect.certificates import certify_numbers
 from ..collect.inputs import Progress
 from ..model.forward import Forward
+from ..model.passes import shares_prefixes
 from ..model.soft_prompt import SoftPrompt
 from .kept import KeptTraining
 
@@ -68,6 +70,7 @@ def train_soft_prompt(
     batches = list((order or evenly)(n, config.batch_size, config.epochs, config.seed))
     bar = Progress(len(batches), label, progress)
     history = kept.resume(soft, optimizer)
+    _certify(forward, soft, step_of, batches[0][1][:2])
     bar.add(found=len(history))
     last = time.monotonic()
     for step, (epoch, batch) in enumerate(batches[len(history) :], len(history) + 1):
@@ -97,6 +100,35 @@ def train_soft_prompt(
     if len(history) == len(batches):
         kept.write(trained)
     return trained
+
+
+def _certify(
+    forward: Forward,
+    soft: torch.Tensor,
+    step_of: Callable[[NDArray[Any]], dict[str, float]],
+    batch: NDArray[Any],
+) -> None:
+    """Compares a small batch's gradient with that of plain passes, near the soft tokens' start.
+
+    Not at the start itself, where a loss of changes may have no gradient. Raises ParityError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(soft.shape, generator=generator).to(soft)
+    near = soft.detach() + 0.1 * soft.detach().pow(2).mean().sqrt() * noise
+
+    def gradient() -> torch.Tensor:
+        tokens = near.clone().requires_grad_()
+        with forward.soft_tokens(tokens):
+            step_of(batch)
+        assert tokens.grad is not None
+        return tokens.grad
+
+    def plain() -> torch.Tensor:
+        with forward.run_plainly():
+            return gradient()
+
+    if shares_prefixes(forward) and torch.isfinite(mine := gradient()).all():
+        certify_numbers(forward, "gradients", mine, plain, least=1e-6)
 
 
 def _learned(soft: torch.Tensor) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from ..data.labels import with_labels
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.forward import Forward
-from ..model.passes import run_plan, shares_prefixes
+from ..model.passes import plan_ways, run_plan, shares_prefixes
 from ..model.replies import generation_prompt_ids, reply_ids, turn_ids
 from ..model.soft_prompt import SoftPrompt
-from ..model.tree import Pack, plan_rows
+from ..model.tree import Pack
 from ..store.store import Store
 from .kept import KeptTraining
 from .loop import OnStep, check_config, train_soft_prompt
@@ -319,7 +320,7 @@ def _tuning_loss(
     """Gradients of the mean token losses of good and of bad replies, one a row; returns the losses."""
     # The heads without their last token.
     most = min(len(row) - len(reply.ids) for row, reply in zip(rows, replies, strict=True))
-    plan = plan_rows(rows, forward.backward_tokens, most=most)
+    plans = plan_ways(forward, rows, forward.backward_tokens, most=most, most_rows=1)
     n_tokens = {
         kind: max(1, sum(one.count * len(one.ids) for one in replies if one.good is kind))
         for kind in (True, False)
@@ -336,7 +337,8 @@ def _tuning_loss(
             }
         )
 
-    for pack, logits, _ in run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True):
+    runs = (run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True) for plan in plans)
+    for pack, logits, _ in chain.from_iterable(runs):
         place = {node: j for j, node in enumerate(reply_nodes(pack))}
         log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
         losses = []
