@@ -147,9 +147,9 @@ def capture_row(on: Setting) -> Row:
     rows = [r.ids for p in prompts.values() for r in chat.render(on.texts, p)]
 
     def plain() -> torch.Tensor:
-        return torch.from_numpy(plain_states(chat, on.texts[:4], prompts["default"])[0])
+        return plain_states(chat, on.texts[:4], prompts["default"])[0]
 
-    far = relative(runs["ours"].first.at(prompt="default")[0][:4], plain().numpy())
+    far = relative(runs["ours"].first.at(prompt="default")[0][:4], plain())
     limit = accepted_difference(chat.forward, plain)
     total = flops(chat, distinct_depths(rows))
     tokens = sum(map(len, rows))
