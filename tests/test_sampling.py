@@ -96,7 +96,7 @@ def reference(
         )
         tokens, p = cut(logits, temperature, top_k, top_p)
         token = int(tokens[min(np.searchsorted(np.cumsum(p), u, side="right"), len(p) - 1)])
-        if token in model.stop_ids:
+        if token in model.generation.stop_ids:
             return model.tokenizer.decode(ids, skip_special_tokens=True).strip(), "eos"
         ids.append(token)
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip(), "length"
@@ -146,7 +146,7 @@ def test_most_families_step_from_the_cache():
 
 def test_ends_of_replies_agree_with_the_definition():
     model = build("phi3")
-    model.__dict__["stop_ids"] = frozenset(range(0, model.n_embeddings, 9))  # ends often
+    model.model.generation_config.eos_token_id = list(range(0, model.n_embeddings, 9))  # ends often
     got = sample_responses(model, QUERIES, {"default": SAFETY}, n_samples=10, max_new_tokens=12)
     texts = QUERIES.set_index("query_id")["text"]
     for (q, _, s), found in keyed(got).items():
@@ -288,12 +288,12 @@ def test_frequencies_agree_with_the_exact_probabilities(temperature, top_k, top_
     exact: Counter = Counter()
     first, p_first = cut(next_logits(model, row, None, []), temperature, top_k, top_p)
     for a, p_a in zip(first.tolist(), p_first, strict=True):
-        if a in model.stop_ids:
+        if a in model.generation.stop_ids:
             exact["", "eos"] += p_a
             continue
         second, p_second = cut(next_logits(model, row, None, [a]), temperature, top_k, top_p)
         for b, p_b in zip(second.tolist(), p_second, strict=True):
-            end = "eos" if b in model.stop_ids else "length"
+            end = "eos" if b in model.generation.stop_ids else "length"
             exact[
                 model.tokenizer.decode(
                     [a] if end == "eos" else [a, b], skip_special_tokens=True
@@ -334,7 +334,7 @@ def test_temperature_zero_is_greedy_generation(family):
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=10,
-            eos_token_id=sorted(model.stop_ids),
+            eos_token_id=sorted(model.generation.stop_ids),
         )
         text = model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert got["response"][2 * i : 2 * i + 2].tolist() == [text, text]
@@ -610,7 +610,7 @@ def test_stop_strings_of_the_generation_configuration_end_a_reply_before_them():
     free = sample_responses(model, queries, {"none": ""}, **settings)
     marker = next(text[2:4] for text in free["response"] if len(text) > 4)
     stopped = build("llama")
-    stopped.__dict__["stop_strings"] = (marker,)
+    stopped.model.generation_config.stop_strings = [marker]
     cut = sample_responses(stopped, queries, {"none": ""}, **settings)
     hit = free["response"].str.contains(marker, regex=False)
     assert hit.any() and (cut["end"] == "stop_string").equals(hit)

@@ -26,7 +26,7 @@ from ..model.tree import common_length
 from ..store.batches import row_key
 from ..store.store import Store
 from .inputs import Progress, check_prompts, check_queries, usable
-from .sampling import Jobs, SampleTree, Settings
+from .sampling import Jobs, SampleTree, Settings, room_for_replies
 
 
 def _built_in(function: Callable[..., Any]) -> bool:
@@ -51,7 +51,10 @@ def sample_responses(
 ) -> pd.DataFrame:
     """Samples n_samples responses to every query under every prompt.
 
-    The defaults are the study's settings.
+    The defaults are the study's settings. Of the model's generation configuration are followed:
+    the ends of replies, and the tokens that it suppresses (`suppress_tokens`,
+    `begin_suppress_tokens`, and `bad_words_ids` of one token). A warning names any other setting
+    that would change a reply.
 
     Parameters
     ----------
@@ -64,7 +67,7 @@ def sample_responses(
     n_samples : int
         Responses to each query under each prompt.
     max_new_tokens : int
-        Tokens of a response, at most.
+        Tokens of a response, at most. A response also ends where the model's context does.
     temperature : float
         0 is greedy.
     top_p : float
@@ -94,7 +97,8 @@ def sample_responses(
     ValueError
         For wrong settings, queries or prompts.
     ChatModelError
-        Where the model's logits hold NaN or infinity, or a text cannot be rendered.
+        Where the model's logits hold NaN or infinity, a text cannot be rendered, or a query fills
+        the context.
     StoreError
         Where the store cannot be read or written.
 
@@ -197,6 +201,7 @@ def sample_rows(
     they come.
     """
     store = _usable(store, model, settings)
+    room_for_replies(model, rows, settings)  # refuses a row that leaves none
     keys = _keys(model, rows, n_samples, settings) if store is not None else []
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
     if store is not None:
@@ -266,12 +271,11 @@ def _keys(
 ) -> list[list[str]]:
     """The keys of each row's samples."""
     fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
-    fixed |= {
-        "stop_ids": sorted(model.stop_ids),
-        "stop_strings": list(model.stop_strings),
-        "tokenizer": model.renderer.tokenizer_digest,
-    }
-    of_rows = [row_key(ids=row.ids, soft=row.soft, **fixed) for row in rows]
+    fixed |= model.generation.key_parts() | {"tokenizer": model.renderer.tokenizer_digest}
+    of_rows = [
+        row_key(ids=row.ids, soft=row.soft, **(fixed | {"max_new_tokens": room}))
+        for row, room in zip(rows, room_for_replies(model, rows, settings))
+    ]
     return [[row_key(row=key, sample=i) for i in range(n_samples)] for key in of_rows]
 
 

@@ -53,22 +53,24 @@ class SampleTree:
 
     def __init__(self, model: ChatModel, rows: Sequence[Rendered], jobs: Jobs, settings: Settings):
         self.model, self.forward, self.settings = model, model.forward, settings
-        self.row_of = list(jobs)
+        self.stops, self.row_of = model.generation, list(jobs)
         self.ids = [rows[i].ids for i in self.row_of]
         # For each job its row's position in row_of, its sample index and its random numbers.
         owners = [[r] * len(jobs[i]) for r, i in enumerate(self.row_of)]
         self.owner = np.concatenate(owners).astype(int)
         self.sample = np.concatenate([jobs[i] for i in self.row_of]).astype(int)
         self.uniform = np.concatenate([_uniforms(rows[i], jobs[i], settings) for i in self.row_of])
+        self.room = room_for_replies(model, [rows[i] for i in self.row_of], settings)
         self.done: dict[tuple[int, int], dict[str, str]] = {}
 
     def run(self) -> dict[tuple[int, int], dict[str, str]]:
         node = self.owner.copy()  # job -> node
         jobs = np.arange(len(node))
         texts: list[tuple[int, ...]] = [()] * len(self.ids)
+        row = np.arange(len(self.ids))  # node -> row
         step = (CachedStep if steps_from_cache(self.forward) else PlainStep)(self.forward, self.ids)
         logits = step.first()
-        for position in range(self.settings.max_new_tokens):
+        for position in range(max(self.room)):
             # NaN and infinity pass through a maximum.
             if not torch.isfinite(logits.amax(dim=-1)).all():
                 raise ChatModelError(
@@ -76,11 +78,13 @@ class SampleTree:
                     f"{self.model.dtype_name}, and nothing of this batch is kept; load the model "
                     "with dtype='float32' or 'bfloat16', or copy its weights again"
                 )
+            logits = self.stops.allowed(logits, first=position == 0)
             tokens = _choose(logits, node, self.uniform[jobs, position], self.settings)
             pairs, child = np.unique(np.stack([node, tokens]), axis=1, return_inverse=True)
             parents, new = pairs
             grown = [(*texts[p], int(t)) for p, t in zip(parents, new)]
-            ends = [self._end(text, position) for text in grown]
+            row = row[parents]
+            ends = [self._end(text, self.room[r]) for text, r in zip(grown, row)]
             for job, c in zip(jobs, child):
                 if ends[c]:
                     key = self.row_of[self.owner[job]], int(self.sample[job])
@@ -91,20 +95,20 @@ class SampleTree:
             renumber = np.cumsum(alive) - 1
             keep = alive[child]
             node, jobs = renumber[child[keep]], jobs[keep]
-            texts = [text for text, a in zip(grown, alive) if a]
+            texts, row = [text for text, a in zip(grown, alive) if a], row[alive]
             logits = step.next(parents[alive], new[alive])
         return self.done
 
-    def _end(self, ids: tuple[int, ...], position: int) -> str:
-        if ids[-1] in self.model.stop_ids:
+    def _end(self, ids: tuple[int, ...], room: int) -> str:
+        if ids[-1] in self.stops.stop_ids:
             return "eos"
-        if self.settings.stop_when is not None or self.model.stop_strings:
+        if self.settings.stop_when is not None or self.stops.stop_strings:
             text = self._text(ids)
-            if any(stop in text for stop in self.model.stop_strings):
+            if any(stop in text for stop in self.stops.stop_strings):
                 return "stop_string"
             if self.settings.stop_when is not None and self.settings.stop_when(text):
                 return "stop_when"
-        return "length" if position + 1 == self.settings.max_new_tokens else ""
+        return "length" if len(ids) == room else ""
 
     def _text(self, ids: tuple[int, ...]) -> str:
         return str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
@@ -112,8 +116,23 @@ class SampleTree:
     def _reply(self, ids: tuple[int, ...], end: str) -> str:
         text = self._text(ids[:-1] if end == "eos" else ids)
         if end == "stop_string":
-            text = text[: min(text.index(stop) for stop in self.model.stop_strings if stop in text)]
+            text = text[: min(text.index(stop) for stop in self.stops.stop_strings if stop in text)]
         return text.strip()
+
+
+def room_for_replies(model: ChatModel, rows: Sequence[Rendered], settings: Settings) -> list[int]:
+    """Tokens that a reply to each row may have: max_new_tokens, or what the context leaves.
+
+    Raises ChatModelError where it leaves none.
+    """
+    context = model.renderer.context or float("inf")
+    longest = max((len(row.ids) for row in rows), default=0)
+    if longest >= context:
+        raise ChatModelError(
+            f"a query fills the context of {model.name!r} with its prompt ({longest} of {context} "
+            "tokens), so no reply fits; shorten or drop it"
+        )
+    return [int(min(settings.max_new_tokens, context - len(row.ids))) for row in rows]
 
 
 def _uniforms(row: Rendered, samples: Sequence[int], settings: Settings) -> NDArray[np.float64]:

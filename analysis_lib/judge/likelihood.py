@@ -14,6 +14,7 @@ from ..collect.inputs import check_prompts, check_queries, usable
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
+from ..model.generation import Generation
 from ..model.passes import log_probabilities
 from ..model.rendering import Prompt
 from ..store.batches import row_key
@@ -39,7 +40,8 @@ def refusal_probability(
     """The probability that a reply begins with one of some openings. Nothing is sampled.
 
     It is exact at temperature 1 without cuts, for replies tokenized as the tokenizer writes the
-    openings. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
+    openings. Tokens that the generation configuration suppresses throughout are left out, as in
+    sampling. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
     rare. `calibrate_refusal` fits one to the other.
 
     Parameters
@@ -87,7 +89,15 @@ def refusal_probability(
     parts = []
     for name, prompt in prompts.items():
         replies = [sorted(starts)] * len(queries)
-        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, replies, store)
+        found = _reply_log_p(
+            model,
+            queries["text"].tolist(),
+            name,
+            prompt,
+            replies,
+            store,
+            never=model.generation.never,
+        )
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
         part = {"query_id": queries["query_id"].tolist(), "prompt": name}
         parts.append(pd.DataFrame(part | {"log_odds": np.log(p / (1 - p))}))
@@ -198,14 +208,21 @@ def _reply_log_p(
     prompt: Prompt,
     replies: Sequence[Sequence[tuple[int, ...]]],
     store: Store | None,
+    *,
+    never: tuple[int, ...] = (),
 ) -> list[NDArray[np.float64]]:
-    """For each text, the log probability of each of its replies (token ids), float64."""
+    """For each text, the log probability of each of its replies (token ids), float64.
+
+    The token ids `never` are left out of what may be said.
+    """
+    suppressed = Generation(frozenset(), never=never)
     store = usable(store, model)
     rows = model.render(texts, prompt)
     keys = [""] * len(rows)
     found: dict[int, NDArray[np.float64]] = {}
     if store is not None:
-        fixed = {"kind": "log_probability", **model.key_parts()}
+        fixed: dict[str, Any] = {"kind": "log_probability", **model.key_parts()}
+        fixed |= {"never": list(never)} if never else {}
         keys = [
             row_key(ids=row.ids, soft=row.soft, replies=own, **fixed)
             for row, own in zip(rows, replies, strict=True)
@@ -221,7 +238,10 @@ def _reply_log_p(
         ):
             heads = [rows[i].ids for i in part for _ in replies[i]]
             each = log_probabilities(
-                model.forward, heads, [reply for i in part for reply in replies[i]]
+                model.forward,
+                heads,
+                [reply for i in part for reply in replies[i]],
+                allowed=suppressed.allowed,
             )
         sums = np.array([log_p.sum() for log_p in each])
         if not np.isfinite(sums).all():

@@ -16,6 +16,7 @@ from .checks import weight_map
 from .errors import ChatModelError
 from .fingerprint import digest_in_memory, digest_of_source, state_of, weight_files
 from .forward import Forward
+from .generation import Generation, generation_of, read_generation
 from .loading import (
     bytes_of_weights,
     choose_device,
@@ -23,7 +24,6 @@ from .loading import (
     embeddings_of_file,
     find_source,
     load_weights,
-    read_generation,
     read_source,
 )
 from .rendering import Prompt, Rendered, Renderer
@@ -160,7 +160,7 @@ class ChatModel:
         # A template that cannot be rendered is told now.
         chat.renderer.frame("")
         if source.is_folder:
-            _ = chat._weight_map, chat.stop_ids
+            _ = chat._weight_map, chat.generation
         return chat
 
     @classmethod
@@ -293,29 +293,15 @@ class ChatModel:
         return weight_map(self.name, self.source, self.revision) if self.source else None
 
     @cached_property
-    def _generation(self) -> Any:
-        """The generation configuration, without loading weights."""
-        return (
-            read_generation(self.name, self.source, self.revision)
+    def generation(self) -> Generation:
+        """How replies end and what they never hold, without loading weights."""
+        return generation_of(
+            self.name,
+            read_generation(self.name, self.source, self.revision, self.config)
             if self.source
-            else self.model.generation_config
+            else self.model.generation_config,
+            self.renderer,
         )
-
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a reply: the tokenizer's and the generation configuration's."""
-        ids: set[int] = set()
-        for found in (self.tokenizer.eos_token_id, self._generation.eos_token_id):
-            ids.update(
-                [found] if isinstance(found, int) else (i for i in found or [] if i is not None)
-            )
-        return frozenset(ids)
-
-    @cached_property
-    def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end a reply, of the generation configuration."""
-        found = self._generation.stop_strings or ()
-        return (found,) if isinstance(found, str) else tuple(found)
 
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
         """Renders each query under the prompt, with the generation prompt, as token ids.

@@ -228,11 +228,16 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def log_probabilities(
-    forward: Forward, heads: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]]
+    forward: Forward,
+    heads: Sequence[tuple[int, ...]],
+    replies: Sequence[tuple[int, ...]],
+    *,
+    allowed: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
 ) -> list[np.ndarray]:
     """Log probability (float64) of each token of replies[i] after heads[i].
 
-    Shared beginnings are computed once.
+    allowed(logits) gives them with -inf at tokens that are never said. Shared beginnings are
+    computed once.
     """
     rows = [(*head, *reply[:-1]) for head, reply in zip(heads, replies, strict=True)]
     out: list[Any] = [None] * len(rows)
@@ -240,7 +245,7 @@ def log_probabilities(
         for i, (row, reply) in enumerate(zip(rows, replies)):
             ids = torch.tensor([row], device=forward.device)
             logits = forward.model(input_ids=ids, use_cache=False).logits[0, -len(reply) :]
-            log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
+            log_p = torch.log_softmax(allowed(logits.to(forward.work_dtype)), dim=-1)
             out[i] = log_p[range(len(reply)), list(reply)].double().cpu().numpy()
         return out
 
@@ -252,7 +257,7 @@ def log_probabilities(
     plan = plan_rows(rows, forward.pack_tokens, most=min(map(len, heads)) - 1)
     for pack, logits, _ in run_plan(forward, plan, logits_at=nodes):
         at = {node: j for j, node in enumerate(nodes(pack))}
-        log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
+        log_p = torch.log_softmax(allowed(logits.to(forward.work_dtype)), dim=-1)
         places = [
             at[node] for i, path in zip(pack.rows, pack.paths) for node in path[-len(replies[i]) :]
         ]
