@@ -64,6 +64,10 @@ def _reproduce(args: argparse.Namespace) -> int:
             "(05, 07), the notebooks' own work" + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
+    if args.thinking is not None:  # the notebooks get the switched template as a file
+        args.template = args.out / "chat_template.jinja"
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.template.write_text(model.tokenizer.chat_template, encoding="utf-8")
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
     return (
         0
@@ -76,7 +80,13 @@ def _model(args: argparse.Namespace) -> Any:
     from .model.chat import ChatModel
 
     name = f"{args.model}@{args.revision}" if args.revision else args.model
-    return ChatModel.load(name, device=args.device, dtype=args.dtype, template=args.template)
+    return ChatModel.load(
+        name,
+        device=args.device,
+        dtype=args.dtype,
+        template=args.template,
+        thinking=None if args.thinking is None else args.thinking == "on",
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -237,6 +247,8 @@ def _of_model(command: argparse.ArgumentParser) -> None:
         "--device", help="cpu, cuda, cuda:1, or auto for all GPUs; default: cuda where there is one"
     )
     add("--template", metavar="FILE", help="a chat template in place of the tokenizer's")
+    thinking = "turn a reasoning model's thoughts on or off; default: as its template has it"
+    add("--thinking", choices=["on", "off"], help=thinking)
     add(
         "--form",
         "--to",

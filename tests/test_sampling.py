@@ -31,7 +31,12 @@ from analysis_lib.collect import responses as sampling
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.data.queries import load_queries
 from analysis_lib.data.shipped import ROOT
-from analysis_lib.judge.strings import is_refusal, verdict_is_final
+from analysis_lib.judge.strings import (
+    is_refusal,
+    normalized_verdict_is_final,
+    string_normalized,
+    verdict_is_final,
+)
 from analysis_lib.model import steps
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
@@ -498,6 +503,23 @@ def test_a_final_verdict_is_the_verdict_of_the_whole(parts):
         if verdict_is_final(prefix):
             final = True
             assert is_refusal(prefix) == is_refusal(text) == is_refusal(prefix.strip()), prefix
+        else:
+            assert not final, "once final, always final"
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(st.lists(st.one_of(pieces, st.sampled_from([["*"], ["**"], ["_"], ["* "], ["\u2019"]]))))
+@example(parts=[["a\n*", " I cannot "]])
+@example(parts=[["**", "1. ", "x"]])
+def test_a_final_normalized_verdict_is_the_verdict_of_the_whole(parts):
+    text = "".join("".join(part) for part in parts)
+    final = False
+    for end in range(len(text) + 1):
+        prefix = text[:end]
+        if normalized_verdict_is_final(prefix):
+            final = True
+            assert string_normalized(prefix) == string_normalized(text), prefix
+            assert string_normalized(prefix) == string_normalized(prefix.strip()), prefix
         else:
             assert not final, "once final, always final"
 

@@ -77,7 +77,8 @@ def sample_responses(
     seed : int
         Equal seeds give equal responses.
     stop_when : function, optional
-        Is called with the text so far; the response ends where it says True. An example is
+        Is called with the answer so far; the response ends where it says True. Thoughts before an
+        answer are none of it. An example is
         `verdict_is_final`: nothing to come can change the verdict then. The store serves the stop
         functions of this library. Under another one, nothing is read from it or kept.
     store : Store, optional
@@ -90,7 +91,9 @@ def sample_responses(
     -------
     DataFrame
         query_id, prompt, sample (0 .. n_samples - 1), response and end ("eos", "stop_string",
-        "length" or "stop_when"). Prompts outer, queries inner, then samples.
+        "length", "stop_when", or "thoughts" where a response ended within its thoughts). Prompts
+        outer, queries inner, then samples. A reasoning model's response holds its thoughts, with
+        their marks; `judge_responses` judges what follows them.
 
     Raises
     ------

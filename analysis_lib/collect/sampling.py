@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..data.thoughts import WITHIN_THOUGHTS, answer_of, may_open
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.rendering import Rendered
@@ -88,7 +89,9 @@ class SampleTree:
             for job, c in zip(jobs, child):
                 if ends[c]:
                     key = self.row_of[self.owner[job]], int(self.sample[job])
-                    self.done[key] = {"response": self._reply(grown[c], ends[c]), "end": ends[c]}
+                    text = self._reply(grown[c], ends[c])
+                    end = ends[c] if self._answer(text) is not None else WITHIN_THOUGHTS
+                    self.done[key] = {"response": text, "end": end}
             alive = np.array([not e for e in ends])
             if not alive.any():
                 break
@@ -106,12 +109,22 @@ class SampleTree:
             text = self._text(ids)
             if any(stop in text for stop in self.stops.stop_strings):
                 return "stop_string"
-            if self.settings.stop_when is not None and self.settings.stop_when(text):
-                return "stop_when"
+            if self.settings.stop_when is not None and not may_open(text):
+                answer = self._answer(text)
+                if answer is not None and self.settings.stop_when(answer):
+                    return "stop_when"
         return "length" if len(ids) == room else ""
 
     def _text(self, ids: tuple[int, ...]) -> str:
-        return str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
+        """The text of a reply, with the marks of its thoughts."""
+        dropped = self.stops.thoughts.dropped
+        if dropped is None:
+            return str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
+        shown = [i for i in ids if i not in dropped]
+        return str(self.model.tokenizer.decode(shown, skip_special_tokens=False))
+
+    def _answer(self, text: str) -> str | None:
+        return answer_of(self.stops.thoughts.prefix + text)
 
     def _reply(self, ids: tuple[int, ...], end: str) -> str:
         text = self._text(ids[:-1] if end == "eos" else ids)

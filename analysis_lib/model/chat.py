@@ -26,6 +26,7 @@ from .loading import (
     load_weights,
     read_source,
 )
+from .reasoning import switch_thinking
 from .rendering import Prompt, Rendered, Renderer
 
 
@@ -94,6 +95,7 @@ class ChatModel:
         dtype: str | torch.dtype | None = None,
         template: str | Path | None = None,
         quantization: str | None = None,
+        thinking: bool | None = None,
     ) -> ChatModel:
         """Opens a model; its weights stay on disk until they are used.
 
@@ -121,6 +123,9 @@ class ChatModel:
             Default: the tokenizer's.
         quantization : str, optional
             "8bit" or "4bit". Needs bitsandbytes; for capture and sampling only.
+        thinking : bool, optional
+            Turns a reasoning model's thoughts on or off, by its template's own switch. Default: as
+            the template has it.
 
         Returns
         -------
@@ -131,7 +136,8 @@ class ChatModel:
         ChatModelError
             For an unknown id or folder, no network, a gated model, or pickled weights only; an
             adapter beside the model; a configuration or index that names other files or code; a
-            missing chat template, or one that cannot be rendered; a missing tokenizer, or one
+            missing chat template, one that cannot be rendered, or one without a switch for
+            thinking; a missing tokenizer, or one
             without offsets; a device or dtype that torch does not have; a missing package. `.model`
             raises it where the folder has changed since, or a checkpoint lacks tensors.
 
@@ -144,6 +150,8 @@ class ChatModel:
         """
         source = find_source(str(name), revision, template)
         config, tokenizer, commit = read_source(source)
+        if thinking is not None:
+            switch_thinking(source.name, tokenizer, thinking)
         device = choose_device(device, quantization)
         chat = cls(
             source.name,

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..data.thoughts import CHANNELS
 from .architecture import text_config
 from .errors import ChatModelError
+from .reasoning import Thoughts, thoughts_of
 from .rendering import Renderer
 
 _REPLY = "Xq7 reply 7qX"
@@ -52,12 +54,14 @@ class Generation:
     stop_strings  texts that end a reply
     never         token ids that no reply holds
     never_first   token ids that no reply begins with
+    thoughts      how thoughts before the answer are marked
     """
 
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...] = ()
     never: tuple[int, ...] = ()
     never_first: tuple[int, ...] = ()
+    thoughts: Thoughts = Thoughts()
 
     def allowed(self, logits: torch.Tensor, *, first: bool = False) -> torch.Tensor:
         """The logits (..., vocabulary), -inf where a token is not allowed as the next one."""
@@ -69,11 +73,16 @@ class Generation:
 
     def key_parts(self) -> dict[str, Any]:
         """What of it a stored reply is keyed by."""
-        suppressed = {"never": list(self.never), "never_first": list(self.never_first)}
+        marks = self.thoughts.marks
+        some = {
+            "never": list(self.never),
+            "never_first": list(self.never_first),
+            "thoughts": marks.closes if marks else "",
+        }
         return {
             "stop_ids": sorted(self.stop_ids),
             "stop_strings": list(self.stop_strings),
-            **{name: ids for name, ids in suppressed.items() if ids},
+            **{name: value for name, value in some.items() if value},
         }
 
 
@@ -114,7 +123,11 @@ def generation_of(name: str, config: Any, renderer: Renderer) -> Generation:
         )
     stops = {*ends, *_ids(renderer.tokenizer.eos_token_id), *_ends_of_template(renderer)}
     return Generation(
-        frozenset(stops), strings, tuple(sorted(set(never))), tuple(sorted(set(first)))
+        frozenset(stops),
+        strings,
+        tuple(sorted(set(never))),
+        tuple(sorted(set(first))),
+        thoughts_of(renderer.tokenizer, renderer.frame("")[1]),
     )
 
 
@@ -130,9 +143,10 @@ def _ids(found: Any) -> list[int]:
 def _ends_of_template(renderer: Renderer) -> list[int]:
     """The special token that a given template puts behind a reply; none for the tokenizer's own.
 
-    The tokenizer's own needs no such look: its model's configuration names its ends.
+    The tokenizer's own needs no such look: its model's configuration names its ends. Where a reply
+    has channels, that token ends each of them.
     """
-    if renderer.template == "tokenizer":
+    if renderer.template == "tokenizer" or CHANNELS.opens in renderer.tokenizer.chat_template:
         return []
     said = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": _REPLY}]
     try:
