@@ -1,10 +1,13 @@
 """Sampled responses, each fixed by its key.
 
 A sample's text depends on the model, the rendered tokens, the settings, the seed and the sample's
-index, and on nothing else. Its random numbers come from a counter-based generator keyed by these.
-So samples that have been equal so far share one computation (see `sampling`). A batch, an order or
-a resumed run changes no text, up to ties of the order of floating-point rounding: about one token
-in a million.
+index, and on nothing else. Its random numbers are hashes of these. So samples that have been equal
+so far share one computation (see `sampling`).
+
+A batch, an order or a resumed run changes the logits by floating-point rounding alone. In float64
+and float32 that changes no text, up to ties of the order of the rounding. In bfloat16 and float16
+the distributions themselves differ from batch to batch, so some texts change: a token changes with
+at most about twice the probability by which its two distributions differ.
 """
 
 from __future__ import annotations
@@ -273,7 +276,7 @@ def _keys(
     model: ChatModel, rows: Sequence[Rendered], n_samples: int, settings: Settings
 ) -> list[list[str]]:
     """The keys of each row's samples."""
-    fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
+    fixed = {"kind": "response", "draw": "gumbel", **model.key_parts(), **settings.parts()}
     fixed |= model.generation.key_parts() | {"tokenizer": model.renderer.tokenizer_digest}
     of_rows = [
         row_key(ids=row.ids, soft=row.soft, **(fixed | {"max_new_tokens": room}))
