@@ -33,7 +33,12 @@ _ROOMS = {
     "data.wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],
     "judge.likelihood": ["next_token_loss", "refusal_probability"],
     "judge.models": ["chat_judge", "classifier_judge", "published_judge"],
-    "judge.strings": ["is_refusal", "verdict_is_final"],
+    "judge.strings": [
+        "is_refusal",
+        "normalized_verdict_is_final",
+        "string_normalized",
+        "verdict_is_final",
+    ],
     "judge.verdicts": [
         "RowJudge",
         "Unscored",

@@ -65,6 +65,10 @@ def _reproduce(args: argparse.Namespace) -> int:
             "(05, 07), the notebooks' own work" + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
+    if args.thinking is not None:  # the notebooks get the switched template as a file
+        args.template = args.out / "chat_template.jinja"
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.template.write_text(model.tokenizer.chat_template, encoding="utf-8")
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
     return (
         0
@@ -78,7 +82,8 @@ def _model(args: argparse.Namespace) -> Any:
 
     name = f"{args.model}@{args.revision}" if args.revision else args.model
     asked = {"device": args.device, "dtype": args.dtype, "template": args.template}
-    return ChatModel.load(name, **asked, date=args.date)
+    thinking = None if args.thinking is None else args.thinking == "on"
+    return ChatModel.load(name, **asked, date=args.date, thinking=thinking)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -251,6 +256,8 @@ def _of_model(command: argparse.ArgumentParser) -> None:
     )
     add("--template", metavar="FILE", help="a chat template in place of the tokenizer's")
     add("--date", help="the day (2026-11-27) for a chat template that writes it; default: today")
+    thinking = "turn a reasoning model's thoughts on or off; default: as its template has it"
+    add("--thinking", choices=["on", "off"], help=thinking)
     add(
         "--form",
         "--to",

@@ -519,10 +519,10 @@ def test_fingerprint_follows_weights_changed_after_it_was_taken(saved):
 
 def test_stop_ids_are_those_of_tokenizer_and_generation_configuration():
     model = build("qwen2")
-    assert model.stop_ids == {model.tokenizer.eos_token_id}
+    assert model.generation.stop_ids == {model.tokenizer.eos_token_id}
     model = build("qwen2")
     model.model.generation_config.eos_token_id = [7, 9]
-    assert model.stop_ids == {model.tokenizer.eos_token_id, 7, 9}
+    assert model.generation.stop_ids == {model.tokenizer.eos_token_id, 7, 9}
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -565,7 +565,7 @@ def test_a_saved_model_loads_with_the_same_states(saved):
         plain_states(model, row, (0, 1, -1)), plain_states(original, row, (0, 1, -1))
     )
     assert not model.model.training and not any(p.requires_grad for p in model.model.parameters())
-    assert model.stop_ids == original.stop_ids
+    assert model.generation.stop_ids == original.generation.stop_ids
     assert ChatModel.load(str(saved), dtype="bfloat16").model.dtype == torch.bfloat16
     assert ChatModel.load(saved).fingerprint == model.fingerprint  # a path as well as its text
 
@@ -819,7 +819,7 @@ def test_a_damaged_generation_configuration_is_told_and_not_passed_over(folder, 
     (folder / "generation_config.json").write_text(content)
     fails(folder, "generation_config.json", "cannot be read", "it says where a reply ends")
     (folder / "generation_config.json").unlink()
-    assert ChatModel.load(str(folder)).stop_strings == ()
+    assert ChatModel.load(str(folder)).generation.stop_strings == ()
 
 
 def test_a_token_without_an_embedding_is_refused_and_no_soft_token(tmp_path):
@@ -899,7 +899,9 @@ def test_two_revisions_are_told_apart():
 @pytest.mark.parametrize("end", ["[2, null]", "null", "2"])
 def test_an_end_of_sequence_that_is_partly_unknown(folder, end):
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {end}}}')
-    assert {2} >= ChatModel.load(str(folder)).stop_ids - {chat("qwen2").tokenizer.eos_token_id}
+    assert {2} >= ChatModel.load(str(folder)).generation.stop_ids - {
+        chat("qwen2").tokenizer.eos_token_id
+    }
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,7 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
         "out": tmp_path / "o",
         "jobs": 1,
     }
+    assert call("reproduce", "--thinking", "off", "--out", tmp_path / "o")[0] == 2  # no switch
     call("reproduce", "--template", "vicuna")
     assert (given["template"], given["forms"], given["jobs"]) == ("vicuna", None, 2)
     monkeypatch.setenv("ANALYSIS_LIB_STORE", "replaced")

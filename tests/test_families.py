@@ -138,7 +138,7 @@ def test_a_reply_across_a_switch_is_as_of_generate():
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=10,
-            eos_token_id=sorted(model.stop_ids),
+            eos_token_id=sorted(model.generation.stop_ids),
         )
         text = model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert reply == text

@@ -370,7 +370,9 @@ def test_probabilities_and_losses_are_read_from_the_store(tmp_path, monkeypatch)
     monkeypatch.setattr(
         likelihood,
         "log_probabilities",
-        lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies),
+        lambda m, heads, *rest, **options: (
+            counts.append(len(heads)) or computed(m, heads, *rest, **options)
+        ),
     )
     renamed = {f"{name} again": prompt for name, prompt in prompts.items()}
     again = refusal_probability(

@@ -34,7 +34,11 @@ def test_replies_are_the_tokens_of_the_chat_with_them(family):
         head, both = whole(model, "How do I bake bread?", reply)
         rest = both[len(head) :]
         assert tuple(rest[: len(ids) - 1]) == ids[:-1]  # a template may write a space behind
-        ends = [token for token in rest if token in model.stop_ids | model.renderer.special_ids]
+        ends = [
+            token
+            for token in rest
+            if token in model.generation.stop_ids | model.renderer.special_ids
+        ]
         assert ids[-1] == ends[0]
         assert reply_ids(model, [reply], [False]) == [ids[:-1]]
         assert model.tokenizer.decode(ids[:-1]).strip() == reply

@@ -269,7 +269,7 @@ def greedy_text(fresh: Any, chat: ChatModel, ids: Sequence[int], use_cache: bool
         do_sample=False,
         use_cache=use_cache,
         max_new_tokens=NEW_TOKENS,
-        eos_token_id=sorted(chat.stop_ids),
+        eos_token_id=sorted(chat.generation.stop_ids),
         pad_token_id=chat.tokenizer.pad_token_id,
     )
     return str(chat.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..data.labels import with_labels
+from ..data.thoughts import answers_of
 from ..data.units import query_units
 from .intervals import bootstrap_interval, difference_interval, rate_interval
 from .metrics import Metric, find_metrics
@@ -79,6 +80,7 @@ def benchmark_table(
     DataFrame with COLUMNS
         95 % intervals over queries: Wilson's where a query counts as 0 or 1, else a bootstrap
         (see `rate_interval`). With a baseline also difference, difference_low, difference_high.
+        Where a response ends within its thoughts also n_cut: how many do in a set under a prompt.
         Several judges add rows of the metrics that compare two of them.
 
     Raises
@@ -119,7 +121,13 @@ def benchmark_table(
     judges = list(judged["judge"].unique())
     samples = _with_queries(judged, queries, by)
     cells = _each_judge(samples, judges, chosen) + _pairs_of_judges(samples, judges, chosen)
-    return _table(cells, queries, methods, model, baseline, n_boot, seed)
+    table = _table(cells, queries, methods, model, baseline, n_boot, seed)
+    keys = ["query_set", "prompt"]
+    cut = samples[samples["cut"]].drop_duplicates(["query_id", "prompt", "sample"])
+    if cut.empty:
+        return table
+    counts = cut.groupby(keys, as_index=False).size().rename(columns={"size": "n_cut"})
+    return table.merge(counts, on=keys, how="left").fillna({"n_cut": 0}).astype({"n_cut": int})
 
 
 def metric_table(
@@ -306,7 +314,9 @@ def _with_queries(judged: pd.DataFrame, queries: pd.DataFrame, by: str) -> pd.Da
     about = about.assign(query_set=_sets(queries, by), answer=answer)
     own = ["query_id", "prompt", "sample", "response", "refused", "judge"]
     more = about.drop(columns=own, errors="ignore").reindex(judged["query_id"])
-    return pd.concat([judged[own].reset_index(drop=True), more.reset_index(drop=True)], axis=1)
+    answers, cut = answers_of(judged)
+    samples = judged[own].assign(response=answers, cut=cut).reset_index(drop=True)
+    return pd.concat([samples, more.reset_index(drop=True)], axis=1)
 
 
 def _give_verdicts(samples: pd.DataFrame) -> pd.Series:

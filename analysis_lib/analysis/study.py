@@ -19,7 +19,7 @@ from ..data.labels import with_labels
 from ..data.prompts import load_safety_prompts
 from ..data.queries import load_queries
 from ..data.units import query_units, refuse_two_labels
-from ..judge.strings import is_refusal, verdict_is_final
+from ..judge.strings import final_verdict_of, is_refusal
 from ..judge.verdicts import RowJudge, TextJudge, judge_responses, refusal_rates
 from ..model.chat import ChatModel
 from ..model.rendering import Prompt
@@ -58,7 +58,7 @@ class Study:
     n_samples, max_new_tokens, temperature, top_p, top_k, seed
         As in `sample_responses`.
     stop_when : function of str, "auto" or None
-        Ends a reply early, as in `sample_responses`. "auto" ends it where the string judge's
+        Ends a reply early, as in `sample_responses`. "auto" ends it where a string judge's
         verdict is final; any other judge reads whole replies.
     anchor : Study, optional
         The study whose space and directions are taken, see `under`.
@@ -218,7 +218,7 @@ class Study:
         names = ("n_samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
         stop: Any = self.stop_when
         if stop == "auto":
-            stop = verdict_is_final if self.judge is is_refusal else None
+            stop = final_verdict_of(self.judge)
         return {name: getattr(self, name) for name in names} | {"stop_when": stop}
 
     @cached_property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, u
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
-from ..model.forward import Forward
+from ..model.generation import Generation
 from ..model.passes import log_probabilities
 from ..model.rendering import Prompt
 from ..model.replies import reply_ids
@@ -43,7 +44,8 @@ def refusal_probability(
     """The probability that a reply begins with one of some openings. Nothing is sampled.
 
     It is exact at temperature 1 without cuts, for replies tokenized as the tokenizer writes the
-    openings. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
+    openings. Tokens that the generation configuration suppresses throughout are left out, as in
+    sampling. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
     rare. `calibrate_refusal` fits one to the other.
 
     Parameters
@@ -93,7 +95,15 @@ def refusal_probability(
     parts = []
     for name, prompt in prompts.items():
         replies = [sorted(starts)] * len(queries)
-        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, replies, store)
+        found = _reply_log_p(
+            model,
+            queries["text"].tolist(),
+            name,
+            prompt,
+            replies,
+            store,
+            never=model.generation.never,
+        )
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
         part = {"query_id": queries["query_id"].tolist(), "prompt": name}
         parts.append(pd.DataFrame(part | {"log_odds": np.log(p / (1 - p))}))
@@ -199,14 +209,21 @@ def _reply_log_p(
     prompt: Prompt,
     replies: Sequence[Sequence[tuple[int, ...]]],
     store: Store | None,
+    *,
+    never: tuple[int, ...] = (),
 ) -> list[NDArray[np.float64]]:
-    """For each text, the log probability of each of its replies (token ids), float64."""
+    """For each text, the log probability of each of its replies (token ids), float64.
+
+    The token ids `never` are left out of what may be said.
+    """
+    suppressed = Generation(frozenset(), never=never)
     store = usable(store, model)
     rows = model.render(texts, prompt)
     keys = [""] * len(rows)
     found: dict[int, NDArray[np.float64]] = {}
     if store is not None:
-        fixed = {"kind": "log_probability", **model.key_parts()}
+        fixed: dict[str, Any] = {"kind": "log_probability", **model.key_parts()}
+        fixed |= {"never": list(never)} if never else {}
         keys = [
             row_key(ids=row.ids, soft=row.soft, replies=own, **fixed)
             for row, own in zip(rows, replies, strict=True)
@@ -218,28 +235,14 @@ def _reply_log_p(
         store = unchanged(store, model, longest_witness(store, model, keys, rows[0].soft), prompt)
         found = found if store is not None else {}
     missing = [i for i in range(len(rows)) if i not in found]
+    soft = None if isinstance(prompt, str) else prompt.embeddings
     for at in range(0, len(missing), CHUNK_ROWS):
         part = missing[at : at + CHUNK_ROWS]
-        with (
-            torch.no_grad(),
-            model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings),
-        ):
-            heads = [rows[i].ids for i in part for _ in replies[i]]
-            own = [reply for i in part for reply in replies[i]]
-            each = log_probabilities(model.forward, heads, own)
+        heads = [rows[i].ids for i in part for _ in replies[i]]
+        own = [reply for i in part for reply in replies[i]]
+        with torch.no_grad(), model.forward.soft_tokens(soft):
+            sums = _sums(model, heads, own, suppressed)
             seen = row_witness(model, [rows[i] for i in part]) if store is not None else {}
-        sums = np.array([log_p.sum() for log_p in each])
-        if not np.isfinite(sums).all():
-            raise ChatModelError(
-                f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, "
-                "and nothing of this batch is kept; load the model with dtype='float32' or "
-                "'bfloat16', or copy its weights again"
-            )
-        with (
-            torch.no_grad(),
-            model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings),
-        ):
-            _certify(model.forward, heads, own, each)
         found |= zip(part, np.split(sums, np.cumsum([len(replies[i]) for i in part])[:-1]))
         if store is not None:
             new = {keys[i]: {"log_p": found[i].tolist()} for i in part}  # queries may render alike
@@ -253,25 +256,31 @@ def _reply_log_p(
     return [found[i] for i in range(len(rows))]
 
 
-def _certify(
-    forward: Forward,
+def _sums(
+    model: ChatModel,
     heads: Sequence[tuple[int, ...]],
     replies: Sequence[tuple[int, ...]],
-    log_p: Sequence[NDArray[np.float64]],
-) -> None:
-    """Compares the longest row's log probabilities with those of a plain pass of it."""
+    suppressed: Generation,
+) -> NDArray[np.float64]:
+    """The log probability of each reply, certified. Raises ChatModelError where one is not finite."""
+    of = partial(log_probabilities, model.forward, allowed=suppressed.allowed)
+    each = of(heads, replies)
+    sums = np.array([log_p.sum() for log_p in each])
+    if not np.isfinite(sums).all():
+        raise ChatModelError(
+            f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, "
+            "and nothing of this batch is kept; load the model with dtype='float32' or "
+            "'bfloat16', or copy its weights again"
+        )
     longest = max(range(len(heads)), key=lambda i: len(heads[i]) + len(replies[i]))
 
-    def again() -> torch.Tensor:
-        rows = [longest, 0]
-        found = log_probabilities(forward, [heads[i] for i in rows], [replies[i] for i in rows])
-        return torch.from_numpy(found[0])
+    def numbers(rows: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(of([heads[i] for i in rows], [replies[i] for i in rows])[0])
 
     def plain() -> torch.Tensor:
-        with forward.run_plainly():
-            return torch.from_numpy(
-                log_probabilities(forward, [heads[longest]], [replies[longest]])[0]
-            )
+        with model.forward.run_plainly():
+            return numbers([longest])
 
-    mine = torch.from_numpy(log_p[longest])
-    certify_numbers(forward, "log probabilities", mine, plain, again, least=1.0)
+    mine, again = torch.from_numpy(each[longest]), partial(numbers, [longest, 0])
+    certify_numbers(model.forward, "log probabilities", mine, plain, again, least=1.0)
+    return sums

@@ -12,6 +12,7 @@ import torch
 from ..collect.responses import sample_rows
 from ..collect.sampling import Settings
 from ..data.labels import with_labels
+from ..data.thoughts import answers_of
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.loading import load_classifier
@@ -210,7 +211,8 @@ def chat_judge(
             replies = sample_rows(
                 guard, list(asked.values()), 1, settings, name="verdicts", store=store
             )
-            said = {i: reply["response"] for i, (reply,) in zip(asked, replies, strict=True)}
+            answers, _ = answers_of(pd.DataFrame([reply for (reply,) in replies]))
+            said = {i: answer or "" for i, answer in zip(asked, answers, strict=True)}
         words = [re.match(r"\W*(\w+)", said.get(i, "")) for i in range(len(rows))]
         found = [verdicts.get(word[1].lower()) if word else None for word in words]
         unknown = [said[i] for i in said if found[i] is None]

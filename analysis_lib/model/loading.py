@@ -302,43 +302,6 @@ def embeddings_of_file(
     return table if table.shape == weight.shape else None
 
 
-def read_generation(name: str, place: str, revision: str | None) -> Any:
-    """A model's generation configuration; empty where it has none. Raises ChatModelError."""
-    from transformers import GenerationConfig
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        place,
-        "generation_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if found is None:  # the file is optional
-        return GenerationConfig()
-    try:
-        config = GenerationConfig.from_pretrained(place, revision=revision or "main")
-        strings = (
-            [config.stop_strings]
-            if isinstance(config.stop_strings, str)
-            else config.stop_strings or []
-        )
-        ids = (
-            [config.eos_token_id]
-            if isinstance(config.eos_token_id, int)
-            else config.eos_token_id or []
-        )
-        if not all(isinstance(text, str) for text in strings) or not all(
-            i is None or isinstance(i, int) for i in ids
-        ):
-            raise TypeError("stop_strings or eos_token_id are no texts and no numbers")
-        return config
-    except Exception as error:
-        raise ChatModelError(
-            f"generation_config.json of {name!r} cannot be read ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}); mend or remove it: it says where a reply ends"
-        ) from error
-
-
 def load_classifier(
     name: str | Path, *, revision: str | None = None, device: str | None = None
 ) -> tuple[Any, Any]:

@@ -365,11 +365,16 @@ def plain_states(
 
 
 def log_probabilities(
-    forward: Forward, heads: Sequence[tuple[int, ...]], replies: Sequence[tuple[int, ...]]
+    forward: Forward,
+    heads: Sequence[tuple[int, ...]],
+    replies: Sequence[tuple[int, ...]],
+    *,
+    allowed: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
 ) -> list[np.ndarray]:
     """Log probability (float64) of each token of replies[i] after heads[i].
 
-    Shared beginnings are computed once.
+    allowed(logits) gives them with -inf at tokens that are never said. Shared beginnings are
+    computed once.
     """
     rows = [(*head, *reply[:-1]) for head, reply in zip(heads, replies, strict=True)]
     out: list[Any] = [None] * len(rows)
@@ -383,7 +388,7 @@ def log_probabilities(
     for plan in plan_ways(forward, rows, forward.pack_tokens, most=most, most_rows=1):
         for pack, logits, _ in run_plan(forward, plan, logits_at=nodes):
             at = {node: j for j, node in enumerate(nodes(pack))}
-            log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
+            log_p = torch.log_softmax(allowed(logits.to(forward.work_dtype)), dim=-1)
             ends = [(i, path[-len(replies[i]) :]) for i, path in zip(pack.rows, pack.paths)]
             places = [at[node] for _, path in ends for node in path]
             tokens = [token for i in pack.rows for token in replies[i]]

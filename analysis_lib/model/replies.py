@@ -158,7 +158,7 @@ def _end(model: ChatModel, after: str) -> tuple[int, ...]:
     """The token by which the template ends a reply: the first of what follows that ends one."""
     ids = model.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     for token in ids:
-        if token in model.stop_ids or token in model.renderer.special_ids:
+        if token in model.generation.stop_ids or token in model.renderer.special_ids:
             return (token,)
     eos = model.tokenizer.eos_token_id
     if eos is None:
