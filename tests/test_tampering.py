@@ -343,7 +343,7 @@ def test_an_adapter_may_be_switched_so_the_store_is_not_asked(tmp_path):
         with change():
             with pytest.warns(UserWarning, match="adapter layer of PEFT.*undo it") as told:
                 states = hidden_states(model, QUERIES, {"p": ""}, store=store).states
-            assert len(told) == 1
+            assert len([w for w in told if "PEFT" in str(w.message)]) == 1
             assert np.array_equal(states, hidden_states(model, QUERIES, {"p": ""}).states)
             seen.append(states)
     assert min(relative(a, b) for a in seen for b in seen if a is not b) > 0.1
@@ -372,7 +372,7 @@ def test_a_clean_model_is_never_bypassed(family, tmp_path):
     before = model.fingerprint
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "the chat template")
+        warnings.filterwarnings("ignore", "the chat template|.*white space at the ends")
         prompts = {"none": "", "soft": SoftPrompt.from_text(model, SAFETY, name="soft")}
         for found in (0, 12):
             states = hidden_states(model, QUERIES, prompts, store=store)
@@ -383,6 +383,20 @@ def test_a_clean_model_is_never_bypassed(family, tmp_path):
             assert altered(model.model, family) == ""
         model.model(torch.arange(200)[None] % 128)
     assert model.fingerprint == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "mamba"])
+def test_saving_a_model_leaves_its_fingerprint(family, tmp_path):
+    """transformers writes the dtype and the class into the configuration then."""
+    made = build(family)
+    before = made.fingerprint
+    made.model.save_pretrained(tmp_path / "made")
+    made.tokenizer.save_pretrained(tmp_path / "made")
+    assert made.fingerprint == ChatModel.wrap(made.model, made.tokenizer).fingerprint == before
+    opened = ChatModel.load(tmp_path / "made")
+    unloaded = opened.fingerprint
+    opened.model.save_pretrained(tmp_path / "again")
+    assert opened.fingerprint == unloaded
 
 
 @pytest.mark.parametrize(
@@ -428,6 +442,7 @@ def test_a_clean_model_of_another_dtype_finds_its_rows(dtype, tmp_path):
     model, store = build("qwen2", dtype=getattr(torch, dtype)), Store(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*white space at the ends")
         first = everything(model, store)
         again = everything(model, store)
     assert all(np.array_equal(a, b) for a, b in zip(first, again))

@@ -22,10 +22,10 @@ FileStat = tuple[int, int, int, int]
 The last one changes with the content, and no program can set it.
 """
 
-# What a user may set, or a forward pass sets, without any change in what is computed.
+# What a user may set, or a forward pass or saving sets, without any change in what is computed.
 _WITHOUT_EFFECT = re.compile(
     "training|gradient_checkpointing|use_cache|output_.*|return_dict|.*_token_id|name_or_path|"
-    "transformers_version|_.*"
+    "transformers_version|dtype|torch_dtype|_.*"
 )
 
 
@@ -105,7 +105,10 @@ def digest_in_memory(model: Any, name: str, quantization: str | None) -> str:
     Raises ChatModelError for offloaded ones.
     """
     digest = hashlib.sha256((quantization or "").encode())
-    digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    config = model.config.to_dict()
+    for set_by_saving in ("architectures", "dtype", "torch_dtype", "transformers_version"):
+        config.pop(set_by_saving, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(json.dumps(list(_modules(model)), default=str).encode())
     # With the buffers that are not saved, without those that the passes rewrite.
     kept = dict(_buffers(model))

@@ -288,11 +288,15 @@ def tree_tokens(forward: Forward, needed: int) -> float:
 def first_wrong_turn(
     forward: Forward, question: str, needed: int, right: Callable[[Forward, int], bool]
 ) -> float:
-    """The first of 0 and the turns below `needed` past which the answer is no; else infinity."""
+    """The first of 0 and the turns below `needed` past which the answer is no; else infinity.
+
+    It is known of a model with one kind of attention; another kind is asked anew.
+    """
+    attention = getattr(forward.model.config, "_attn_implementation", "")
     for turn in [0, *turns(forward.model.config)]:
         if turn and turn >= needed:
             break
-        name = f"{question} past {turn}"
+        name = f"{question} past {turn} by {attention}"
         if name not in forward.known:
             forward.known[name] = right(forward, turn)
         if not forward.known[name]:
