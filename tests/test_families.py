@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from tiny_models import CHATML, QUERIES, SAFETY, build, plain_states, relative, tokenizer
+from tiny_models import CHATML, QUERIES, SAFETY, build, plain_states, relative, said, tokenizer
 
 from analysis_lib.collect.certificates import ParityError
 from analysis_lib.collect.responses import sample_responses
@@ -117,7 +117,7 @@ def test_rows_on_both_sides_of_a_switch_are_as_alone():
     assert_plain(model, MIXED_LENGTHS, got)
     answers = MIXED_LENGTHS[["query_id"]].assign(response="Take flour.")
     losses = next_token_loss(model, MIXED_LENGTHS, answers, {"p": SAFETY})["loss"]
-    reply = model.tokenizer("Take flour.", add_special_tokens=False)["input_ids"]
+    reply = said(model, "Take flour.", False)
     for text, loss in zip(MIXED_LENGTHS["text"], losses, strict=True):
         ids = [*model.render([text], SAFETY)[0].ids, *reply[:-1]]
         logits = model.model(torch.tensor([ids]), use_cache=False).logits[0, -len(reply) :]
@@ -240,8 +240,8 @@ def test_wrong_logits_of_a_reply_are_refused_and_not_stored(monkeypatch, tmp_pat
 def test_wrong_log_probabilities_are_refused_and_not_stored(monkeypatch, tmp_path):
     model, store = build("llama"), Store(tmp_path)
 
-    def wrong(forward, heads, replies):
-        found = log_probabilities(forward, heads, replies)
+    def wrong(forward, heads, replies, **options):
+        found = log_probabilities(forward, heads, replies, **options)
         return found if forward.plainly else [one * 1.01 for one in found]
 
     monkeypatch.setattr(likelihood, "log_probabilities", wrong)
@@ -324,7 +324,7 @@ def test_rows_of_the_table_past_the_vocabulary_are_no_soft_tokens():
     soft = SoftPrompt.from_text(model, SAFETY, name="s")
     text = hidden_states(model, QUERIES, {"p": SAFETY}).states
     model.model.set_input_embeddings(wide.requires_grad_(False))
-    moved = dataclasses.replace(soft, embeddings=soft.embeddings)
+    moved = dataclasses.replace(soft, model=model.fingerprint)
     assert relative(hidden_states(model, QUERIES, {"p": moved}).states, text) <= 1e-4
 
 

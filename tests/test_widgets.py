@@ -751,8 +751,10 @@ def test_what_is_typed_is_kept_in_a_store_and_read_from_it(tmp_path, monkeypatch
 
 def test_probe_and_console_work_where_nothing_can_be_kept(tmp_path):
     class Full(Store):
-        def _commit(self, *args, **kwargs):
+        def write_states(self, *args, **kwargs):
             raise StoreError("cannot write to the store: no space is left")
+
+        write_responses = write_states
 
     with pytest.warns(UserWarning, match="nothing is kept: cannot write"):
         w, _ = make_probe(query="How to use a stun gun?", n_samples=2, store=Full(tmp_path))
