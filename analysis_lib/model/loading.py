@@ -15,6 +15,7 @@ from ..data.shipped import ROOT
 from .checks import load_advice, refuse_configuration, refuse_random_weights, weight_map
 from .errors import ChatModelError
 from .fingerprint import weight_files
+from .llama_tokens import keep_study_ids
 from .templates import TEMPLATES, read_template, study_models
 
 _VOCABULARIES = (
@@ -137,6 +138,7 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
         )
     refuse_configuration(name, config)
     _check_tokenizer(name, tokenizer, source.template)
+    keep_study_ids(place, tokenizer)
     return config, tokenizer, revision
 
 

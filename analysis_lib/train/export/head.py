@@ -138,15 +138,14 @@ def _head(soft: SoftPrompt, model: ChatModel, folder: Path) -> tuple[torch.Tenso
     These are the first ids of the chat under the start text. Writes the tokenizer, whose chat
     template puts the start text into the slot.
     """
-    row = model.render(["x"], soft)[0]
-    chats = model.render(PROBES, soft.start_text)
-    saved = save_tokenizer(copy.deepcopy(model.tokenizer), soft.start_text.strip(), model, folder)
-    if saved != [list(chat.ids) for chat in chats]:
+    rows, chats = model.render(PROBES, soft), model.render(PROBES, soft.start_text)
+    tokenizer, ids = copy.deepcopy(model.tokenizer), [chat.ids for chat in chats]
+    if not save_tokenizer(tokenizer, soft.start_text.strip(), ids, model, folder):
         raise ExportError(
             f"the chat template of {model.name!r} renders the start text in another way when it is "
             "its default; remove special tokens and role markers from the text"
         )
-    return _embed(soft, model, row.ids[: row.slot[1]]), chats[0].slot[1]
+    return _embed(soft, model, rows[0].ids[: rows[0].slot[1]]), chats[0].slot[1]
 
 
 def write_peft(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:
