@@ -328,7 +328,7 @@ class ChatModel:
         """Renders each query under the prompt, with the generation prompt, as token ids.
 
         A model without a system role gets the prompt in front of the query, and says so. Soft
-        tokens take exactly their start text's places. White space at the ends of a text
+        tokens take their start text's places, or stand `apart`. White space at the ends of a text
         is left out. Special tokens and role markers are broken by a space. Both are said.
 
         Parameters
