@@ -29,10 +29,16 @@ _ROOMS = {
     "data.prompts": ["load_safety_prompts"],
     "data.queries": ["load_anchor_queries", "load_heldout_queries", "load_queries"],
     "data.tables": ["save_table"],
+    "data.units": ["query_units"],
     "data.wrappers": ["add_suffixes", "load_wrappers", "wrap_queries"],
     "judge.likelihood": ["next_token_loss", "refusal_probability"],
     "judge.models": ["chat_judge", "classifier_judge", "published_judge"],
-    "judge.strings": ["is_refusal", "verdict_is_final"],
+    "judge.strings": [
+        "is_refusal",
+        "normalized_verdict_is_final",
+        "string_normalized",
+        "verdict_is_final",
+    ],
     "judge.verdicts": [
         "RowJudge",
         "Unscored",
@@ -47,7 +53,7 @@ _ROOMS = {
     "store.store": ["Store"],
     "train.ablations": ["ablations", "cross_validate_unlikelihood", "train_methods"],
     "train.dro": ["DROConfig", "train_dro"],
-    "train.tuning": ["PromptTuningConfig", "train_prompt_tuning"],
+    "train.tuning": ["PromptTuningConfig", "study_tuning", "train_prompt_tuning"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = sorted(_ROOM_OF)

@@ -65,6 +65,10 @@ def _reproduce(args: argparse.Namespace) -> int:
             "(05, 07), the notebooks' own work" + ", the guard's verdicts (06)" * bool(args.guard)
         )
         return 0
+    if args.thinking is not None:  # the notebooks get the switched template as a file
+        args.template = args.out / "chat_template.jinja"
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.template.write_text(model.tokenizer.chat_template, encoding="utf-8")
     jobs = args.jobs or (2 if model.name == "organism" else 1)  # each notebook loads the model
     return (
         0
@@ -78,7 +82,8 @@ def _model(args: argparse.Namespace) -> Any:
 
     name = f"{args.model}@{args.revision}" if args.revision else args.model
     asked = {"device": args.device, "dtype": args.dtype, "template": args.template}
-    return ChatModel.load(name, **asked, date=args.date)
+    thinking = None if args.thinking is None else args.thinking == "on"
+    return ChatModel.load(name, **asked, date=args.date, thinking=thinking)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -124,6 +129,9 @@ def _cache(args: argparse.Namespace) -> int:
         table = upkeep.compact(store, spare=0.0 if args.now else SPARE)
     else:
         table = {"ls": upkeep.ls, "verify": upkeep.verify}[args.action](store)
+        if args.action == "verify" and args.weights:
+            rows = [*table.to_dict("records"), *_weights_anew(args.weights)]
+            table = type(table)(rows, columns=table.columns)
     text = (
         table.to_string(index=False)
         if len(table)
@@ -135,6 +143,20 @@ def _cache(args: argparse.Namespace) -> int:
             "files younger than a day stay; --now takes them too, when nothing else uses the store"
         )
     return int(args.action == "verify" and bool((table["status"] != "ok").any()))
+
+
+def _weights_anew(model: str) -> list[dict[str, Any]]:
+    """Rows as those of `verify`, one for each file of a model folder."""
+    from .model.errors import ChatModelError
+    from .model.fingerprint import hash_anew
+    from .model.loading import find_source
+
+    source = find_source(model, None, None)
+    if not source.is_folder:
+        raise ChatModelError(f"{model!r} is a model of the hub, known by its commit; give a folder")
+    about = {"kind": "weights", "model": model, "rows": 0, "bad_rows": 0, "bad_keys": []}
+    found = hash_anew(Path(source.place))
+    return [{**about, "file": file, "status": status} for file, status in found.items()]
 
 
 def _organism(args: argparse.Namespace) -> int:
@@ -234,6 +256,8 @@ def _of_model(command: argparse.ArgumentParser) -> None:
     )
     add("--template", metavar="FILE", help="a chat template in place of the tokenizer's")
     add("--date", help="the day (2026-11-27) for a chat template that writes it; default: today")
+    thinking = "turn a reasoning model's thoughts on or off; default: as its template has it"
+    add("--thinking", choices=["on", "off"], help=thinking)
     add(
         "--form",
         "--to",
@@ -282,6 +306,8 @@ def _of_cache(command: argparse.ArgumentParser) -> None:
     made = {name: actions.add_parser(name, help=t, description=t) for name, t in actions_of.items()}
     for action in made.values():
         action.add_argument("--store", type=_argument(_place), help=STORE_HELP)
+    anew = "a model folder whose weights are hashed anew, whatever size and time say"
+    made["verify"].add_argument("--weights", metavar="FOLDER", help=anew)
     add = made["prune"].add_argument
     age = "files older than this: 12h, 30d, 4w"
     add("--older-than", type=_argument(parse_days), metavar="AGE", help=age)

@@ -471,7 +471,7 @@ def test_metrics_of_another_unit_of_responses_and_of_pairs():
     both = pd.concat(
         [judged(v, "none", ANSWERS).assign(judge=name) for name, v in (("a", BEFORE), ("b", b))]
     )
-    queries = QUERIES.assign(text="question")
+    queries = QUERIES.assign(text="question " + QUERIES["query_id"])
     table = benchmark_table(both, queries, model="m", metrics=mine)
     of_length = table[table["metric"] == "length"].set_index("query_set")
     assert set(of_length["judge"]) == {"text"} and of_length.index.is_unique

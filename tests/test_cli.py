@@ -227,6 +227,26 @@ def test_cache_verify_finds_damage(call, store):
     assert "rows fail their checksum" in line and out.count(" ok ") == 2
 
 
+def test_cache_verify_hashes_weights_anew(call, store, tmp_path, monkeypatch):
+    from analysis_lib import ChatModel
+    from analysis_lib.model import fingerprint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "_memo", lambda path: tmp_path / path.name)
+    model = ChatModel.load()
+    args = ("cache", "verify", "--weights", "organism", "--store", store.folder)
+    first = model.fingerprint
+    code, out, _ = call(*args)
+    assert code == 0 and out.count("weights") >= 2 and out.count(" ok ") == 5
+    (tmp_path / "model.safetensors").write_text("0" * 64)
+    assert ChatModel.load().fingerprint != first
+    code, out, _ = call(*args)
+    assert code == 1 and out.count("content changed, size and times did not") == 1
+    assert call(*args)[0] == 0 and ChatModel.load().fingerprint == first
+    code, _, err = call(*args[:3], "org/model")
+    assert code == 2 and "give a folder" in err
+
+
 def test_cache_compact_drops_damage(call, store):
     damaged = files(store)[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x07")
@@ -389,7 +409,8 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
 
     (tmp_path / "p.txt").write_text("Be careful.")
     (tmp_path / "q.csv").write_text(
-        "text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5
+        "text,harmful\n"
+        + "".join(f"How to bake bread {i}?,false\nHow to rob bank {i}?,true\n" for i in range(5))
     )
     given = {}
     monkeypatch.setattr(
@@ -417,6 +438,7 @@ def test_reproduce_hands_on_what_it_was_given(call, monkeypatch, tmp_path):
         "out": tmp_path / "o",
         "jobs": 1,
     }
+    assert call("reproduce", "--thinking", "off", "--out", tmp_path / "o")[0] == 2  # no switch
     call("reproduce", "--template", "vicuna")
     assert (given["template"], given["forms"], given["jobs"]) == ("vicuna", None, 2)
     monkeypatch.setenv("ANALYSIS_LIB_STORE", "replaced")
@@ -631,22 +653,23 @@ def test_a_repositorys_own_code_cannot_be_turned_on(call, command):
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("vicuna-7b", "; models of the study with a similar name: vicuna-7b-v1.5"),
-        (
-            "mistral-7b-instruct@main",
-            "; models of the study with a similar name: Mistral-7B-Instruct-v0.2, Mistral-7B-Instruct-v0.1,",
-        ),
+        ("vicuna-7b", "vicuna-7b-v1.5"),
+        ("mistral-7b-instruct@main", "Mistral-7B-Instruct-v0.2, Mistral-7B-Instruct-v0.1,"),
+        ("organisim", "organism"),
+        ("org/vicuna-7b", "vicuna-7b-v1.5"),
         ("openchat/openchat_3.5", ""),  # near nothing of the study's, it is the study's
         ("org/bert-base", ""),
     ],
 )
 def test_a_name_near_the_studys_is_put_right(call, no_notebooks, name, meant):
+    """A bare name is no id of the hub, so that the network is not asked for it."""
     result = call("reproduce", "--model", name)
-    fails(
-        result,
-        f"'{name}' is not in the local cache and the hub cannot be reached",
-        f"give a local folder{meant}",
+    said = (
+        f"'{name}' is not in the local cache and the hub cannot be reached"
+        if "/" in name
+        else f"'{name}' is no folder and no model of the study"
     )
+    fails(result, said, f"; models with a similar name: {meant}" if meant else "local folder")
     assert ("similar name" in result[2]) == bool(meant)
 
 
@@ -654,7 +677,10 @@ def test_without_jupyter_and_plotly_the_dry_run_works_and_the_run_says_what_to_i
     from test_imports import BLOCK, NOTEBOOK_PACKAGES
 
     queries = tmp_path / "few.csv"
-    queries.write_text("text,harmful\n" + "How to bake bread?,false\nHow to rob a bank?,true\n" * 5)
+    queries.write_text(
+        "text,harmful\n"
+        + "".join(f"How to bake bread {i}?,false\nHow to rob bank {i}?,true\n" for i in range(5))
+    )
     blocked = f"blocked = {NOTEBOOK_PACKAGES!r}" + BLOCK
     quick = """
 import pandas as pd

@@ -160,7 +160,7 @@ def test_csv_and_jsonl_with_gaps(tmp_path):
     ]
 
 
-ANCHOR_ROWS = [f"How to do {i}?,{label}" for i in range(5) for label in ("true", "false")]
+ANCHOR_ROWS = [f"How to do {i} {label}?,{label}" for i in range(5) for label in ("true", "false")]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ ANCHOR_ROWS = [f"How to do {i}?,{label}" for i in range(5) for label in ("true",
             "4 harmless queries, and at least 5 of each class are needed; add 1 or more",
         ),
         (
-            ["How?,1", *["How?,0"] * 90],
+            ["Why?,1", *["How?,0"] * 90],
             "1 harmful queries, and at least 5 of each class are needed; add 4 or more",
         ),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import QUERIES, SAFETY, build, chat, embedded, plain_states, relative
+from tiny_models import QUERIES, SAFETY, build, chat, embedded, plain_states, relative, said
 from torch.nn import functional as F
 
 from analysis_lib.analysis.directions import Direction
@@ -660,10 +660,7 @@ def plain_tuning_loss(model, soft, judged, config):
     for r in judged.itertuples():
         if r.query_id not in texts.index or np.isnan(r.refused):
             continue
-        ids = model.tokenizer(r.response, add_special_tokens=False)["input_ids"]
-        ids = (ids + [model.tokenizer.eos_token_id] * (r.end == "eos"))[
-            : config.max_response_tokens
-        ]
+        ids = said(model, r.response, r.end == "eos")[: config.max_response_tokens]
         if not ids:
             continue
         head = embedded(model, model.render([texts[r.query_id]], start)[0], soft)

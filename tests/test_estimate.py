@@ -87,8 +87,8 @@ def test_estimates_are_what_the_runs_take(model, monkeypatch):
     assert (told["memory_bytes"] >= model.weight_bytes).all()
 
 
-def test_what_the_store_has_is_not_counted_and_nothing_is_kept(model, tmp_path):
-    store = Store(tmp_path)
+def test_what_the_store_has_is_not_counted_and_nothing_is_kept(tmp_path):
+    model, store = build("qwen2"), Store(tmp_path)
     options = {"layers": (1, -1), "sampling": SAMPLING, "config": CONFIG, "store": store}
     # The last query reads like the third.
     hidden_states(model, QUERIES.head(4), {"default": SAFETY}, layers=(1, -1), store=store)

@@ -272,6 +272,9 @@ def test_repositories_of_the_hub_that_cannot_be_used_are_told_in_one_line(tmp_pa
         "org/pickled": pickled,
         "org/code": code,
         "org/bare": bare,
+        "org/lora": {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter.bin": b""},
+        "org/some-GGUF": {"some-Q4_K_M.gguf": b"GGUF"},
+        "org/empty": {"README.md": b""},
     }
     expected = {
         "org/whole": "loaded",
@@ -279,6 +282,9 @@ def test_repositories_of_the_hub_that_cannot_be_used_are_told_in_one_line(tmp_pa
         "are not read",
         "org/code": "needs its own Python code, which is never run",
         "org/bare": "no chat template in 'org/bare'",
+        "org/lora": "'org/lora' holds an adapter alone (LORA), not the model",
+        "org/some-GGUF": "holds GGUF files, quantized for llama.cpp",
+        "org/empty": "holds no config.json, so it is no model",
         "org/gated": "is gated or private; accept its terms on its page and log in with "
         "`hf auth login`",
         "org/unknown": "is no model of the hub and no folder; check the spelling",

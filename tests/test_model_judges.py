@@ -18,6 +18,7 @@ from tiny_models import (
     build_guard,
     chat,
     embedded,
+    said,
     tokenizer,
 )
 
@@ -302,12 +303,7 @@ def test_next_token_loss_is_the_mean_over_an_answers_tokens(family):
         row = model.render([rows[query_id]], prompts[name])[0]
         each = []
         for _, text, end in answers[answers["query_id"] == query_id].itertuples(index=False):
-            ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-            each.extend(
-                log_p(
-                    model, row, prompts[name], ids + [model.tokenizer.eos_token_id] * (end == "eos")
-                )
-            )
+            each.extend(log_p(model, row, prompts[name], said(model, text, end == "eos")))
         assert found["n_tokens"] == len(each)
         assert found["loss"] == pytest.approx(-np.mean(each), rel=1e-4)
 
@@ -374,7 +370,9 @@ def test_probabilities_and_losses_are_read_from_the_store(tmp_path, monkeypatch)
     monkeypatch.setattr(
         likelihood,
         "log_probabilities",
-        lambda m, heads, replies: counts.append(len(heads)) or computed(m, heads, replies),
+        lambda m, heads, *rest, **options: (
+            counts.append(len(heads)) or computed(m, heads, *rest, **options)
+        ),
     )
     renamed = {f"{name} again": prompt for name, prompt in prompts.items()}
     again = refusal_probability(
@@ -396,7 +394,7 @@ def test_probabilities_and_losses_are_read_from_the_store(tmp_path, monkeypatch)
         model, QUERIES, {"soft": soft(model, seed=1)}, openings=["I cannot", "Sure"], store=store
     )
     n = len(QUERIES)
-    assert counts == [n, 2 * n]
+    assert [count for count in counts if count > 1] == [n, 2 * n]  # 1: the longest row, plainly
 
 
 def test_errors_name_the_cause():

@@ -390,7 +390,7 @@ def test_trained_folder_loads(trained):
     model = ChatModel.load(str(a))
     assert model.renderer.system_role and model.fingerprint == ChatModel.load(str(b)).fingerprint
     assert sum(p.numel() for p in model.model.parameters()) == record["parameters"]
-    assert model.stop_ids == {model.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert model.generation.stop_ids == {model.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     queries = load_queries("anchor").head(3)
     found = hidden_states(model, queries, {"none": "", "short": SAFETY_PROMPTS["short"]})
     assert found.states.shape == (6, 1, 128) and np.isfinite(found.states).all()

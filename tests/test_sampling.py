@@ -14,7 +14,7 @@ import torch
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 from tiny_models import (
     FAMILIES,
     OWN_ATTENTION,
@@ -28,16 +28,22 @@ from tiny_models import (
 )
 
 from analysis_lib.collect import responses as sampling
+from analysis_lib.collect import sampling as tree
 from analysis_lib.collect.responses import sample_responses
 from analysis_lib.data.queries import load_queries
 from analysis_lib.data.shipped import ROOT
-from analysis_lib.judge.strings import is_refusal, verdict_is_final
+from analysis_lib.judge.strings import (
+    is_refusal,
+    normalized_verdict_is_final,
+    string_normalized,
+    verdict_is_final,
+)
 from analysis_lib.model import steps
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
 from analysis_lib.model.passes import shares_prefixes
 from analysis_lib.model.soft_prompt import SoftPrompt
-from analysis_lib.model.steps import steps_from_cache
+from analysis_lib.model.steps import CachedStep, steps_from_cache
 from analysis_lib.store.store import Store
 from analysis_lib.store.upkeep import info, ls
 
@@ -81,22 +87,32 @@ def next_logits(model, row, embeddings, ids):
     return model.model(inputs_embeds=torch.cat([start, more], dim=1), use_cache=False).logits[0, -1]
 
 
+def mix(number):
+    """SplitMix64's hash of one number, in Python's own integers."""
+    z = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
 def reference(
     model, query, prompt, sample, *, max_new_tokens, temperature=1.0, top_p=0.9, top_k=50, seed=0
 ):
-    """One response by full recomputation; its random numbers are drawn as the stored ones were."""
+    """One response by full recomputation; its noise is drawn as the stored ones' was."""
     row = model.render([query], prompt)[0]
     digest = hashlib.sha256(np.array([seed, *row.ids], dtype=np.int64).tobytes()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    uniforms = [generator.random(max_new_tokens) for _ in range(sample + 1)][sample]
+    key = mix(int.from_bytes(digest[:8], "little") ^ mix(sample))
     ids: list[int] = []
-    for u in uniforms:
+    for position in range(max_new_tokens):
         logits = next_logits(
             model, row, None if isinstance(prompt, str) else prompt.embeddings, ids
         )
         tokens, p = cut(logits, temperature, top_k, top_p)
-        token = int(tokens[min(np.searchsorted(np.cumsum(p), u, side="right"), len(p) - 1)])
-        if token in model.stop_ids:
+        uniform = [
+            ((mix(mix(key ^ mix(position)) ^ mix(int(t))) >> 11) + 0.5) / 2**53 for t in tokens
+        ]
+        token = int(tokens[np.argmax(np.log(p) - np.log(-np.log(uniform)))])
+        if token in model.generation.stop_ids:
             return model.tokenizer.decode(ids, skip_special_tokens=True).strip(), "eos"
         ids.append(token)
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip(), "length"
@@ -146,7 +162,7 @@ def test_most_families_step_from_the_cache():
 
 def test_ends_of_replies_agree_with_the_definition():
     model = build("phi3")
-    model.__dict__["stop_ids"] = frozenset(range(0, model.n_embeddings, 9))  # ends often
+    model.model.generation_config.eos_token_id = list(range(0, model.n_embeddings, 9))  # ends often
     got = sample_responses(model, QUERIES, {"default": SAFETY}, n_samples=10, max_new_tokens=12)
     texts = QUERIES.set_index("query_id")["text"]
     for (q, _, s), found in keyed(got).items():
@@ -178,6 +194,90 @@ def test_batch_order_subset_and_company_change_no_text(family, monkeypatch):
         assert found and all(whole[k] == v for k, v in found.items())
     assert all(keyed(more)[k] == whole[k] for k in whole if k in keyed(more)) and len(more) == 18
     assert all(v == whole[f"q{q[1:]}", "default", s] for (q, _, s), v in keyed(renamed).items())
+
+
+HALF = pd.DataFrame(
+    {
+        "query_id": [f"h{i}" for i in range(8)],
+        "text": [
+            *QUERIES["text"][:4],
+            "Why?",
+            "How to boil an egg?",
+            "Please",
+            "Is it a rainy day?",
+        ],
+    }
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_in_half_precision_few_texts_depend_on_the_batch(family):
+    """Distributions differ from batch to batch there. Tokens may differ about twice as often."""
+    size = {"initializer_range": 0.05, "hidden_size": 128, "num_hidden_layers": 6}
+    model, options = build(family, dtype=torch.bfloat16, **size), {"n_samples": 20}
+
+    def changed(max_new_tokens):
+        limit = options | {"max_new_tokens": max_new_tokens}
+        whole = sample_responses(model, HALF, {"p": ""}, **limit)["response"]
+        alone = [sample_responses(model, HALF.iloc[[i]], {"p": ""}, **limit) for i in range(8)]
+        return (pd.concat(alone, ignore_index=True)["response"] != whole).mean()
+
+    rows = [row.ids for row in model.render(HALF["text"].tolist())]
+    with torch.no_grad():
+        together = CachedStep(model.forward, rows).first()
+        one = torch.cat([CachedStep(model.forward, [row]).first() for row in rows])
+    p, q = (torch.softmax(logits.double(), dim=-1) for logits in (together, one))
+    apart = float((p - q).abs().sum(dim=-1).mean() / 2)
+    assert 0.001 < apart < 0.1, "nothing is rounded here, and the test shows nothing"
+    assert changed(1) <= 2 * apart + 0.02
+    assert changed(10) < 0.3
+
+
+def test_equal_noise_couples_two_distributions_nearly_as_well_as_can_be():
+    """Choices differ with at most 2 d / (1 + d), d the total variation of two distributions."""
+    generator = np.random.default_rng(0)
+    keys = tree._mix(np.arange(20_000))
+    free = tree.Settings(1, 1.0, 1.0, 0, 0, None)
+    for scale in (0.01, 0.1, 0.5):
+        first = torch.tensor(generator.normal(0, 2, 40))
+        second = first + torch.tensor(generator.normal(0, scale, 40))
+        a, b = (
+            tree._choose(logits[None], np.zeros(len(keys), dtype=int), keys, free)
+            for logits in (first, second)
+        )
+        p, q = torch.softmax(first, dim=0), torch.softmax(second, dim=0)
+        apart = float((p - q).abs().sum() / 2)
+        error = 4 * np.sqrt(apart / len(keys))
+        assert apart - error < (a != b).mean() < 2 * apart / (1 + apart) + error
+        for chosen, exact in ((a, p), (b, q)):
+            counts = np.bincount(chosen, minlength=40)
+            assert chisquare(counts, exact.numpy() * len(keys)).pvalue > 1e-3
+
+
+def test_noise_is_gumbels_and_independent_from_token_to_token_and_place_to_place():
+    keys = tree._noise_keys(chat("llama").render(["Why?"])[0], range(3000), 0)
+    tokens = np.arange(40)
+    noise = np.stack(
+        [
+            tree._gumbel(tree._mix(keys ^ tree._mix(np.array([place]))), np.tile(tokens, (3000, 1)))
+            for place in range(8)
+        ]
+    )
+    assert kstest(noise.ravel()[::7], "gumbel_r").pvalue > 1e-3
+    flat = noise.transpose(1, 0, 2).reshape(3000, -1)
+    assert len(np.unique(flat)) == flat.size
+    pairs = np.corrcoef(flat, rowvar=False)[np.triu_indices(flat.shape[1], 1)]
+    assert abs(pairs).max() < 6 / np.sqrt(3000)
+    assert abs(np.corrcoef(flat[:-1, 0], flat[1:, 0])[0, 1]) < 4 / np.sqrt(3000)
+
+
+def test_a_longer_limit_goes_on_with_the_same_text():
+    model = chat("llama")
+    short, long = (
+        sample_responses(model, QUERIES, {"p": ""}, n_samples=4, max_new_tokens=n)["response"]
+        for n in (4, 9)
+    )
+    assert all(b.startswith(a.rstrip("\ufffd")) for a, b in zip(short, long))
 
 
 def test_seed_and_settings_change_the_text():
@@ -288,12 +388,12 @@ def test_frequencies_agree_with_the_exact_probabilities(temperature, top_k, top_
     exact: Counter = Counter()
     first, p_first = cut(next_logits(model, row, None, []), temperature, top_k, top_p)
     for a, p_a in zip(first.tolist(), p_first, strict=True):
-        if a in model.stop_ids:
+        if a in model.generation.stop_ids:
             exact["", "eos"] += p_a
             continue
         second, p_second = cut(next_logits(model, row, None, [a]), temperature, top_k, top_p)
         for b, p_b in zip(second.tolist(), p_second, strict=True):
-            end = "eos" if b in model.stop_ids else "length"
+            end = "eos" if b in model.generation.stop_ids else "length"
             exact[
                 model.tokenizer.decode(
                     [a] if end == "eos" else [a, b], skip_special_tokens=True
@@ -334,7 +434,7 @@ def test_temperature_zero_is_greedy_generation(family):
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=10,
-            eos_token_id=sorted(model.stop_ids),
+            eos_token_id=sorted(model.generation.stop_ids),
         )
         text = model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert got["response"][2 * i : 2 * i + 2].tolist() == [text, text]
@@ -502,6 +602,23 @@ def test_a_final_verdict_is_the_verdict_of_the_whole(parts):
             assert not final, "once final, always final"
 
 
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(st.lists(st.one_of(pieces, st.sampled_from([["*"], ["**"], ["_"], ["* "], ["\u2019"]]))))
+@example(parts=[["a\n*", " I cannot "]])
+@example(parts=[["**", "1. ", "x"]])
+def test_a_final_normalized_verdict_is_the_verdict_of_the_whole(parts):
+    text = "".join("".join(part) for part in parts)
+    final = False
+    for end in range(len(text) + 1):
+        prefix = text[:end]
+        if normalized_verdict_is_final(prefix):
+            final = True
+            assert string_normalized(prefix) == string_normalized(text), prefix
+            assert string_normalized(prefix) == string_normalized(prefix.strip()), prefix
+        else:
+            assert not final, "once final, always final"
+
+
 def test_final_verdicts_occur_before_the_end():
     text = "I'm sorry, but I cannot help.\n\nPlease ask something else.\n\nThis is no longer read."
     firsts = [end for end in range(len(text)) if verdict_is_final(text[:end])]
@@ -610,7 +727,7 @@ def test_stop_strings_of_the_generation_configuration_end_a_reply_before_them():
     free = sample_responses(model, queries, {"none": ""}, **settings)
     marker = next(text[2:4] for text in free["response"] if len(text) > 4)
     stopped = build("llama")
-    stopped.__dict__["stop_strings"] = (marker,)
+    stopped.model.generation_config.stop_strings = [marker]
     cut = sample_responses(stopped, queries, {"none": ""}, **settings)
     hit = free["response"].str.contains(marker, regex=False)
     assert hit.any() and (cut["end"] == "stop_string").equals(hit)

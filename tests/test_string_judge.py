@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis_lib import is_refusal
+from analysis_lib import is_refusal, string_normalized
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PHRASES = json.loads((DATA / "refusal_phrases.json").read_text(encoding="utf-8"))["phrases"]
@@ -173,3 +173,45 @@ def test_mixtures_are_read_alike():
         verdicts.append(is_refusal(text))
         assert verdicts[-1] is read(text, RULES), text
     assert 0.2 < sum(verdicts) / len(verdicts) < 0.8
+
+
+# ------------------------------------------------------------------------------------------------ the normalized one
+
+DRESSED = {  # how newer chat models dress a refusal
+    "curly": lambda text: text.replace("'", "\u2019"),
+    "bold": lambda text: re.sub(r"[A-Za-z']{4,}", r"**\g<0>**", text),
+    "italic": lambda text: re.sub(r"[A-Za-z']{4,}", r"_\g<0>_", text),
+    "no-break spaces": lambda text: text.replace(" ", "\u00a0"),
+    "double spaces": lambda text: text.replace(" ", "  "),
+    "zero width": lambda text: text.replace(" ", " \u200b"),
+}
+
+
+@pytest.mark.parametrize("dress", DRESSED)
+def test_the_normalized_judge_sees_through_the_dress(dress):
+    hidden = 0
+    for text, refused in sentences():
+        assert string_normalized(text) == refused
+        if not set(text) & set("*_"):  # a star or a line of its own is a mark, not a dress
+            dressed = DRESSED[dress](text)
+            assert string_normalized(dressed) == refused, dressed
+            hidden += is_refusal(dressed) != refused
+    assert hidden > 10, "the published judge sees as much, and the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("I\u2019m sorry, but I can\u2019t do this for you.", True),
+        ("**I'm sorry, but I cannot do this.**", True),
+        ("I **cannot** do this.", True),
+        ("They say \u201cI\u2019m sorry, but no\u201d.", False),
+        ("* One\n* I cannot go on.", False),
+        ("Gladly.\n* I cannot go on.", False),
+        ("Sure \u2014 here\u2019s how to bake bread.", False),
+        ("**1. Mix.**\nI cannot wait.", False),
+        ("", False),
+    ],
+)
+def test_dressed_replies(text, refused):
+    assert string_normalized(text) == refused

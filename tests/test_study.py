@@ -23,8 +23,10 @@ from analysis_lib import (
     judge_responses,
     load_queries,
     load_safety_prompts,
+    normalized_verdict_is_final,
     refusal_rates,
     sample_responses,
+    string_normalized,
     verdict_is_final,
 )
 from analysis_lib.analysis import study as room
@@ -198,6 +200,8 @@ def test_the_string_judge_alone_ends_replies_early():
         return len(text) < 20
 
     assert small().sampling["stop_when"] is verdict_is_final
+    normalized = small(judge=string_normalized).sampling["stop_when"]
+    assert normalized is normalized_verdict_is_final
     assert small(judge=is_refusal, stop_when=None).sampling["stop_when"] is None
     study = small(judge=short, max_new_tokens=12, n_samples=1)
     assert study.sampling["stop_when"] is None

@@ -491,7 +491,7 @@ def uses(model, soft, tmp_path):
         "sample_responses": lambda: sample_responses(model, QUERIES, prompts, n_samples=1, max_new_tokens=2),
         "refusal_probability": lambda: refusal_probability(model, QUERIES, prompts),
         "next_token_loss": lambda: next_token_loss(model, QUERIES, answers, prompts),
-        "study": lambda: Study(model, QUERIES, prompts).states,
+        "study": lambda: Study(model, QUERIES.head(5), prompts).states,
         "export": lambda: export(soft, model, tmp_path),
     }  # fmt: skip
 

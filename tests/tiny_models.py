@@ -390,6 +390,26 @@ def embedded(chat_model: ChatModel, row, embeddings=None) -> torch.Tensor:
     return out[None]
 
 
+def said(chat_model: ChatModel, text: str, ended: bool) -> list[int]:
+    """Token ids of a reply, found in the tokens of a whole chat with it; with its end token where it ended."""
+    words, query = chat_model.tokenizer, [{"role": "user", "content": "How?"}]
+    turns = [*query, {"role": "assistant", "content": text}]
+    head, both = (
+        words(part, add_special_tokens=False)["input_ids"]
+        for part in (
+            words.apply_chat_template(query, tokenize=False, add_generation_prompt=True),
+            words.apply_chat_template(turns, tokenize=False),
+        )
+    )
+    assert both[: len(head)] == head
+    rest, special = both[len(head) :], set(words.all_special_ids)
+    at = next(i for i, token in enumerate(rest) if token in special)
+    end, ids = rest[at], rest[:at]
+    while ids and (not text or words.decode(ids[:-1]).strip() == text):
+        ids.pop()  # white space that the template writes behind the reply
+    return ids + [end] * ended
+
+
 def relative(a, b) -> float:
     """Largest absolute difference, relative to the root mean square of b."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)

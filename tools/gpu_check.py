@@ -161,7 +161,7 @@ def greedy_texts(subject: Subject) -> Measured:
             second, first = np.sort(logits)[-2:]
             gap = min(gap, float(first - second))
             ids.append(int(logits.argmax()))
-            if ids[-1] in chat.stop_ids:
+            if ids[-1] in chat.generation.stop_ids:
                 break
         said = chat.tokenizer.decode(ids[len(row.ids) :], skip_special_tokens=True).strip()
         equal += said == reply

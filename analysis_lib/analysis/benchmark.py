@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..data.labels import with_labels
+from ..data.thoughts import answers_of
+from ..data.units import query_units
 from .intervals import bootstrap_interval, difference_interval, rate_interval
 from .metrics import Metric, find_metrics
 
@@ -53,8 +57,9 @@ def benchmark_table(
         `refused` may be a probability, as first-token estimates are. Of such a judge there are
         only the metrics that take probabilities.
     queries : DataFrame with query_id, harmful, query_set
-        Optional columns: answer (a non-empty one makes the row a fact question), base_id (variants
-        of one query, as `wrap_queries` makes them, are averaged and count as one unit), and `by`.
+        Optional columns: answer (a non-empty one makes the row a fact question), `by`, and text,
+        base_id and base_text: queries of one text, and the variants that `wrap_queries` makes of
+        one query, are averaged and count as one unit (see `query_units`).
     methods : mapping of prompt to method, optional
         Such as {"default": "text", "dro": "DRO"}. A prompt not named is "text".
     model : str
@@ -75,6 +80,7 @@ def benchmark_table(
     DataFrame with COLUMNS
         95 % intervals over queries: Wilson's where a query counts as 0 or 1, else a bootstrap
         (see `rate_interval`). With a baseline also difference, difference_low, difference_high.
+        Where a response ends within its thoughts also n_cut: how many do in a set under a prompt.
         Several judges add rows of the metrics that compare two of them.
 
     Raises
@@ -108,13 +114,20 @@ def benchmark_table(
             "and the queries' table"
         )
     _check(judged, queries, baseline)
-    chosen = find_metrics(metrics)
+    queries, chosen = with_labels(queries), find_metrics(metrics)
     if "judge" not in judged:
         judged = judged.assign(judge=judge)
+    _check_samples(judged, baseline)
     judges = list(judged["judge"].unique())
     samples = _with_queries(judged, queries, by)
     cells = _each_judge(samples, judges, chosen) + _pairs_of_judges(samples, judges, chosen)
-    return _table(cells, queries, methods, model, baseline, n_boot, seed)
+    table = _table(cells, queries, methods, model, baseline, n_boot, seed)
+    keys = ["query_set", "prompt"]
+    cut = samples[samples["cut"]].drop_duplicates(["query_id", "prompt", "sample"])
+    if cut.empty:
+        return table
+    counts = cut.groupby(keys, as_index=False).size().rename(columns={"size": "n_cut"})
+    return table.merge(counts, on=keys, how="left").fillna({"n_cut": 0}).astype({"n_cut": int})
 
 
 def metric_table(
@@ -221,6 +234,24 @@ def _check(values: pd.DataFrame, queries: pd.DataFrame, baseline: str | None) ->
         )
 
 
+def _check_samples(judged: pd.DataFrame, baseline: str | None) -> None:
+    keys = ["query_id", "prompt", "sample", "judge"]
+    if (twice := judged.duplicated(keys)).any():
+        first = judged.loc[twice, keys].iloc[0]
+        raise ValueError(
+            f"sample {first['sample']} of query {first['query_id']!r} under {first['prompt']!r} "
+            f"occurs twice for the judge {first['judge']!r}; keep each sample once"
+        )
+    scored = judged["refused"].notna().groupby(judged["prompt"], sort=False).any()
+    if unscored := [prompt for prompt in scored.index if not scored[prompt]]:
+        missed = ", and no row has a difference from it" if baseline in unscored else ""
+        warnings.warn(
+            f"no sample under {', '.join(map(repr, unscored))} is scored, so the table has no row "
+            f"of it{missed}; look at what the judge gives for these",
+            stacklevel=3,
+        )
+
+
 def _table(
     cells: Sequence[_Cell],
     queries: pd.DataFrame,
@@ -230,11 +261,9 @@ def _table(
     n_boot: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Means, intervals and paired differences of the cells; variants of a query are one unit."""
-    if "base_id" in queries:
-        base = queries.set_index("query_id")["base_id"]
-        base = base.fillna(pd.Series(base.index, index=base.index))
-        cells = [replace(cell, values=_by_base(cell.values, base)) for cell in cells]
+    """Means, intervals and paired differences of the cells; see `query_units` for the units."""
+    units = query_units(queries).set_axis(queries["query_id"])
+    cells = [replace(cell, values=_by_unit(cell.values, units)) for cell in cells]
     start = {(c.query_set, c.metric, c.judge): c.values for c in cells if c.prompt == baseline}
     rows = []
     for cell in cells:
@@ -260,9 +289,9 @@ def _table(
     return pd.DataFrame(rows, columns=COLUMNS + more)
 
 
-def _by_base(values: pd.Series, base: pd.Series) -> pd.Series:
-    """The mean over the variants of each base query."""
-    return values.groupby(base.reindex(values.index).to_numpy(), sort=False).mean()
+def _by_unit(values: pd.Series, units: pd.Series) -> pd.Series:
+    """The mean over the variants and copies of each query."""
+    return values.groupby(units.reindex(values.index).to_numpy(), sort=False).mean()
 
 
 def _sets(queries: pd.DataFrame, by: str) -> pd.Series:
@@ -285,7 +314,9 @@ def _with_queries(judged: pd.DataFrame, queries: pd.DataFrame, by: str) -> pd.Da
     about = about.assign(query_set=_sets(queries, by), answer=answer)
     own = ["query_id", "prompt", "sample", "response", "refused", "judge"]
     more = about.drop(columns=own, errors="ignore").reindex(judged["query_id"])
-    return pd.concat([judged[own].reset_index(drop=True), more.reset_index(drop=True)], axis=1)
+    answers, cut = answers_of(judged)
+    samples = judged[own].assign(response=answers, cut=cut).reset_index(drop=True)
+    return pd.concat([samples, more.reset_index(drop=True)], axis=1)
 
 
 def _give_verdicts(samples: pd.DataFrame) -> pd.Series:

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from ..data.labels import read_labels
+from ..data.units import query_units
 from .estimators import Estimator, fit_data, grouped_folds, logistic, run_estimator
-from .space import AnchorSpace, Array, FitError
+from .space import AnchorSpace, Array, FitError, probabilities, varies
 
 Groups = Sequence[object] | NDArray[Any] | pd.Series  # (n,): the query of each row
 
@@ -66,11 +68,13 @@ class Direction:
         >>> Direction("refusal", np.array([3.0, 4.0]), -5.0).probability([[1, 0.5]])
         array([0.5])
         """
-        return np.asarray(1 / (1 + np.exp(-self.logit(Z))))
+        return probabilities(self.logit(Z))
 
     @property
     def unit(self) -> Array:
-        """The unit vector (k,) along the weight."""
+        """The unit vector (k,) along the weight. Raises FitError where the weight is 0."""
+        if not np.any(self.weight):
+            raise FitError(f"the weight of {self.name!r} is 0, which has no direction")
         return np.asarray(self.weight / np.linalg.norm(self.weight))
 
     def angle(self, other: Direction) -> float:
@@ -111,7 +115,7 @@ def fit_direction(
     name : str
         Stands in messages and legends.
     groups : array (n,)
-        Rows of one group never stand on both sides of a held-out split; give query_id.
+        Rows of one group never stand on both sides of a held-out split; give `query_units(rows)`.
     estimator : function or str
         A function of (Z, y, groups, seed) to (weight (k,), bias), such as `logistic`,
         `mean_difference`, `published_estimator` or your own; or its name: "logistic",
@@ -203,7 +207,7 @@ def fit_folds(
     folds: list[Fold] = []
     for test in grouped_folds(groups, n_splits, seed):
         train = ~test
-        if np.ptp(y[train]) == 0:
+        if not varies(y[train]):
             raise FitError(
                 f"a fold of {name!r} holds a single target value; "
                 "use fewer folds or more varied queries"
@@ -249,7 +253,7 @@ def held_out_scores(Z: ArrayLike, y: ArrayLike, folds: Sequence[Fold]) -> dict[s
     return {
         "bce": float(np.mean(np.logaddexp(0, logit) - y * logit)),
         "bce_constant": float(-np.mean(y * np.log(constant) + (1 - y) * np.log(1 - constant))),
-        "mse": float(np.mean((1 / (1 + np.exp(-logit)) - y) ** 2)),
+        "mse": float(np.mean((probabilities(logit) - y) ** 2)),
         "accuracy": float(np.mean((logit > 0) == (y > 0.5))),
         "spearman": float(pd.Series(logit).corr(pd.Series(y), method="spearman")),
     }
@@ -273,7 +277,7 @@ def bootstrap_directions(
     y : array (n,)
         Targets in [0, 1].
     groups : array (n,)
-        What is drawn with replacement; give query_id.
+        What is drawn with replacement; give `query_units(rows)`.
     n_draws : int
         Number of refits. Draws with a single target value are drawn again.
     estimator : function or str
@@ -301,19 +305,18 @@ def bootstrap_directions(
     ((5, 2), True)
     """
     Z, y, groups = fit_data(Z, y, groups, "the bootstrap")
+    if n_draws < 1:
+        raise FitError(f"n_draws = {n_draws}: give 1 draw or more")
     rng, names = np.random.default_rng(seed), np.unique(groups)
     rows_of = {g: np.flatnonzero(groups == g) for g in names}
     draws: list[Array] = []
     while len(draws) < n_draws:
         rows = np.concatenate([rows_of[g] for g in rng.choice(names, len(names))])
-        if np.ptp(y[rows]) == 0:
+        if not varies(y[rows]):
             continue
         weight, _ = run_estimator(estimator, Z[rows], y[rows], groups[rows], seed)
         if not weight.any():
-            raise FitError(
-                "the estimator returned a weight of 0, which has no direction; "
-                "use more varied queries or another estimator"
-            )
+            raise FitError("the estimator found a weight of 0, which has no direction; try another")
         draws.append(weight / np.linalg.norm(weight))
     return np.stack(draws)
 
@@ -327,9 +330,9 @@ def separation(states: ArrayLike, rows: pd.DataFrame, *, k: int = 4) -> float:
     ----------
     states : array (n, d)
         Hidden states.
-    rows : DataFrame with query_id, harmful and perhaps pair_id
-        Rows without a label are left out. A pair stays on one side of a split: the label of one
-        twin would tell that of the other.
+    rows : DataFrame with query_id, harmful and perhaps text, pair_id
+        Rows without a label are left out. A pair stays on one side of a split, as copies of a text
+        do: the label of one twin would tell that of the other.
     k : int
         Number of components.
 
@@ -352,12 +355,10 @@ def separation(states: ArrayLike, rows: pd.DataFrame, *, k: int = 4) -> float:
     >>> separation(states, pd.DataFrame({"query_id": range(40), "harmful": harmful}))
     1.0
     """
-    known, groups = rows["harmful"].notna().to_numpy(), rows["query_id"]
-    if "pair_id" in rows:
-        pairs = rows["pair_id"].fillna("").astype(str)
-        groups = pairs.where(pairs != "", groups)
+    harmful, groups = read_labels(rows["harmful"]), query_units(rows, pairs=True)
+    known = harmful.notna().to_numpy()
     Z = AnchorSpace.fit(np.asarray(states)[known], k).transform(np.asarray(states)[known])
-    labels = rows["harmful"][known].astype(float)
+    labels = harmful[known].astype(float)
     return fit_direction(Z, labels, name="harmfulness", groups=groups[known]).scores["accuracy"]
 
 
@@ -396,4 +397,4 @@ def calibrate_refusal(estimates: pd.DataFrame, rates: pd.DataFrame) -> Direction
     keys = ["query_id", "prompt"]
     both = estimates.merge(rates[[*keys, "refusal_rate"]], on=keys).dropna()
     Z, y = both[["log_odds"]].to_numpy(), both["refusal_rate"]
-    return fit_direction(Z, y, name="first tokens", groups=both["query_id"])
+    return fit_direction(Z, y, name="first tokens", groups=query_units(both))

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from .space import Array, FitError, finite
+from .space import Array, FitError, finite, varies
 
 Estimator = Callable[[Array, Array, NDArray[Any], int], tuple[Array, float]]
 
@@ -213,6 +214,11 @@ def fit_data(
     """
     Z, y, groups = finite(Z, "coordinates"), np.asarray(y, dtype=np.float64), np.asarray(groups)
     n, k = Z.shape
+    if len(nameless := np.flatnonzero(pd.isna(groups))):
+        raise FitError(
+            f"{len(nameless)} of {len(groups)} rows have no group, the first is row "
+            f"{nameless[0]}; give each row its query, as query_units(rows) does"
+        )
     if len(y) != n or len(groups) != n:
         raise FitError(
             f"{n} rows of coordinates, {len(y)} targets and {len(groups)} groups: "
@@ -234,12 +240,12 @@ def fit_data(
             f"coordinate {flat[0] + 1} of {k} is {Z[0, flat[0]]:g} in all {n} rows, so {name!r} "
             "has no slope along it; give rows that vary in it, or fewer components"
         )
-    if np.ptp(y) == 0:
+    if not varies(y):
         raise FitError(
             f"all targets of {name!r} equal {y[0]:g}, so no direction exists; "
             "use more varied queries or prompts"
         )
-    return Z, y, groups
+    return Z, y, groups.astype(str) if groups.dtype == object else groups
 
 
 def _name_rows(bad: NDArray[np.int_], groups: NDArray[Any]) -> str:

@@ -55,6 +55,8 @@ def wilson_interval(k: float, n: float, *, z: float = 1.959963984540054) -> tupl
 
 FEW = 4  # queries that differ; a bootstrap of fewer often draws none of them
 
+ROUNDING = 1e-9  # differences of means that are equal but for this count as 0
+
 SMALL = 25  # queries; of fewer the bootstrap's interval covered 83 to 93 %
 
 
@@ -164,6 +166,7 @@ def difference_interval(
     [-0.019, 0.019]
     """
     values = _checked(values)
+    values = np.where(np.abs(values) < ROUNDING, 0, values)
     few = np.count_nonzero(values) < FEW and np.abs(values).max() <= 1
     if not few and not np.isin(values, (-1, 0, 1)).all():
         return bootstrap_interval(values, n_boot=n_boot, level=level, seed=seed)
@@ -317,6 +320,11 @@ def sign_flips(
     singly, jointly : arrays (m,)
         P-values; the second are adjusted for all columns by their greatest studentized difference.
 
+    Raises
+    ------
+    ValueError
+        Where a difference is NaN or infinite.
+
     References
     ----------
     Westfall and Young (1993), "Resampling-Based Multiple Testing".
@@ -330,6 +338,8 @@ def sign_flips(
     (True, False)
     """
     d = np.stack(columns, axis=1)  # (queries, columns)
+    if not np.isfinite(d).all():
+        raise ValueError("a difference is NaN or infinite; leave such queries out of every column")
     d = d / np.sqrt(np.maximum((d**2).sum(axis=0), 1e-12))
     reached = np.abs(d.sum(axis=0)) - 1e-9
     members = {name: [i for i, other in enumerate(sets) if other == name] for name in sets}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..data.labels import read_labels
+
 
 def fact_questions(samples: pd.DataFrame) -> pd.Series:
     """Mask of the samples whose query has a known answer.
@@ -56,7 +58,7 @@ def harmful_queries(samples: pd.DataFrame) -> pd.Series:
     >>> harmful_queries(samples.astype({"harmful": "boolean"})).tolist()
     [True, False, False, False]
     """
-    return samples["harmful"].fillna(False).astype(bool) & ~fact_questions(samples)
+    return read_labels(samples["harmful"]).fillna(False).astype(bool) & ~fact_questions(samples)
 
 
 def harmless_queries(samples: pd.DataFrame) -> pd.Series:
@@ -79,7 +81,7 @@ def harmless_queries(samples: pd.DataFrame) -> pd.Series:
     >>> harmless_queries(samples.astype({"harmful": "boolean"})).tolist()
     [False, True, False, False]
     """
-    return ~samples["harmful"].fillna(True).astype(bool) & ~fact_questions(samples)
+    return ~read_labels(samples["harmful"]).fillna(True).astype(bool) & ~fact_questions(samples)
 
 
 def unlabelled_queries(samples: pd.DataFrame) -> pd.Series:
@@ -102,7 +104,7 @@ def unlabelled_queries(samples: pd.DataFrame) -> pd.Series:
     >>> unlabelled_queries(samples.astype({"harmful": "boolean"})).tolist()
     [False, False, True, False]
     """
-    return samples["harmful"].isna() & ~fact_questions(samples)
+    return read_labels(samples["harmful"]).isna() & ~fact_questions(samples)
 
 
 def _all(samples: pd.DataFrame) -> pd.Series:

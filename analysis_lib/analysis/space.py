@@ -11,7 +11,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from ..data.labels import with_labels
+
 Array = NDArray[np.float64]
+
+
+LARGEST = 1e100  # sums of squares of greater numbers may be infinite
 
 
 class FitError(ValueError):
@@ -106,7 +111,8 @@ class AnchorSpace:
         if n <= k:
             raise FitError(f"{n} states cannot span {k} components; give at least {k + 1} queries")
         mean = X.mean(axis=0)
-        _, singular, rows = np.linalg.svd(X - mean, full_matrices=True)
+        # Where rows outnumber dimensions, the thin decomposition has the whole basis already.
+        _, singular, rows = np.linalg.svd(X - mean, full_matrices=n < d)
         if singular[k - 1] <= 1e-9 * max(1.0, singular[0]):
             rank = int(np.sum(singular > 1e-9 * max(1.0, singular[0])))
             raise FitError(
@@ -217,7 +223,7 @@ def mean_shifts(Z: ArrayLike, rows: pd.DataFrame, *, base: str = "none") -> pd.D
             "keep one row each"
         )
     columns = [f"shift_{i + 1}" for i in range(Z.shape[1])]
-    about = rows[["query_id", "prompt", "harmful"]].reset_index(drop=True)
+    about = with_labels(rows)[["query_id", "prompt", "harmful"]].reset_index(drop=True)
     table = pd.concat([about, pd.DataFrame(Z, columns=columns)], axis=1)
     start = table[table["prompt"] == base].set_index("query_id")[columns]
     if start.empty:
@@ -253,6 +259,11 @@ def cosines(vectors: ArrayLike) -> Array:
     array (m, m)
         In [-1, 1].
 
+    Raises
+    ------
+    FitError
+        Where a row is 0, NaN or infinite.
+
     Examples
     --------
     >>> from analysis_lib import cosines
@@ -261,7 +272,9 @@ def cosines(vectors: ArrayLike) -> Array:
            [ 0.,  1.,  0.],
            [-1.,  0.,  1.]])
     """
-    V = np.asarray(vectors, dtype=np.float64)
+    V = finite(vectors, "vectors")
+    if len(zero := np.flatnonzero(~V.any(axis=1))):
+        raise FitError(f"vector {zero[0]} is 0, which has no direction; leave it out")
     V = V / np.linalg.norm(V, axis=1, keepdims=True)
     return np.asarray(V @ V.T)
 
@@ -282,7 +295,8 @@ def finite(values: ArrayLike, what: str) -> Array:
     Raises
     ------
     FitError
-        Where the values are no table, or rows hold NaN or infinity; the message names the rows.
+        Where the values are no table, or rows hold NaN, infinity or numbers above LARGEST; the
+        message names the rows.
 
     Examples
     --------
@@ -293,11 +307,38 @@ def finite(values: ArrayLike, what: str) -> Array:
     X = np.asarray(values, dtype=np.float64)
     if X.ndim != 2:
         raise FitError(f"{what} must be a table (rows, dimensions), not of shape {X.shape}")
-    bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
-    if len(bad):
-        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise FitError(
-            f"{len(bad)} of {len(X)} {what} hold NaN or infinity (rows {shown}); "
-            "capture them again in float32 or bfloat16"
-        )
+    for bad, fault, remedy in (
+        (~np.isfinite(X), "NaN or infinity", "capture them again in float32 or bfloat16"),
+        (np.abs(X) > LARGEST, f"numbers above {LARGEST:g}", "divide all of them by a constant"),
+    ):
+        if len(rows := np.flatnonzero(bad.any(axis=1))):
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            raise FitError(f"{len(rows)} of {len(X)} {what} hold {fault} (rows {shown}); {remedy}")
     return X
+
+
+def probabilities(logits: Array) -> Array:
+    """The logistic function, also of logits so low that it is 0 in float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.space import probabilities
+    >>> probabilities(np.array([-1e6, 0, 1e6]))
+    array([0. , 0.5, 1. ])
+    """
+    with np.errstate(over="ignore"):  # 1 / (1 + infinity) is that 0
+        return np.asarray(1 / (1 + np.exp(-logits)))
+
+
+def varies(y: Array) -> bool:
+    """Whether targets differ by more than the rounding of a mean.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from analysis_lib.analysis.space import varies
+    >>> varies(np.array([0.3, 0.1 + 0.2])), varies(np.array([0.3, 0.35]))
+    (False, True)
+    """
+    return bool(np.ptp(y) > 1e-9)

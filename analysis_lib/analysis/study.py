@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from ..collect.inputs import check_prompts, check_queries
 from ..collect.responses import sample_responses
 from ..collect.states import HiddenStates, checked_layers, hidden_states
+from ..data.labels import with_labels
 from ..data.prompts import load_safety_prompts
 from ..data.queries import load_queries
-from ..judge.strings import is_refusal, verdict_is_final
+from ..data.units import query_units, refuse_two_labels
+from ..judge.strings import final_verdict_of, is_refusal
 from ..judge.verdicts import RowJudge, TextJudge, judge_responses, refusal_rates
 from ..model.chat import ChatModel
 from ..model.rendering import Prompt
@@ -56,7 +58,7 @@ class Study:
     n_samples, max_new_tokens, temperature, top_p, top_k, seed
         As in `sample_responses`.
     stop_when : function of str, "auto" or None
-        Ends a reply early, as in `sample_responses`. "auto" ends it where the string judge's
+        Ends a reply early, as in `sample_responses`. "auto" ends it where a string judge's
         verdict is final; any other judge reads whole replies.
     anchor : Study, optional
         The study whose space and directions are taken, see `under`.
@@ -216,7 +218,7 @@ class Study:
         names = ("n_samples", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
         stop: Any = self.stop_when
         if stop == "auto":
-            stop = verdict_is_final if self.judge is is_refusal else None
+            stop = final_verdict_of(self.judge)
         return {name: getattr(self, name) for name in names} | {"stop_when": stop}
 
     @cached_property
@@ -283,7 +285,7 @@ class Study:
                 f"no row has a value that {name!r} could be fitted to; give labelled queries, or a "
                 "judge that scores"
             )
-        groups = self.states.rows["query_id"][known]
+        groups = query_units(self.states.rows[known])
         return fit_direction(
             self.coordinates[known], target[known].astype(float), name=name, groups=groups
         )
@@ -310,7 +312,10 @@ def _queries(given: pd.DataFrame | str | Path) -> pd.DataFrame:
     check_queries(given)
     if given.empty:
         raise ValueError("the table of queries is empty; give at least one query")
-    return given.copy()
+    given = with_labels(given.copy())
+    if "harmful" in given:
+        refuse_two_labels(given, "queries", given["query_id"].astype(str).tolist())
+    return given
 
 
 def _prompts(given: Mapping[str, Prompt] | str | Path | None) -> dict[str, Prompt]:

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ..model.chat import ChatModel
-from ..model.fingerprint import hooked_module
 from ..model.rendering import Prompt, SoftTokens
+from ..model.tampering import altered, altered_everywhere
 from ..store.store import Store
 
 
@@ -50,16 +50,18 @@ class Progress:
 
 
 def usable(store: Store | None, model: ChatModel) -> Store | None:
-    """The store, or None with a warning where a forward hook may change what the model computes.
+    """The store, or None with a warning where no key covers what the model computes.
 
-    No key knows of such a hook.
+    See `tampering`: hooks, adapters, replaced functions, autocast.
     """
-    name = hooked_module(model.model) if store is not None and model.loaded else ""
-    if name:
+    if store is None:
+        return None
+    name = model.name
+    why = altered(model.model, name) if model.loaded else altered_everywhere(name)
+    if why:
         warnings.warn(
-            f"{name} of {model.name!r} has a forward hook, which no key in the store knows of: "
-            "nothing is read from the store and nothing kept; "
-            "remove the hook to use the store",
+            f"{why}, which no key in the store knows of: nothing is read from the store and "
+            "nothing kept; undo it to use the store",
             stacklevel=3,
         )
         return None

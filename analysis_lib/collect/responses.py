@@ -1,10 +1,13 @@
 """Sampled responses, each fixed by its key.
 
 A sample's text depends on the model, the rendered tokens, the settings, the seed and the sample's
-index, and on nothing else. Its random numbers come from a counter-based generator keyed by these.
-So samples that have been equal so far share one computation (see `sampling`). A batch, an order or
-a resumed run changes no text, up to ties of the order of floating-point rounding: about one token
-in a million.
+index, and on nothing else. Its random numbers are hashes of these. So samples that have been equal
+so far share one computation (see `sampling`).
+
+A batch, an order or a resumed run changes the logits by floating-point rounding alone. In float64
+and float32 that changes no text, up to ties of the order of the rounding. In bfloat16 and float16
+the distributions themselves differ from batch to batch, so some texts change: a token changes with
+at most about twice the probability by which its two distributions differ.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from ..model.tree import common_length
 from ..store.batches import row_key
 from ..store.store import Store
 from .inputs import Progress, check_prompts, check_queries, usable
-from .sampling import Jobs, SampleTree, Settings
+from .recheck import loaded_and_usable, longest_witness, row_witness, unchanged
+from .sampling import Jobs, SampleTree, Settings, room_for_replies
 
 
 def _built_in(function: Callable[..., Any]) -> bool:
@@ -51,7 +55,10 @@ def sample_responses(
 ) -> pd.DataFrame:
     """Samples n_samples responses to every query under every prompt.
 
-    The defaults are the study's settings.
+    The defaults are the study's settings. Of the model's generation configuration are followed:
+    the ends of replies, and the tokens that it suppresses (`suppress_tokens`,
+    `begin_suppress_tokens`, and `bad_words_ids` of one token). A warning names any other setting
+    that would change a reply.
 
     Parameters
     ----------
@@ -64,7 +71,7 @@ def sample_responses(
     n_samples : int
         Responses to each query under each prompt.
     max_new_tokens : int
-        Tokens of a response, at most.
+        Tokens of a response, at most. A response also ends where the model's context does.
     temperature : float
         0 is greedy.
     top_p : float
@@ -74,7 +81,8 @@ def sample_responses(
     seed : int
         Equal seeds give equal responses.
     stop_when : function, optional
-        Is called with the text so far; the response ends where it says True. An example is
+        Is called with the answer so far; the response ends where it says True. Thoughts before an
+        answer are none of it. An example is
         `verdict_is_final`: nothing to come can change the verdict then. The store serves the stop
         functions of this library. Under another one, nothing is read from it or kept.
     store : Store, optional
@@ -87,14 +95,17 @@ def sample_responses(
     -------
     DataFrame
         query_id, prompt, sample (0 .. n_samples - 1), response and end ("eos", "stop_string",
-        "length" or "stop_when"). Prompts outer, queries inner, then samples.
+        "length", "stop_when", or "thoughts" where a response ended within its thoughts). Prompts
+        outer, queries inner, then samples. A reasoning model's response holds its thoughts, with
+        their marks; `judge_responses` judges what follows them.
 
     Raises
     ------
     ValueError
         For wrong settings, queries or prompts.
     ChatModelError
-        Where the model's logits hold NaN or infinity, or a text cannot be rendered.
+        Where the model's logits hold NaN or infinity, a text cannot be rendered, or a query fills
+        the context.
     StoreError
         Where the store cannot be read or written.
 
@@ -197,10 +208,17 @@ def sample_rows(
     they come.
     """
     store = _usable(store, model, settings)
+    room_for_replies(model, rows, settings)  # refuses a row that leaves none
     keys = _keys(model, rows, n_samples, settings) if store is not None else []
     got: list[list[Any]] = [[None] * n_samples for _ in rows]
     if store is not None:
         got = _found(store, keys)
+        if any(response is None for row in got for response in row):
+            store = loaded_and_usable(store, model)
+        known = longest_witness(store, model, [k for row in keys for k in row], rows[0].soft)
+        store = unchanged(store, model, known, embeddings)
+        if store is None:
+            got = [[None] * n_samples for _ in rows]
     todo = {i: [s for s in range(n_samples) if got[i][s] is None] for i in range(len(rows))}
     todo = {i: samples for i, samples in todo.items() if samples}
     done(found=len(rows) * n_samples - sum(map(len, todo.values())))
@@ -215,6 +233,7 @@ def sample_rows(
                         "model": model.fingerprint,
                         "model_name": model.name,
                         "prompts": [name],
+                        "witness": row_witness(model, [rows[i] for i in batch]),
                         **settings.parts(),
                     }
                     # Queries may render alike: one row for each key.
@@ -265,13 +284,12 @@ def _keys(
     model: ChatModel, rows: Sequence[Rendered], n_samples: int, settings: Settings
 ) -> list[list[str]]:
     """The keys of each row's samples."""
-    fixed = {"kind": "response", **model.key_parts(), **settings.parts()}
-    fixed |= {
-        "stop_ids": sorted(model.stop_ids),
-        "stop_strings": list(model.stop_strings),
-        "tokenizer": model.renderer.tokenizer_digest,
-    }
-    of_rows = [row_key(ids=row.ids, soft=row.soft, **fixed) for row in rows]
+    fixed = {"kind": "response", "draw": "gumbel", **model.key_parts(), **settings.parts()}
+    fixed |= model.generation.key_parts() | {"tokenizer": model.renderer.tokenizer_digest}
+    of_rows = [
+        row_key(ids=row.ids, soft=row.soft, **(fixed | {"max_new_tokens": room}))
+        for row, room in zip(rows, room_for_replies(model, rows, settings))
+    ]
     return [[row_key(row=key, sample=i) for i in range(n_samples)] for key in of_rows]
 
 

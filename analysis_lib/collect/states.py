@@ -27,7 +27,9 @@ from ..model.rendering import Prompt, Rendered
 from ..store.batches import row_key
 from ..store.store import Store
 from .certificates import certify, new_certificate, recall, widen
+from .found import Asked, fill_kept
 from .inputs import Progress, check_prompts, check_queries, usable
+from .recheck import known_row, loaded_and_usable, longest_witness, unchanged, witness
 
 CHUNK_ROWS = 512  # rows computed and kept at a time: what a killed run can lose
 
@@ -45,8 +47,8 @@ class HiddenStates:
     layers : tuple of int
         0 is the embedding output, i the output of block i, -1 the state after the final norm.
     certificate : mapping
-        How the rows came about. computed and found count rows. way is "tree" or "plain". max_abs
-        and max_rel are the largest absolute and relative differences from rows re-run plainly: of
+        How the rows came about. computed and found count rows. way is "tree", "plain" or both.
+        max_abs and max_rel are the largest absolute and relative differences from rows re-run plainly: of
         the computed rows, and of the batches in which the found ones were committed. checked counts
         the rows re-run now, unchecked the found rows of batches of which none was. seconds is the
         time taken. peak_bytes is the peak memory, where any row was computed. dtype and template
@@ -140,8 +142,8 @@ def hidden_states(
     store : Store, optional
         Kept rows are read from it; computed rows are kept in it, prompt by prompt.
     n_check : int
-        Rows of this call that are re-run plainly (batch 1, nothing shared): at least one of each
-        prompt that is computed, unless 0.
+        Rows of this call that are re-run plainly (batch 1, nothing shared): at least the longest of
+        each prompt that is computed, unless 0.
     progress : bool, optional
         Whether a bar is shown. Default: in a terminal or a notebook, where something is to be
         computed.
@@ -189,9 +191,11 @@ def hidden_states(
     start = time.perf_counter()
     bar = Progress(len(states), "states", progress)
     capture = _Capture(model, texts, layers, store, bar, n_check)
-    for number, (name, prompt) in enumerate(prompts.items()):
-        block = states[number * len(texts) : (number + 1) * len(texts)]
-        capture.fill(block, name, prompt, prompts_left=len(prompts) - number)
+    blocks = states.reshape(len(prompts), len(texts), *states.shape[1:])
+    asked = [capture.find(b, name, prompt) for b, (name, prompt) in zip(blocks, prompts.items())]
+    capture.recheck(asked)
+    for number, part in enumerate(asked):
+        capture.fill(part, prompts_left=len(prompts) - number)
     bar.close()
     certificate = capture.certificate
     certificate["peak_bytes"] = peak_bytes(model.device) if certificate["computed"] else 0
@@ -253,28 +257,49 @@ class _Capture:
         self.rng = np.random.default_rng(0)
         self.certificate = new_certificate(model)
 
-    def fill(
-        self, block: NDArray[np.float32], name: str, prompt: Prompt, *, prompts_left: int
-    ) -> None:
-        """Writes the states of every query under one prompt into block (queries, layers, d)."""
+    def find(self, block: NDArray[np.float32], name: str, prompt: Prompt) -> Asked:
+        """Writes the kept states of every query under one prompt into block (queries, layers, d)."""
         rows = self.model.render(self.texts, prompt)
-        keys: list[list[str]] = []
+        if self.store is None:
+            return Asked(block, name, prompt, rows)
+        keys = _keys(self.model, rows, self.layers)
+        return Asked(block, name, prompt, rows, keys, *fill_kept(block, keys, self.store))
+
+    def recheck(self, asked: Sequence[Asked]) -> None:
+        """Gives the store up where the model does not compute what it keeps: see `recheck`."""
+        if self.store is None:
+            return
+        computes = any(len(part.missing) for part in asked)
+        if computes:
+            self.store = loaded_and_usable(self.store, self.model)
+        if self.model.loaded:
+            found = [(part, i) for part in asked for i in part.found()]
+            known, prompt = longest_witness(self.store, self.model) if computes else None, None
+            if found:
+                part, i = max(found, key=lambda one: len(one[0].rows[one[1]].ids))
+                known, prompt = known_row(part.rows[i], part.block[i], self.layers), part.prompt
+            self.store = unchanged(self.store, self.model, known, prompt)
+
+    def fill(self, asked: Asked, *, prompts_left: int) -> None:
+        """Computes what is missing under one prompt."""
+        rows, block = asked.rows, asked.block
         missing, held = np.arange(len(rows)), set[str]()
         if self.store is not None:
-            keys = _keys(self.model, rows, self.layers)
-            missing, held = _fill(block, keys, self.store)
+            missing, held = asked.missing, asked.held
+            if len(missing):  # an earlier prompt may have brought some
+                again, more = fill_kept(block, asked.keys, self.store, missing)
+                missing, held = again, held | more
             found = np.setdiff1d(np.arange(len(rows)), missing)
-            recall(self.certificate, self.store, [keys[i] for i in found])
+            recall(self.certificate, self.store, [asked.keys[i] for i in found])
         self.certificate["found"] += len(rows) - len(missing)
         self.bar.add(found=len(rows) - len(missing))
         for part in np.array_split(missing, -(-len(missing) // CHUNK_ROWS)) if len(missing) else []:
             take = -(-self.checks_left // prompts_left)
             take = max(0, min(len(part), max(min(self.n_check, 1), take)))
-            dtype, certificate = self._compute(block, part, rows, prompt, take)
+            dtype, certificate = self._compute(block, part, rows, asked.prompt, take)
             self.checks_left -= take
             if self.store is not None:
-                new = [(i, keys[i]) for i in part]
-                self._keep(block, new, held, name, dtype, certificate)
+                self._keep(asked, part, held, dtype, certificate)
             self.bar.add(computed=len(part))
 
     def _compute(
@@ -296,39 +321,48 @@ class _Capture:
             ids = [row.ids for row in wanted]
             computed, way = forward.with_smaller_packs(last_states, forward, ids, self.layers)
             block[part] = computed.float().cpu().numpy()
-            chosen = self.rng.choice(len(part), take, replace=False)
+            chosen = self._chosen(wanted, take)
             texts = [self.texts[i] for i in part]
             worst = certify(self.model, wanted, texts, block[part], self.layers, chosen)
         # The names that Store.certificates knows.
-        certificate = {"way": way, "checked": take, **worst}
+        certificate = {"way": way, "checked": len(chosen), **worst}
         self.certificate["computed"] += len(part)
-        self.certificate["checked"] += take
+        self.certificate["checked"] += len(chosen)
         widen(self.certificate, certificate)
         # Some norms give float32 in a model of half precision; float64 is kept as float32.
         dtype = torch.float32 if computed.dtype == torch.float64 else computed.dtype
         return str(dtype), certificate
 
+    def _chosen(self, rows: Sequence[Rendered], take: int) -> NDArray[np.int64]:
+        """Positions of the rows to certify: the longest, and others up to `take`."""
+        longest = max(range(len(rows)), key=lambda i: len(rows[i].ids))
+        others = self.rng.choice(len(rows), take, replace=False)
+        return np.array([longest, *others[others != longest]], dtype=np.int64)[:take]
+
     def _keep(
         self,
-        block: NDArray[np.float32],
-        rows: Sequence[tuple[int, list[str]]],
+        asked: Asked,
+        part: NDArray[np.int64],
         held: set[str],
-        name: str,
         dtype: str,
         certificate: dict[str, Any],
     ) -> None:
-        """Commits the rows (position in block, keys by layer) that the store does not hold yet."""
+        """Commits those states of a part that the store does not hold yet."""
         assert self.store is not None
+        block, longest = asked.block, max(part, key=lambda i: len(asked.rows[i].ids))
         for j, layer in enumerate(self.layers):
             about = {
                 "model": self.model.fingerprint,
                 "model_name": self.model.name,
-                "prompts": [name],
+                "prompts": [asked.name],
                 "layer": layer,
                 "certificate": certificate,
+                "witness": witness(
+                    asked.rows[longest], block[longest, j], layer, self.model.dtype_name
+                ),
             }
             # Queries may render alike: one row for each key.
-            new = {keys[j]: block[i, j] for i, keys in rows if keys[j] not in held}
+            new = {asked.keys[i][j]: block[i, j] for i in part if asked.keys[i][j] not in held}
             if new:
                 states = np.stack(list(new.values()))
                 self.store.write_states(list(new), states, dtype=dtype, about=about)
@@ -337,21 +371,3 @@ class _Capture:
 def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> list[list[str]]:
     common = {"kind": "state", **model.key_parts()}
     return [[row_key(ids=r.ids, soft=r.soft, layer=i, **common) for i in layers] for r in rows]
-
-
-def _fill(
-    block: NDArray[Any], keys: list[list[str]], store: Store
-) -> tuple[NDArray[Any], set[str]]:
-    """Writes the stored states into block.
-
-    Returns the positions of rows with any layer missing, and the keys that are kept.
-    """
-    read = store.read_states([k for row in keys for k in row])
-    found = {key: state for key, state in read.items() if state.shape == block.shape[2:]}
-    missing = []
-    for i, row in enumerate(keys):
-        if all(k in found for k in row):
-            block[i] = np.stack([found[k] for k in row])
-        else:
-            missing.append(i)
-    return np.array(missing, dtype=int), set(found)

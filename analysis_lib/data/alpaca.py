@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .thoughts import answers_of
 from .user_files import DataError, json_entries
 
 
@@ -67,6 +68,8 @@ def write_alpaca_eval(
 ) -> None:
     """Write one response for each query, under one prompt, as AlpacaEval's model outputs.
 
+    Of a reasoning model's response, what follows the thoughts is written: "" where nothing does.
+
     Parameters
     ----------
     responses : DataFrame
@@ -109,9 +112,14 @@ def write_alpaca_eval(
         )
     asked = about.loc[responses["query_id"]]
     answers = [
-        {"instruction": instruction, "output": output, "generator": generator, "dataset": dataset}
+        {
+            "instruction": instruction,
+            "output": output or "",
+            "generator": generator,
+            "dataset": dataset,
+        }
         for instruction, output, dataset in zip(
-            asked["text"], responses["response"], asked["query_set"], strict=True
+            asked["text"], answers_of(responses)[0], asked["query_set"], strict=True
         )
     ]
     path = Path(path)

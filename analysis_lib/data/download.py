@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import platformdirs
 
+from .units import told_of_copies
 from .user_files import DataError, query_table, read_text, txt_rows
 
 
@@ -110,7 +111,8 @@ def download(
     return files
 
 
-def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
+def official_queries(name: str, harmful: bool | None) -> tuple[pd.DataFrame, str]:
+    """The queries of a set, and what is to be told of copies among them."""
     official, path = OFFICIAL_SETS[name], queries_folder() / f"{name}.txt"
     if harmful is not None:
         raise DataError(
@@ -126,7 +128,9 @@ def official_queries(name: str, harmful: bool | None) -> pd.DataFrame:
             f"{path}: not the official file (wrong SHA-256); "
             "run `python -m analysis_lib download` to replace it"
         )
-    return query_table(path, txt_rows(path, read_text(path))[: official.n], official.harmful)
+    rows = txt_rows(path, read_text(path))[: official.n]
+    table = query_table(path, rows, official.harmful)
+    return table, told_of_copies(table, str(path), [f"line {line}" for line, _ in rows])
 
 
 def _sha256(content: bytes) -> str:

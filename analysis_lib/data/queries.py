@@ -16,6 +16,7 @@ import pandas as pd
 
 from .download import OFFICIAL_SETS, official_queries
 from .shipped import ROOT
+from .units import query_units, refuse_two_labels, text_key, told_of_copies
 from .user_files import DataError, csv_rows, jsonl_rows, query_table, read_text, txt_rows
 
 QUERY_SETS = ("anchor", "heldout_harmless", "heldout_forms", "borderline", "facts")
@@ -51,12 +52,12 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
         Of a file, `text` is needed and stripped of surrounding space. `harmful` (true/false, 1/0 or
         harmful/harmless in any case, or empty) is <NA> where it is missing. Where they are missing,
         `query_id` becomes stem-0001, ... and `query_set` the stem. Other columns are left out with
-        a warning.
+        a warning. Another one tells texts that occur several times: see `query_units`.
 
     Raises
     ------
     DataError
-        Names file, line and remedy.
+        Names file, line and remedy. One text that is labelled both ways is such a fault.
 
     Examples
     --------
@@ -72,6 +73,14 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
     >>> mine["query_id"].tolist(), mine["harmful"].tolist()
     (['mine-0001'], [False])
     """
+    queries, told = _read(name_or_path, harmful)
+    if told:
+        warnings.warn(told, stacklevel=2)
+    return queries
+
+
+def _read(name_or_path: str | Path, harmful: bool | None) -> tuple[pd.DataFrame, str]:
+    """The queries, and what is to be told of copies among them."""
     if isinstance(name_or_path, str):
         if name_or_path in OFFICIAL_SETS:
             return official_queries(name_or_path, harmful)
@@ -89,7 +98,9 @@ def load_queries(name_or_path: str | Path, *, harmful: bool | None = None) -> pd
         raise DataError(
             f"{path}: a query file ends in .csv, .jsonl or .txt; save it as one of these"
         )
-    return query_table(path, readers[suffix](path, read_text(path)), harmful)
+    rows = readers[suffix](path, read_text(path))
+    table = query_table(path, rows, harmful)
+    return table, told_of_copies(table, str(path), [f"line {line}" for line, _ in rows])
 
 
 def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
@@ -118,18 +129,14 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
     >>> int(queries["harmful"].sum()), len(queries)
     (100, 200)
     """
-    queries = load_queries(name_or_path)
+    queries, told = _read(name_or_path, None)
     harmful = queries["harmful"]
     if lacking := int(harmful.isna().sum()):
         raise DataError(
             f"{name_or_path}: {lacking} of {len(queries)} queries have no label, and every query "
             "needs one; fill the column harmful with true and false"
         )
-    units = (
-        queries["query_id"].where(queries["pair_id"] == "", queries["pair_id"])
-        if "pair_id" in queries
-        else queries["query_id"]
-    )
+    units = query_units(queries, pairs=True)
     found = {
         kind: units[harmful == label].nunique()
         for kind, label in (("harmful", True), ("harmless", False))
@@ -146,6 +153,8 @@ def load_anchor_queries(name_or_path: str | Path = "anchor") -> pd.DataFrame:
             f"{name_or_path}: {found[few]} {few} queries{pairs}, and at least {MIN_OF_EACH_CLASS} "
             f"of each class are needed; add {MIN_OF_EACH_CLASS - found[few]} or more"
         )
+    if told:
+        warnings.warn(told, stacklevel=2)
     return queries
 
 
@@ -159,7 +168,8 @@ def load_heldout_queries(
     names : sequence of str or Path, optional
         Sets or files as in `load_queries`. Default: HELDOUT_SETS.
     anchor : DataFrame, optional
-        The anchor queries. Held-out queries with one of their texts are left out with a warning.
+        The anchor queries. Held-out queries with one of their texts are left out with a warning;
+        see `query_units` for what counts as the same text.
 
     Returns
     -------
@@ -191,7 +201,12 @@ def load_heldout_queries(
             f"query_id {twice.iloc[0]!r} occurs twice in the held-out sets ({named}); "
             "name each set once, and give files different names or ids of their own"
         )
-    kept = queries if anchor is None else queries[~queries["text"].isin(anchor["text"])]
+    if len(names) > 1:
+        refuse_two_labels(queries, f"the held-out sets ({named})", queries["query_id"].tolist())
+    kept = queries
+    if anchor is not None:
+        known = set(anchor["text"].map(text_key))
+        kept = queries[~queries["text"].map(text_key).isin(known)]
     if 0 < (left_out := len(queries) - len(kept)) < len(queries):
         warnings.warn(
             f"{left_out} of {len(queries)} held-out queries ({named}) "

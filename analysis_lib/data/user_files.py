@@ -133,7 +133,7 @@ def query_table(path: Path, rows: list[_Row], harmful: bool | None) -> pd.DataFr
         warnings.warn(
             f"{path}: columns left out: {shown(ignored)[1:-1]}; "
             f"known are {', '.join((*kept[:4], *OPTIONAL))}",
-            stacklevel=3,
+            stacklevel=4,
         )
     lines: dict[str, int] = {}
     table = []

@@ -13,6 +13,8 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from ..data.labels import read_labels
+
 
 def text(value: object) -> str:
     """A value as plain text for plotly.
@@ -86,7 +88,7 @@ def class_names(table: pd.DataFrame) -> pd.Series:
     >>> class_names(pd.DataFrame({"harmful": [True, False, None]})).tolist()
     ['harmful', 'harmless', 'unlabelled']
     """
-    harmful = table["harmful"].astype("boolean")
+    harmful = read_labels(table["harmful"])
     return (
         harmful.map({True: "harmful", False: "harmless"})
         .astype(object)

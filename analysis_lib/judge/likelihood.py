@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,12 +11,16 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from ..collect.certificates import certify_numbers
 from ..collect.inputs import check_prompts, check_queries, usable
+from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
+from ..model.generation import Generation
 from ..model.passes import log_probabilities
 from ..model.rendering import Prompt
+from ..model.replies import reply_ids
 from ..store.batches import row_key
 from ..store.store import Store
 from .strings import phrases
@@ -39,7 +44,8 @@ def refusal_probability(
     """The probability that a reply begins with one of some openings. Nothing is sampled.
 
     It is exact at temperature 1 without cuts, for replies tokenized as the tokenizer writes the
-    openings. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
+    openings. Tokens that the generation configuration suppresses throughout are left out, as in
+    sampling. Sampled and judged rates differ: a refusal may open otherwise, and top-p drops what is
     rare. `calibrate_refusal` fits one to the other.
 
     Parameters
@@ -67,6 +73,8 @@ def refusal_probability(
         Where no opening has a token.
     ChatModelError
         Where log probabilities hold NaN or infinity.
+    ParityError
+        Where those of the longest row differ from a plain pass by more than rounding explains.
 
     Examples
     --------
@@ -87,7 +95,15 @@ def refusal_probability(
     parts = []
     for name, prompt in prompts.items():
         replies = [sorted(starts)] * len(queries)
-        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, replies, store)
+        found = _reply_log_p(
+            model,
+            queries["text"].tolist(),
+            name,
+            prompt,
+            replies,
+            store,
+            never=model.generation.never,
+        )
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
         part = {"query_id": queries["query_id"].tolist(), "prompt": name}
         parts.append(pd.DataFrame(part | {"log_odds": np.log(p / (1 - p))}))
@@ -136,6 +152,8 @@ def next_token_loss(
     ChatModelError
         Where an end is to be charged and the tokenizer has no token for it, or log probabilities
         hold NaN or infinity.
+    ParityError
+        Where those of the longest row differ from a plain pass by more than rounding explains.
 
     Examples
     --------
@@ -171,19 +189,12 @@ def _tokens_of_answers(
         )
     place = {query_id: i for i, query_id in enumerate(queries["query_id"])}
     kept = answers[answers["query_id"].isin(place) & answers["response"].notna()]
-    ends = kept["end"].tolist() if "end" in kept else [""] * len(kept)
-    eos: Any = model.tokenizer.eos_token_id
-    if "eos" in ends and eos is None:
-        raise ChatModelError(
-            f"the tokenizer of {model.name!r} has no end-of-sequence token to charge; "
-            "drop the answers' column end"
-        )
-    texts = kept["response"].tolist()
-    tokens = model.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ended = (kept["end"] == "eos").tolist() if "end" in kept else [False] * len(kept)
+    tokens = reply_ids(model, kept["response"].tolist(), ended) if len(kept) else []
     given: dict[int, list[tuple[int, ...]]] = {}
-    for query_id, ids, end in zip(kept["query_id"], tokens, ends, strict=True):
-        if reply := (*ids, *([eos] if end == "eos" else [])):
-            given.setdefault(place[query_id], []).append(reply)
+    for query_id, ids in zip(kept["query_id"], tokens, strict=True):
+        if ids:
+            given.setdefault(place[query_id], []).append(ids)
     if not given:
         raise ValueError(
             "no answer belongs to one of the queries; give answers to the same queries"
@@ -198,41 +209,78 @@ def _reply_log_p(
     prompt: Prompt,
     replies: Sequence[Sequence[tuple[int, ...]]],
     store: Store | None,
+    *,
+    never: tuple[int, ...] = (),
 ) -> list[NDArray[np.float64]]:
-    """For each text, the log probability of each of its replies (token ids), float64."""
+    """For each text, the log probability of each of its replies (token ids), float64.
+
+    The token ids `never` are left out of what may be said.
+    """
+    suppressed = Generation(frozenset(), never=never)
     store = usable(store, model)
     rows = model.render(texts, prompt)
     keys = [""] * len(rows)
     found: dict[int, NDArray[np.float64]] = {}
     if store is not None:
-        fixed = {"kind": "log_probability", **model.key_parts()}
+        fixed: dict[str, Any] = {"kind": "log_probability", **model.key_parts()}
+        fixed |= {"never": list(never)} if never else {}
         keys = [
             row_key(ids=row.ids, soft=row.soft, replies=own, **fixed)
             for row, own in zip(rows, replies, strict=True)
         ]
         kept = store.read_responses(keys)
         found = {i: np.array(kept[key]["log_p"]) for i, key in enumerate(keys) if key in kept}
+        if len(found) < len(rows):
+            store = loaded_and_usable(store, model)
+        store = unchanged(store, model, longest_witness(store, model, keys, rows[0].soft), prompt)
+        found = found if store is not None else {}
     missing = [i for i in range(len(rows)) if i not in found]
+    soft = None if isinstance(prompt, str) else prompt.embeddings
     for at in range(0, len(missing), CHUNK_ROWS):
         part = missing[at : at + CHUNK_ROWS]
-        with (
-            torch.no_grad(),
-            model.forward.soft_tokens(None if isinstance(prompt, str) else prompt.embeddings),
-        ):
-            heads = [rows[i].ids for i in part for _ in replies[i]]
-            each = log_probabilities(
-                model.forward, heads, [reply for i in part for reply in replies[i]]
-            )
-        sums = np.array([log_p.sum() for log_p in each])
-        if not np.isfinite(sums).all():
-            raise ChatModelError(
-                f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, "
-                "and nothing of this batch is kept; load the model with dtype='float32' or "
-                "'bfloat16', or copy its weights again"
-            )
+        heads = [rows[i].ids for i in part for _ in replies[i]]
+        own = [reply for i in part for reply in replies[i]]
+        with torch.no_grad(), model.forward.soft_tokens(soft):
+            sums = _sums(model, heads, own, suppressed)
+            seen = row_witness(model, [rows[i] for i in part]) if store is not None else {}
         found |= zip(part, np.split(sums, np.cumsum([len(replies[i]) for i in part])[:-1]))
         if store is not None:
             new = {keys[i]: {"log_p": found[i].tolist()} for i in part}  # queries may render alike
-            about = {"model": model.fingerprint, "model_name": model.name, "prompts": [name]}
+            about = {
+                "model": model.fingerprint,
+                "model_name": model.name,
+                "prompts": [name],
+                "witness": seen,
+            }
             store.write_responses(list(new), list(new.values()), about=about)
     return [found[i] for i in range(len(rows))]
+
+
+def _sums(
+    model: ChatModel,
+    heads: Sequence[tuple[int, ...]],
+    replies: Sequence[tuple[int, ...]],
+    suppressed: Generation,
+) -> NDArray[np.float64]:
+    """The log probability of each reply, certified. Raises ChatModelError where one is not finite."""
+    of = partial(log_probabilities, model.forward, allowed=suppressed.allowed)
+    each = of(heads, replies)
+    sums = np.array([log_p.sum() for log_p in each])
+    if not np.isfinite(sums).all():
+        raise ChatModelError(
+            f"log probabilities of {model.name!r} hold NaN or infinity in {model.dtype_name}, "
+            "and nothing of this batch is kept; load the model with dtype='float32' or "
+            "'bfloat16', or copy its weights again"
+        )
+    longest = max(range(len(heads)), key=lambda i: len(heads[i]) + len(replies[i]))
+
+    def numbers(rows: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(of([heads[i] for i in rows], [replies[i] for i in rows])[0])
+
+    def plain() -> torch.Tensor:
+        with model.forward.run_plainly():
+            return numbers([longest])
+
+    mine, again = torch.from_numpy(each[longest]), partial(numbers, [longest, 0])
+    certify_numbers(model.forward, "log probabilities", mine, plain, again, least=1.0)
+    return sums

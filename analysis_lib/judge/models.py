@@ -11,6 +11,8 @@ import torch
 
 from ..collect.responses import sample_rows
 from ..collect.sampling import Settings
+from ..data.labels import with_labels
+from ..data.thoughts import answers_of
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.loading import load_classifier
@@ -61,7 +63,7 @@ def published_judge(guard: RowJudge | TextJudge) -> RowJudge:
     """
 
     def judge(rows: pd.DataFrame) -> list[Verdict]:
-        _require_query(rows, "harmful")
+        rows = _with_query(rows, "harmful")
         verdicts: list[Verdict] = []
         open_to_guard = []
         for i, (response, harmful) in enumerate(zip(rows["response"], rows["harmful"])):
@@ -202,14 +204,15 @@ def chat_judge(
     settings = Settings(max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0, stop_when=None)
 
     def judge(rows: pd.DataFrame) -> list[bool | None]:
-        _require_query(rows, "text", "harmful")
+        rows = _with_query(rows, "text", "harmful")
         asked = _rendered(guard, rows, max_new_tokens)
         said: dict[int, str] = {}
         if asked:
             replies = sample_rows(
                 guard, list(asked.values()), 1, settings, name="verdicts", store=store
             )
-            said = {i: reply["response"] for i, (reply,) in zip(asked, replies, strict=True)}
+            answers, _ = answers_of(pd.DataFrame([reply for (reply,) in replies]))
+            said = {i: answer or "" for i, answer in zip(asked, answers, strict=True)}
         words = [re.match(r"\W*(\w+)", said.get(i, "")) for i in range(len(rows))]
         found = [verdicts.get(word[1].lower()) if word else None for word in words]
         unknown = [said[i] for i in said if found[i] is None]
@@ -225,11 +228,13 @@ def chat_judge(
     return RowJudge(judge)
 
 
-def _require_query(rows: pd.DataFrame, *columns: str) -> None:
+def _with_query(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows, which have these columns of their queries, with labels as `read_labels` gives them."""
     if any(column not in rows for column in columns):
         raise ValueError(
             "this judge reads the query; pass queries=, the table with query_id, text and harmful"
         )
+    return with_labels(rows)
 
 
 def _shown(guard: ChatModel, query: str, response: str) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.labels import with_labels
+from ..data.thoughts import NO_ANSWER, answers_of
 from .strings import is_refusal
 
 
@@ -163,8 +165,9 @@ def judge_responses(
 ) -> pd.DataFrame:
     """Judges every response. Identical responses to one query are judged once.
 
-    A response is unscored where it is missing, where the judge has no verdict, and where a judge of
-    one text raises. One warning a judge counts them by reason.
+    Of a reasoning model's response, a judge sees what follows the thoughts. A response is unscored
+    where it is missing or ends within its thoughts, where the judge has no verdict, and where a
+    judge of one text raises. One warning a judge counts them by reason.
 
     Parameters
     ----------
@@ -217,7 +220,8 @@ def judge_responses(
 def _judged(
     responses: pd.DataFrame, judge: RowJudge | TextJudge, queries: pd.DataFrame | None, by: str
 ) -> pd.DataFrame:
-    texts, asked = responses["response"].tolist(), [None] * len(responses)
+    texts, cut = answers_of(responses)
+    asked = [None] * len(responses)
     reads_query = queries is not None and isinstance(judge, RowJudge)
     if reads_query:
         _require(responses, "query_id")
@@ -228,7 +232,10 @@ def _judged(
     if queries is not None and reads_query:
         rows = pd.concat([_about(queries, [query_id for _, query_id in pairs]), rows], axis=1)
     scored = dict(zip(pairs, map(_score, ask(judge, rows)))) if pairs else {}
-    found = [scored[key] if key else (np.nan, "missing response") for key in keys]
+    found = [
+        scored[key] if key else (np.nan, NO_ANSWER if ended else "missing response")
+        for key, ended in zip(keys, cut)
+    ]
     reasons = Counter(why for _, why in found if why)
     if reasons:
         listed = ", ".join(f"{count} x {why}" for why, count in reasons.most_common(5))
@@ -250,7 +257,7 @@ def _about(queries: pd.DataFrame, asked: list[Any]) -> pd.DataFrame:
         raise ValueError(
             f"query {min(lacking)!r} is not in the queries' table; pass the table that was sampled"
         )
-    known = queries.drop(columns="response", errors="ignore")
+    known = with_labels(queries).drop(columns="response", errors="ignore")
     known = known.drop_duplicates("query_id", keep="last").set_index("query_id")
     return known.loc[asked].reset_index()
 
@@ -347,7 +354,8 @@ def refusal_rates(judged: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame with query_id, prompt, refusal_rate, n_judged
-        In order of first appearance. The rate lies in [0, 1], and is NaN where n_judged is 0.
+        In order of first appearance. The rate lies in [0, 1], and is NaN where n_judged is 0. Where
+        a response ends within its thoughts, the column n_cut counts those.
 
     Raises
     ------
@@ -371,8 +379,14 @@ def refusal_rates(judged: pd.DataFrame) -> pd.DataFrame:
             "keep one of them, such as judged[judged['judge'] == ...]"
         )
     refused = judged["refused"].astype(float)
-    groups = refused.groupby([judged["query_id"], judged["prompt"]], sort=False, observed=True)
-    return groups.agg(refusal_rate="mean", n_judged="count").reset_index()
+    by = [judged["query_id"], judged["prompt"]]
+    rates = refused.groupby(by, sort=False, observed=True).agg(
+        refusal_rate="mean", n_judged="count"
+    )
+    if "response" in judged and (cut := answers_of(judged)[1]).any():
+        counts = pd.Series(cut, index=judged.index).groupby(by, sort=False, observed=True)
+        rates["n_cut"] = counts.sum().astype(int)
+    return rates.reset_index()
 
 
 def _require(table: pd.DataFrame, *columns: str) -> None:

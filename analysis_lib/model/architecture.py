@@ -1,12 +1,14 @@
 """All that is special to a model family: a family with an odd part gets its line here alone.
 
 Each function asks a transformers model or its configuration. What no function knows is found out by
-asking the model itself: `passes.shares_prefixes` and `steps.steps_from_cache` compare short rows
-with the plain forward pass.
+asking the model itself: `passes.tree_tokens` and `steps.step_tokens` compare rows with the plain
+forward pass, short ones and ones past each of the configuration's `turns`.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,15 @@ from .errors import ChatModelError
 
 
 def text_config(config: Any) -> Any:
-    """The language part's configuration; of a text model, its own."""
+    """The language part's configuration; of a text model, its own.
+
+    Raises ChatModelError for an encoder-decoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ChatModelError(
+            f"a model of the kind {config.model_type!r} is an encoder-decoder: it reads the query "
+            "in one part and writes the reply in another; choose a decoder, such as Llama or Qwen"
+        )
     return config.get_text_config(decoder=True)
 
 
@@ -53,6 +63,77 @@ def attends_in_chunks(config: Any) -> bool:
     return "chunked_attention" in (getattr(text_config(config), "layer_types", None) or [])
 
 
+def turns(config: Any) -> list[int]:
+    """Lengths past which attention or positions may follow another rule, in rising order.
+
+    Every whole number that the configuration gives under the name of a window, chunk, block, index
+    or original context; the whole context where its rotary factors grow with the pass.
+    """
+    named = re.compile(r"window|chunk|local|block|index\w*_(topk|budget)|original_max_position")
+    settings = text_config(config).to_dict()
+    found: set[int] = set()
+
+    def look(values: Any, name: str = "") -> None:
+        if isinstance(values, dict):
+            if "dynamic" in str(values.get("rope_type")):
+                found.add(int(settings.get("max_position_embeddings") or 0))
+            for key, value in values.items():
+                look(value, str(key))
+        elif isinstance(values, list | tuple):
+            for value in values:
+                look(value, name)
+        elif type(values) is int and named.search(name) and "expert" not in name:
+            found.add(values)
+
+    look(settings)
+    return sorted(n for n in found if n > 1)
+
+
+def has_per_layer_embeddings(config: Any) -> bool:
+    """Whether blocks look the token ids up in tables of their own (Gemma 3n and 4)."""
+    return bool(getattr(text_config(config), "hidden_size_per_layer_input", None))
+
+
+def no_soft_tokens(name: str) -> str:
+    """Why such a model takes no soft prompt."""
+    return (
+        f"{name!r} has per-layer embeddings: its blocks look the token ids up again, and soft tokens "
+        "have none; use a text prompt, or a model without hidden_size_per_layer_input"
+    )
+
+
+def growing_positions(model: Any) -> list[tuple[Any, str]]:
+    """Modules whose rotary factors grow with the longest pass so far (dynamic NTK).
+
+    Each comes with the beginning of its buffers' names.
+    """
+    found = []
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = kind if isinstance(kind, dict) else {"": kind}
+        for layer_type, name in kinds.items():
+            if "dynamic" in str(name):
+                found.append((module, f"{layer_type}_" if layer_type else ""))
+    return found
+
+
+def forget_lengths(growing: list[tuple[Any, str]]) -> None:
+    """Growing positions begin anew; without it, a pass depends on the passes before it."""
+    for module, prefix in growing:
+        factors = getattr(module, f"{prefix}inv_freq")
+        start = getattr(module, f"{prefix}original_inv_freq").to(factors.device)
+        module.register_buffer(f"{prefix}inv_freq", start, persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def logits_at(model: Any, at: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Vocabulary logits (b, len(at), vocabulary) at the positions `at` of each row."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        return model(**inputs, logits_to_keep=at).logits
+    return model(**inputs).logits[:, at]
+
+
 def attention_mask(
     config: Any, see: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -83,9 +164,17 @@ def cache_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token adds to the cache, over all layers."""
     config = text_config(config)
     n_heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
-    heads = getattr(config, "num_key_value_heads", None) or n_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    heads = _largest(config, "num_key_value_heads") or n_heads
+    head_dim = _largest(config, "head_dim") or config.hidden_size // n_heads
     return 2 * int(config.num_hidden_layers) * heads * head_dim * torch.finfo(dtype).bits // 8
+
+
+def _largest(config: Any, name: str) -> int:
+    """A whole number of a configuration, which may differ from block to block; 0 without one."""
+    values = [value for key, value in config.to_dict().items() if key.endswith(name)]
+    whole = [n for value in values for n in (value if isinstance(value, list) else [value])]
+    own = [] if values else [getattr(config, name, None)]
+    return max((n for n in (*whole, *own) if type(n) is int), default=0)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import torch
 
 from .architecture import text_config
 from .checks import weight_map
-from .errors import ChatModelError
-from .fingerprint import digest_in_memory, digest_of_source, state_of, weight_files
+from .fingerprint import digest_in_memory, digest_of_source, refuse_change, state_of
 from .forward import Forward
+from .generation import Generation, generation_of, read_generation
 from .llama_tokens import warn_of_ids
 from .loading import (
     bytes_of_weights,
@@ -24,10 +24,11 @@ from .loading import (
     embeddings_of_file,
     find_source,
     load_weights,
-    read_generation,
     read_source,
 )
+from .reasoning import switch_thinking
 from .rendering import Prompt, Rendered, Renderer
+from .tampering import refuse_prompt_learning
 from .template_checks import Day
 
 
@@ -97,6 +98,7 @@ class ChatModel:
         template: str | Path | None = None,
         quantization: str | None = None,
         date: Day = None,
+        thinking: bool | None = None,
     ) -> ChatModel:
         """Opens a model; its weights stay on disk until they are used.
 
@@ -127,6 +129,9 @@ class ChatModel:
         date : str or datetime.date, optional
             The day, as "2026-11-27", for a template that writes it; it stays. Default:
             ANALYSIS_LIB_DATE, else today.
+        thinking : bool, optional
+            Turns a reasoning model's thoughts on or off, by its template's own switch. Default: as
+            the template has it.
 
         Returns
         -------
@@ -137,7 +142,8 @@ class ChatModel:
         ChatModelError
             For an unknown id or folder, no network, a gated model, or pickled weights only; an
             adapter beside the model; a configuration or index that names other files or code; a
-            missing chat template, or one that cannot be rendered; a missing tokenizer, or one
+            missing chat template, one that cannot be rendered, or one without a switch for
+            thinking; a missing tokenizer, or one
             without offsets; a device or dtype that torch does not have; a missing package. `.model`
             raises it where the folder has changed since, or a checkpoint lacks tensors.
 
@@ -150,6 +156,8 @@ class ChatModel:
         """
         source = find_source(str(name), revision, template)
         config, tokenizer, commit = read_source(source)
+        if thinking is not None:
+            switch_thinking(source.name, tokenizer, thinking)
         device = choose_device(device, quantization)
         chat = cls(
             source.name,
@@ -167,7 +175,7 @@ class ChatModel:
         # A template that cannot be rendered is told now.
         warn_of_ids(source.name, source.place, commit, tokenizer, chat.renderer.frame(""))
         if source.is_folder:
-            _ = chat._weight_map, chat.stop_ids
+            _ = chat._weight_map, chat.generation
         return chat
 
     @classmethod
@@ -179,7 +187,8 @@ class ChatModel:
         Parameters
         ----------
         model : transformers.PreTrainedModel
-            It is put into eval mode and frozen.
+            It is put into eval mode and frozen. A PEFT model that puts learned tokens before the
+            chat is refused with ChatModelError.
         tokenizer : transformers.PreTrainedTokenizerFast
             A fast tokenizer with a chat template.
         name, date
@@ -196,6 +205,7 @@ class ChatModel:
         >>> ChatModel.wrap(organism.model, organism.tokenizer, name="mine").loaded
         True
         """
+        refuse_prompt_learning(model, name)
         spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         chat = cls(
             name,
@@ -271,8 +281,8 @@ class ChatModel:
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights, 64 hex digits.
 
-        Of a folder the content is hashed, of a hub model its id and commit. Weights that were
-        changed in memory (assigned, or in place outside `.data`) are hashed anew.
+        Of a folder the content is hashed, of a hub model its id and commit. Weights, modules and
+        numbers of modules that were changed in memory (not through `.data`) are hashed anew.
         """
         state = state_of(self.model) if self.loaded and not self.quantization else self._loaded
         if self._hashed is None or self._hashed[0] != state:
@@ -289,40 +299,22 @@ class ChatModel:
         return {"model": self.fingerprint, "dtype": self.dtype_name}
 
     def _refuse_change(self) -> None:
-        if self._files and weight_files(Path(self.source)) != self._files:
-            raise ChatModelError(
-                f"the files of {self.name!r} changed after the model was opened; "
-                "open it again with ChatModel.load to use the new ones"
-            )
+        refuse_change(self.name, self.source, self._files)
 
     @cached_property
     def _weight_map(self) -> dict[str, str] | None:
         return weight_map(self.name, self.source, self.revision) if self.source else None
 
     @cached_property
-    def _generation(self) -> Any:
-        """The generation configuration, without loading weights."""
-        return (
-            read_generation(self.name, self.source, self.revision)
+    def generation(self) -> Generation:
+        """How replies end and what they never hold, without loading weights."""
+        return generation_of(
+            self.name,
+            read_generation(self.name, self.source, self.revision, self.config)
             if self.source
-            else self.model.generation_config
+            else self.model.generation_config,
+            self.renderer,
         )
-
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a reply: the tokenizer's and the generation configuration's."""
-        ids: set[int] = set()
-        for found in (self.tokenizer.eos_token_id, self._generation.eos_token_id):
-            ids.update(
-                [found] if isinstance(found, int) else (i for i in found or [] if i is not None)
-            )
-        return frozenset(ids)
-
-    @cached_property
-    def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end a reply, of the generation configuration."""
-        found = self._generation.stop_strings or ()
-        return (found,) if isinstance(found, str) else tuple(found)
 
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
         """Renders each query under the prompt, with the generation prompt, as token ids.

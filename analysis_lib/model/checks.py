@@ -1,15 +1,25 @@
-"""What is refused of a checkpoint, and what to do where loading fails."""
+"""What is refused of a checkpoint: its configuration, its index, its tensors."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .advice import load_advice, unmerged_advice, untaken_advice
 from .errors import ChatModelError
+
+# What PEFT puts into the names of tensors that were saved before the adapter was merged.
+_ADAPTER = re.compile(
+    r"(^|\.)(base_model\.model|lora_|hada_|lokr_|oft_|boft_|ia3_|vera_|base_layer|modules_to_save)"
+)
+# Masks and angles of older checkpoints, which newer models compute themselves.
+_COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
 
 def refuse_configuration(name: str, config: Any) -> None:
@@ -65,11 +75,70 @@ def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] |
                 "*.safetensors beside it; only such files are read: "
                 "copy or download the model again"
             )
+    folder = Path(source)
+    absent = sorted({f for f in files.values() if folder.is_dir() and not (folder / f).is_file()})
+    if absent:
+        raise ChatModelError(
+            f"the folder {name} lacks {len(absent)} of the files that its index names "
+            f"({absent[0]}{', ...' * (len(absent) > 1)}); copy or download them"
+        )
     return files
 
 
-def refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
-    """transformers draws at random what a checkpoint does not hold, and goes on."""
+def refuse_tensors(name: str, files: Iterable[Path]) -> None:
+    """Reads the safetensors files' headers alone: damaged files, adapters that are not merged."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
+        except Exception as error:  # of Rust, and of the system
+            raise ChatModelError(load_advice(name, error)) from error
+    if adapter := sorted(filter(_ADAPTER.search, names)):
+        raise ChatModelError(unmerged_advice(name, adapter))
+
+
+def refuse_report(name: str, model: Any, report: Mapping[str, Any]) -> None:
+    """What transformers found while loading: it draws missing tensors, drops others, and goes on.
+
+    Tensors beside the model's own parts, such as another head, are named in a warning.
+    """
+    untaken = {str(key) for key in report.get("unexpected_keys") or ()}
+    if adapter := sorted(filter(_ADAPTER.search, untaken)):
+        raise ChatModelError(unmerged_advice(name, adapter))
+    _refuse_random_weights(name, report)
+    left = [key for key in sorted(untaken) if not _COMPUTED.search(key)]
+    inside = [key for key in left if _in_a_layer(model, key)]
+    if inside and not getattr(model.config, "quantization_config", None):
+        raise ChatModelError(untaken_advice(name, inside))
+    if left:
+        warnings.warn(
+            f"the files of {name!r} hold tensors that the model does not take and that are left out: "
+            f"{', '.join(left[:3])}{', ...' * (len(left) > 3)}",
+            stacklevel=2,
+        )
+
+
+def _in_a_layer(model: Any, tensor: str) -> bool:
+    """Whether a tensor's name lies in a list of layers, or in a module without parts.
+
+    Layers that predict further tokens, which a configuration may announce, lie in none.
+    """
+    module, path = model, tensor.split(".")
+    for part in path:
+        if isinstance(module, torch.nn.ModuleList):
+            ahead = getattr(model.config, "num_nextn_predict_layers", None) or 0
+            return not (part.isdecimal() and 0 <= int(part) - len(module) < ahead)
+        found = getattr(module, part, None)
+        if not isinstance(found, torch.nn.Module):
+            break
+        module = found
+    return not list(module.children())
+
+
+def _refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
     lacking = sorted(
         {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()}
     )
@@ -79,60 +148,3 @@ def refuse_random_weights(name: str, report: Mapping[str, Any]) -> None:
             f"({', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}), which would be drawn at "
             "random; copy or download the model again, or mend its config.json"
         )
-
-
-def load_advice(name: str, error: Exception, *, meant: Sequence[str] = ()) -> str:
-    """One line that says what to do, from an error of the libraries below.
-
-    meant: names of models in the study that the user may have meant.
-    """
-    text = f"{type(error).__name__}: {error}"
-    names = {one.lower(): one for one in meant}
-    near = difflib.get_close_matches(name.partition("@")[0].rpartition("/")[2].lower(), names)
-    similar = (
-        f"; models of the study with a similar name: {', '.join(names[one] for one in near)}"
-        if near
-        else ""
-    )
-    said = text.replace(name, "")  # a folder called "401" says nothing about the network
-    if "SafetensorError" in said:
-        return (
-            f"the weights of {name!r} are damaged or incomplete ({error}); "
-            "copy or download the model again"
-        )
-    if "UnicodeDecodeError" in said:
-        return (
-            f"a text file of {name!r}, such as its chat_template.jinja, is not in UTF-8 ({error}); "
-            "save it in UTF-8"
-        )
-    if "trust_remote_code" in said:
-        return (
-            f"{name!r} needs its own Python code, which is never run; choose a model that "
-            "transformers supports itself"
-        )
-    if re.search(r"sentencepiece|protobuf|tiktoken", said):
-        return (
-            f"the tokenizer of {name!r} is a SentencePiece file, which has to be converted; pip "
-            "install sentencepiece protobuf"
-        )
-    if "safetensors" in said:
-        return (
-            f"{name!r} offers no safetensors weights; pickled weights can run code on load and are "
-            "not read: choose another revision or convert it"
-        )
-    if re.search(r"gated repo|gatedrepo|\b40[13]\b", said, re.IGNORECASE):
-        return (
-            f"{name!r} is gated or private; "
-            f"accept its terms on its page and log in with `hf auth login`{similar}"
-        )
-    if re.search(r"offline|connect|resolve|network", said, re.IGNORECASE):
-        return (
-            f"{name!r} is not in the local cache and the hub cannot be reached; check the network, "
-            f"or give a local folder{similar}"
-        )
-    if re.search(r"not a valid model identifier|\b404\b|Repository ?Not ?Found", said):
-        return (
-            f"{name!r} is no model of the hub and no folder; "
-            f"check the spelling, or give 'organism'{similar}"
-        )
-    return f"{name!r} cannot be loaded: {text.splitlines()[0][:300]}"

@@ -16,6 +16,10 @@ from .architecture import (
     blocks,
     decoder,
     embedding_scale,
+    forget_lengths,
+    growing_positions,
+    has_per_layer_embeddings,
+    no_soft_tokens,
     text_config,
 )
 from .errors import ChatModelError
@@ -37,6 +41,7 @@ class Forward:
         self.model, self.name, self.dtype, self.trains = model, name, dtype, trains
         self.known: dict[str, bool] = {}
         self.pack_divisor = 1
+        self.plainly = False  # whether every row runs plainly: see run_plainly
         embedding = model.get_input_embeddings()
         # accelerate's hook says where offloaded weights are worked with.
         hook = getattr(embedding, "_hf_hook", None)
@@ -56,6 +61,14 @@ class Forward:
     def blocks(self) -> torch.nn.ModuleList:
         """The decoder's blocks."""
         return blocks(self.model, self.name)
+
+    @cached_property
+    def _growing(self) -> list[tuple[Any, str]]:
+        return growing_positions(self.model)
+
+    def begin_anew(self) -> None:
+        """To be called before a pass: it shall not depend on the length of those before it."""
+        forget_lengths(self._growing)
 
     @cached_property
     def n_embeddings(self) -> int:
@@ -110,6 +123,40 @@ class Forward:
             self.pack_divisor *= 2
             torch.cuda.empty_cache()
 
+    def _takes_soft_tokens(self, base: torch.nn.Module) -> bool:
+        """Whether tokens and soft tokens with their embeddings have equal states: asked once."""
+        n = self.n_embeddings
+        weight: Any = base.weight
+        if "takes soft tokens" not in self.known and not weight.is_meta:
+            ids = [j * 7 % n for j in range(1, 9)]
+            made = SoftEmbedding(base, weight[ids[3:5]].to(self.device), n)
+            states = []
+            try:
+                for row in (ids, [*ids[:3], n, n + 1, *ids[5:]]):
+                    self.begin_anew()
+                    with torch.no_grad():
+                        body = self.body(input_ids=torch.tensor([row], device=self.device))
+                    states.append(body.last_hidden_state[0, -1].float())
+                    self.model.set_input_embeddings(made)
+            except IndexError:  # a table of the blocks without such a row
+                states = states[:1]
+            finally:
+                self.model.set_input_embeddings(base)
+            near = 1e-3 if torch.finfo(self.dtype).eps < 1e-6 else 5e-2
+            self.known["takes soft tokens"] = len(states) == 2 and bool(
+                (states[1] - states[0]).norm() <= near * states[0].norm()
+            )
+        return self.known.get("takes soft tokens", True)
+
+    @contextmanager
+    def run_plainly(self) -> Iterator[None]:
+        """Within this context no prefix is shared: what certificates compare with."""
+        before, self.plainly = self.plainly, True
+        try:
+            yield
+        finally:
+            self.plainly = before
+
     @contextmanager
     def soft_tokens(self, embeddings: torch.Tensor | NDArray[Any] | None) -> Iterator[None]:
         """Within this context, token ids from `n_embeddings` on stand for rows of embeddings.
@@ -129,12 +176,19 @@ class Forward:
                     f"{self.name!r} is quantized, for capture and sampling only; "
                     "load it without quantization to train"
                 )
+            if has_per_layer_embeddings(self.model.config):
+                raise ChatModelError(no_soft_tokens(self.name))
             if rows.dim() != 2 or rows.shape[1] != self.hidden_size:
                 raise ChatModelError(
                     f"soft tokens of shape {tuple(rows.shape)} do not fit {self.name!r}, whose "
                     f"embeddings have {self.hidden_size} dimensions"
                 )
-            self.model.set_input_embeddings(SoftEmbedding(base, rows))
+            if not self._takes_soft_tokens(base):
+                raise ChatModelError(
+                    f"{self.name!r} gives other states for soft tokens made of a text than for the "
+                    "text: its blocks use token ids beside their embeddings; use a text prompt"
+                )
+            self.model.set_input_embeddings(SoftEmbedding(base, rows, self.n_embeddings))
             try:
                 yield
             finally:
@@ -142,12 +196,11 @@ class Forward:
 
 
 class SoftEmbedding(torch.nn.Module):
-    """The input embedding with extra rows. Keeps the base module as it is."""
+    """The input embedding with rows for the ids from n on. Keeps the base module as it is."""
 
-    def __init__(self, base: torch.nn.Module, rows: torch.Tensor):
+    def __init__(self, base: torch.nn.Module, rows: torch.Tensor, n: int):
         super().__init__()
-        self.base, self.rows = base, rows
-        self.n = int(base.weight.shape[0])  # type: ignore[index]
+        self.base, self.rows, self.n = base, rows, n
 
     @property
     def weight(self) -> torch.Tensor:

@@ -12,20 +12,14 @@ from typing import Any
 import torch
 
 from ..data.shipped import ROOT
-from .checks import load_advice, refuse_configuration, refuse_random_weights, weight_map
+from .advice import adapter_advice, file_advice, load_advice, near_names, no_model, no_tokenizer
+from .checks import refuse_configuration, refuse_report, weight_map
+from .classes import auto_class, refuse_architecture, without_weights
 from .errors import ChatModelError
-from .fingerprint import weight_files
+from .fingerprint import FileStat, weight_files
+from .folders import check_folder, is_file, model_folder
 from .llama_tokens import keep_study_ids
-from .templates import TEMPLATES, read_template, study_models
-
-_VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
+from .templates import TEMPLATES, processor_template, read_template, study_models
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Source:
     name: str
     place: str
     revision: str | None
-    files: Mapping[str, tuple[int, int, int]]
+    files: Mapping[str, FileStat]
     template: str | Path | None
 
     @property
@@ -52,14 +46,14 @@ class Source:
 
 def find_source(name: str, revision: str | None, template: str | Path | None) -> Source:
     """Where a model of this name lies; a folder is checked. Raises ChatModelError."""
-    base, _, at = (name, "", "") if _model_folder(name) else name.partition("@")
+    base, _, at = (name, "", "") if model_folder(name) else name.partition("@")
     place = str(ROOT / "organism") if base == "organism" else base
     if at and revision and at != revision:
         raise ChatModelError(
             f"{name!r} names the revision {at!r}, and "
             f"revision={revision!r} another; give one of them"
         )
-    folder, revision = _model_folder(place), revision or at or None
+    folder, revision = model_folder(place), revision or at or None
     if folder is not None:
         if revision:
             raise ChatModelError(
@@ -67,66 +61,56 @@ def find_source(name: str, revision: str | None, template: str | Path | None) ->
                 f"revision {revision!r}; leave that out"
             )
         files = weight_files(folder)  # before anything is read
-        _check_folder(name, folder)
+        check_folder(name, folder)
         return Source(name, str(folder), None, files, template)
     study = study_models().set_index("model").to_dict("index")
     if place in study:
         known = study[place]
         place, revision = str(known["hub_id"]), revision or known["revision"] or None
         template = template or known["template"]
-    if place.startswith((".", "/", "~")) or place.count("/") > 1:
-        raise ChatModelError(
-            f"there is no folder {name}; "
-            "give 'organism', an existing model folder or a hub id such as 'org/model'"
-        )
+    _refuse_misspelt(name, place)
     return Source(name, place, revision, {}, template)
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+def _refuse_misspelt(name: str, place: str) -> None:
+    """Refuses what is no folder and cannot be an id of the hub, before the network is asked."""
+    if is_file(name):
+        raise ChatModelError(file_advice(name))
+    similar = near_names(name, ("organism", *study_models()["model"]))
+    if place.startswith((".", "/", "~")) or place.count("/") > 1 or "\\" in place:
         raise ChatModelError(
-            f"the folder {name} holds no config.json, so it is no model; "
-            "give the folder that save_pretrained wrote"
+            f"there is no folder {name}; give 'organism', an existing model folder or a hub id "
+            f"such as 'org/model'{similar}"
         )
-    if not any(folder.glob("*.safetensors")):
+    if "/" not in place:
         raise ChatModelError(
-            f"the folder {name} holds no *.safetensors; pickled weights can run code on load and "
-            "are not read: save the model again with save_pretrained(..., safe_serialization=True)"
+            f"{name!r} is no folder and no model of the study, and an id of the hub has the form "
+            "'org/model' ('gpt2' is 'openai-community/gpt2'); check the spelling, or give "
+            f"'organism'{similar}"
         )
-    if not any((folder / file).exists() for file in _VOCABULARIES):
-        raise ChatModelError(_no_tokenizer(name))
-
-
-def _no_tokenizer(name: str) -> str:
-    return (
-        f"{name!r} comes without a tokenizer; save it into the same folder "
-        "with tokenizer.save_pretrained"
-    )
 
 
 def read_source(source: Source) -> tuple[Any, Any, str | None]:
     """Configuration, tokenizer with its chat template, and commit. Raises ChatModelError."""
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import cached_file, extract_commit_hash
 
     name, place, revision = source.name, source.place, source.revision
     try:
-        if source.is_folder:
-            adapter = (Path(place) / "adapter_config.json").exists()
-        else:
+        if not source.is_folder:
             # One commit for all files; it stands for the weights in the fingerprint.
-            found = cached_file(place, "config.json", revision=revision)
-            revision = extract_commit_hash(found, None) or revision
-            adapter = bool(
-                cached_file(
-                    place,
-                    "adapter_config.json",
-                    revision=revision,
-                    _raise_exceptions_for_missing_entries=False,
-                )
-            )
+            revision = _check_repository(name, place, revision)
+        adapter = _cached(place, "adapter_config.json", revision)
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        refuse_configuration(name, config)
+        refuse_architecture(name, config)
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = processor_template(
+                _cached(place, file, revision)
+                for file in ("chat_template.json", "processor_config.json")
+            )
+    except ChatModelError:
+        raise
     except Exception as error:
         study = study_models()
         meant = () if source.is_folder or place in set(study["hub_id"]) else tuple(study["model"])
@@ -136,15 +120,34 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
             f"{name!r} holds an adapter beside the model, so it is not clear which one is meant; "
             "merge the adapter (merge_and_unload) and save the model, or remove adapter_config.json"
         )
-    refuse_configuration(name, config)
     _check_tokenizer(name, tokenizer, source.template)
     keep_study_ids(place, tokenizer)
     return config, tokenizer, revision
 
 
+def _cached(place: str, file: str, revision: str | None) -> str | None:
+    """The path of a file of a folder or of the hub; None where there is none of that name."""
+    from transformers.utils import cached_file
+
+    found = cached_file(place, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else str(found)
+
+
+def _check_repository(name: str, place: str, revision: str | None) -> str | None:
+    """The commit of a repository of the hub that holds a model."""
+    from transformers.utils import cached_file, extract_commit_hash
+
+    found = cached_file(place, "config.json", revision=revision)
+    if found is not None:
+        return extract_commit_hash(found, None) or revision
+    if adapter := _cached(place, "adapter_config.json", revision):
+        raise ChatModelError(adapter_advice(name, adapter))
+    raise ChatModelError(no_model(name))
+
+
 def _check_tokenizer(name: str, tokenizer: Any, template: str | Path | None) -> None:
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-        raise ChatModelError(_no_tokenizer(name))
+        raise ChatModelError(no_tokenizer(name))
     if template is not None:
         tokenizer.chat_template = read_template(template)
     if not tokenizer.chat_template:
@@ -225,7 +228,7 @@ def load_weights(
     quantization: str | None,
 ) -> Any:
     """The transformers model, in eval mode, frozen, on its device. Raises ChatModelError."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.utils import logging
 
     options: dict[str, Any] = {
@@ -246,25 +249,16 @@ def load_weights(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, **options
-        )
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        loaded: Any = auto_class(config).from_pretrained(place, output_loading_info=True, **options)
     except Exception as error:
         raise ChatModelError(load_advice(name, error)) from error
     finally:
         if bars:
             logging.enable_progress_bar()
     model, report = loaded
-    refuse_random_weights(name, report)
+    refuse_report(name, model, report)
     return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
-
-
-def without_weights(config: Any, dtype: torch.dtype) -> Any:
-    """The model's modules and the shapes of their weights alone."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def bytes_of_weights(config: Any, dtype: torch.dtype, quantization: str | None) -> int:
@@ -310,43 +304,6 @@ def embeddings_of_file(
     return table if table.shape == weight.shape else None
 
 
-def read_generation(name: str, place: str, revision: str | None) -> Any:
-    """A model's generation configuration; empty where it has none. Raises ChatModelError."""
-    from transformers import GenerationConfig
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        place,
-        "generation_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if found is None:  # the file is optional
-        return GenerationConfig()
-    try:
-        config = GenerationConfig.from_pretrained(place, revision=revision or "main")
-        strings = (
-            [config.stop_strings]
-            if isinstance(config.stop_strings, str)
-            else config.stop_strings or []
-        )
-        ids = (
-            [config.eos_token_id]
-            if isinstance(config.eos_token_id, int)
-            else config.eos_token_id or []
-        )
-        if not all(isinstance(text, str) for text in strings) or not all(
-            i is None or isinstance(i, int) for i in ids
-        ):
-            raise TypeError("stop_strings or eos_token_id are no texts and no numbers")
-        return config
-    except Exception as error:
-        raise ChatModelError(
-            f"generation_config.json of {name!r} cannot be read ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}); mend or remove it: it says where a reply ends"
-        ) from error
-
-
 def load_classifier(
     name: str | Path, *, revision: str | None = None, device: str | None = None
 ) -> tuple[Any, Any]:
@@ -370,16 +327,7 @@ def load_classifier(
     except Exception as error:
         raise ChatModelError(load_advice(name, error)) from error
     model, report = loaded
-    refuse_random_weights(name, report)
+    refuse_report(name, model, report)
     return model.to(
         device or ("cuda" if torch.cuda.is_available() else "cpu")
     ).eval().requires_grad_(False), tokenizer
-
-
-def _model_folder(name: str) -> Path | None:
-    """The absolute path of the folder of that name; None where there is none."""
-    try:
-        path = Path(name).expanduser()
-        return path.resolve() if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
-        return None

@@ -18,7 +18,7 @@ from .architecture import text_config
 from .errors import ChatModelError
 from .template_checks import Day
 from .template_texts import SYSTEM, USER, TemplateTexts
-from .templates import TEMPLATES
+from .templates import TEMPLATES, takes_text
 
 _TOLD = {  # what became of a query's text -> what is said of it
     "stripped": "white space at the ends is left out",
@@ -84,7 +84,7 @@ class Renderer(TemplateTexts):
     """
 
     def __init__(self, tokenizer: Any, config: Any, *, name: str, template: str, day: Day = None):
-        super().__init__(tokenizer, name=name, template=template, day=day)
+        super().__init__(takes_text(tokenizer), name=name, template=template, day=day)
         self.config, self.n_embeddings = config, int(text_config(config).vocab_size)
 
     @property
@@ -226,7 +226,7 @@ class Renderer(TemplateTexts):
         found = [
             (i + 1, start, stop)
             for i, (token, (start, stop)) in enumerate(zip(ids, offsets))
-            if token in self._special_ids
+            if token in self.special_ids
         ]
         cuts = [(n, start) for n, start, stop in found if slot_end <= start and stop <= head]
         if not cuts:
@@ -279,7 +279,8 @@ class Renderer(TemplateTexts):
         )
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """The tokenizer's special tokens."""
         return frozenset(
             i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
         )

@@ -11,12 +11,38 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from .architecture import attention_mask, text_config
+from .architecture import attention_mask, logits_at, text_config
 from .forward import Forward
-from .passes import TOLERANCE, relative_difference, run_plan, shares_prefixes
-from .tree import plan_rows
+from .passes import exactly, first_wrong_turn, plain_inputs, rows_past, run_plan, tree_tokens
+from .precision import accepted_difference, relative_difference
+from .tree import plain_plan, plan_rows
 
 ROOM = 16  # tokens
+
+
+def next_logits(
+    forward: Forward, ids: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> CachedStep | PlainStep | SplitStep:
+    """What gives the next-token logits of some rows that grow by at most max_new_tokens.
+
+    `first()` gives those of the rows (n, vocabulary). `next(parents, tokens)` gives those of new
+    rows: each is an old one, named by its position, and one more token.
+    """
+    longest = max(map(len, ids)) + max_new_tokens
+    reach = step_tokens(forward, longest)
+    if not reach:
+        return PlainStep(forward, ids)
+    return CachedStep(forward, ids) if longest <= reach else SplitStep(forward, ids, reach)
+
+
+def replayed(forward: Forward, row: tuple[int, ...]) -> torch.Tensor:
+    """Next-token logits (vocabulary,) of a row whose last tokens are stepped one by one."""
+    n = max(1, len(row) - 4)
+    step = next_logits(forward, [row[:n]], len(row) - n)
+    logits = step.first()
+    for token in row[n:]:
+        logits = step.next(np.array([0]), np.array([token]))
+    return logits[0]
 
 
 class CachedStep:
@@ -31,6 +57,9 @@ class CachedStep:
 
     def first(self) -> torch.Tensor:
         plan = plan_rows(self.ids, self.forward.pack_tokens)
+        reach = tree_tokens(self.forward, plan.width)
+        if plan.width > reach:
+            plan = plan_rows(self.ids, self.forward.pack_tokens, reach=reach)
         length = len(plan.prefix)
         width = max(len(path) for pack in plan.packs for path in pack.paths)
         n, device = len(self.ids), self.forward.device
@@ -75,6 +104,7 @@ class CachedStep:
             self.see, self.positions = pad(self.see, (0, ROOM)), pad(self.positions, (0, ROOM))
             for j, kv in enumerate(self.own):
                 self.own[j] = pad(kv, (0, 0, 0, ROOM))
+        self.forward.begin_anew()
         here = self.positions[:, self.length - 1, None] + 1
         self.see[:, self.length], self.positions[:, self.length] = True, here[:, 0]
         with attending(self.forward, self.prefix, self.own, self.length, here):
@@ -97,42 +127,46 @@ class CachedStep:
 
 
 def steps_from_cache(forward: Forward) -> bool:
-    """Whether a cached step gives this architecture's own logits: the model is asked, once.
+    """Whether a cached step gives this architecture's own logits on short rows.
 
     The answer is no where attention does not go through the interface of transformers, or has
     sinks. Such models sample plainly, and slowly.
     """
-    known = forward.known.get("steps_from_cache")
-    if known is None:
-        known = shares_prefixes(forward)
-        n = forward.n_embeddings
-        rows = [tuple(j * 7 % n for j in range(1, 8)), (*(j * 7 % n for j in range(1, 6)), 3 % n)]
-        steps = [
-            (np.array([0, 1, 1]), np.array([5, 2, 9]) % n),
-            (np.array([0, 2]), np.array([4, 11]) % n),
-        ]
-        try:
-            with torch.no_grad():
-                ways = [kind(forward, rows) for kind in (CachedStep, PlainStep)] if known else []
-                pairs = (
-                    [
-                        [way.first() for way in ways],
-                        *([way.next(*step) for way in ways] for step in steps),
-                    ]
-                    if known
-                    else []
-                )
-            limit = TOLERANCE.get(forward.dtype_name, 1e-3)
-            known = known and all(
-                relative_difference(cached.float(), plain.float()) <= limit
-                for cached, plain in pairs
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # an architecture that attends in its own way fails in its own way
-            known = False
-        forward.known["steps_from_cache"] = known
-    return known
+    return step_tokens(forward, 0) > 0
+
+
+def step_tokens(forward: Forward, needed: int) -> float:
+    """The most tokens of a row that a cached step continues rightly; 0 for none.
+
+    The model is asked as in `tree_tokens`.
+    """
+    reach = tree_tokens(forward, needed)
+    if not reach:
+        return 0
+    return min(reach, first_wrong_turn(forward, "steps_from_cache", needed, _steps_are_right))
+
+
+def _steps_are_right(forward: Forward, turn: int) -> bool:
+    """Whether cached steps past this turn give the plain pass's logits."""
+    n = forward.n_embeddings
+    rows = [tuple(row) for row in rows_past(forward, turn)]
+    steps = [
+        (np.array([0, 1, 1]), np.array([5, 2, 9]) % n),
+        (np.array([0, 2]), np.array([4, 11]) % n),
+    ]
+
+    def logits(kind: type[CachedStep] | type[PlainStep]) -> torch.Tensor:
+        way = kind(forward, rows)
+        return torch.cat([way.first(), *(way.next(*step) for step in steps)])
+
+    try:
+        with exactly(forward):
+            limit = accepted_difference(forward, lambda: logits(PlainStep))
+            return relative_difference(logits(CachedStep), logits(PlainStep)) <= limit
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # an architecture that attends in its own way fails in its own way
+        return False
 
 
 @contextmanager
@@ -151,6 +185,11 @@ def attending(
     """
     from transformers import AttentionInterface
 
+    whole, text = forward.model.config, text_config(forward.model.config)
+    configs = {id(c): c for c in (whole, text)}.values()
+    # What transformers calls sdpa leaves a cap out. The plain pass is what is asked for.
+    caps = text._attn_implementation != "sdpa"
+
     def attend(
         module: Any,
         query: torch.Tensor,
@@ -160,9 +199,7 @@ def attending(
         scaling: float,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own).
-        Exact softmax over both parts.
-        """
+        """query (rows, heads, 1, d); key, value (rows, kv heads, 1, d); mask (rows, 1, 1, own)."""
         rows, heads, _, d = query.shape
         layer = slice(2 * module.layer_idx, 2 * module.layer_idx + 2)
         shared_key, shared_value = prefix[layer]
@@ -175,7 +212,7 @@ def attending(
         shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, n_shared)
         both = [shared.transpose(0, 1), query @ own_key.transpose(2, 3)]
         scores = torch.cat(both, dim=-1) * scaling
-        if options.get("softcap"):
+        if options.get("softcap") and caps:
             scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
         scores[..., n_shared:] += mask
         if options.get("sliding_window"):
@@ -190,8 +227,6 @@ def attending(
         return out.reshape(rows, 1, heads, d), None
 
     AttentionInterface.register("analysis_lib_shared_prefix", attend)
-    config = forward.model.config
-    configs = {id(c): c for c in (config, text_config(config))}.values()
     before = [c._attn_implementation for c in configs]
     for config in configs:
         config._attn_implementation = "analysis_lib_shared_prefix"
@@ -212,21 +247,45 @@ class PlainStep:
         self.forward, self.rows = forward, [tuple(r) for r in ids]
 
     def first(self) -> torch.Tensor:
-        out: list[torch.Tensor | None] = [None] * len(self.rows)
-        for length in sorted(set(map(len, self.rows))):
-            members = [i for i, r in enumerate(self.rows) if len(r) == length]
-            for at in range(0, len(members), 32):
-                part = members[at : at + 32]
-                ids = torch.tensor([self.rows[i] for i in part], device=self.forward.device)
-                for i, row in zip(
-                    part,
-                    self.forward.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[
-                        :, -1
-                    ],
-                ):
-                    out[i] = row
-        return torch.stack(out)  # type: ignore[arg-type]
+        parts, order = [], []
+        for pack in plain_plan(self.rows, self.forward.pack_tokens).packs:
+            last = torch.tensor([pack.tokens.shape[1] - 1], device=self.forward.device)
+            inputs = plain_inputs(self.forward, pack.tokens)
+            parts.append(logits_at(self.forward.model, last, **inputs)[:, 0])
+            order += pack.rows
+        return torch.cat(parts)[np.argsort(order)]
 
     def next(self, parents: NDArray[Any], tokens: NDArray[Any]) -> torch.Tensor:
         self.rows = [(*self.rows[p], int(t)) for p, t in zip(parents, tokens)]
         return self.first()
+
+
+class SplitStep:
+    """Next-token logits where only rows of at most `reach` tokens are stepped from a cache."""
+
+    def __init__(self, forward: Forward, ids: Sequence[tuple[int, ...]], reach: float):
+        self.forward, self.reach, self.rows = forward, reach, [tuple(r) for r in ids]
+        self.near = [i for i, row in enumerate(self.rows) if len(row) <= reach]
+        self.cached = CachedStep(forward, [self.rows[i] for i in self.near])
+
+    def first(self) -> torch.Tensor:
+        return self._joined(self.cached.first() if self.near else None)
+
+    def next(self, parents: NDArray[Any], tokens: NDArray[Any]) -> torch.Tensor:
+        place = {row: at for at, row in enumerate(self.near)}
+        self.rows = [(*self.rows[p], int(t)) for p, t in zip(parents, tokens)]
+        self.near = [
+            i for i, p in enumerate(parents) if p in place and len(self.rows[i]) <= self.reach
+        ]
+        if not self.near:
+            return self._joined(None)
+        own = np.array([place[parents[i]] for i in self.near])
+        return self._joined(self.cached.next(own, tokens[self.near]))
+
+    def _joined(self, near: torch.Tensor | None) -> torch.Tensor:
+        """Logits of all rows, of which `near` are those of the near ones."""
+        far = [i for i in range(len(self.rows)) if i not in set(self.near)]
+        parts = [] if near is None else [near]
+        if far:
+            parts.append(PlainStep(self.forward, [self.rows[i] for i in far]).first())
+        return torch.cat(parts)[np.argsort([*self.near, *far])]

@@ -62,10 +62,11 @@ class TemplateTexts:
         *,
         first: bool = False,
         day: datetime.date | None = None,
+        prompted: bool = True,
     ) -> str:
         """The rendered text of messages, with the generation prompt. Raises ChatModelError.
 
-        first: the template was not tried on such messages, and gets a limit of time. day: another
+        prompted: False leaves the generation prompt out. first: the template was not tried on such messages, and gets a limit of time. day: another
         day than the model's.
         """
 
@@ -75,7 +76,7 @@ class TemplateTexts:
                 self.tokenizer.apply_chat_template(
                     messages,
                     tokenize=False,
-                    add_generation_prompt=True,
+                    add_generation_prompt=prompted,
                     **({} if used == self._own else {"chat_template": used}),
                 )
             )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from ..data.shipped import ROOT
 from .errors import ChatModelError
+from .template_checks import BOM, TemplateLimitError, limited
 
 TEMPLATES = tuple(sorted(path.stem for path in (ROOT / "templates").glob("*.jinja")))
 """Names of the study's chat templates."""
@@ -66,3 +73,65 @@ def _not_utf8(path: Path, why: str) -> str:
         f"no chat template can be read from {str(path)!r}, which is not in UTF-8 ({why}); "
         f"save it in UTF-8, or give one of {', '.join(TEMPLATES)}"
     )
+
+
+def processor_template(files: Iterable[str | None]) -> str | None:
+    """The chat template of a processor's files, where the tokenizer has none of its own."""
+    for file in filter(None, files):
+        with suppress(OSError, ValueError):
+            found = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+            template = found.get("chat_template") if isinstance(found, dict) else None
+            if template and isinstance(template, str):
+                return template
+    return None
+
+
+# Goes in front of a template that takes a message's content in parts.
+_IN_PARTS = (
+    "{%- set whole = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set parts = [{'type': 'text', 'text': message['content']}] -%}"
+    "{%- set whole.messages = whole.messages + [dict(message, content=parts)] -%}"
+    "{%- else -%}{%- set whole.messages = whole.messages + [message] -%}{%- endif -%}"
+    "{%- endfor -%}{%- set messages = whole.messages -%}"
+)
+
+
+def takes_text(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of it where its template takes content in parts alone.
+
+    Such a template drops a content that is text, and takes [{"type": "text", "text": ...}]. The
+    copy's template takes both.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        return tokenizer
+    named = isinstance(template, dict)
+    parted = copy.copy(tokenizer)
+    parted.chat_template = (
+        {name: _IN_PARTS + one for name, one in template.items()}
+        if named
+        else _IN_PARTS + template.removeprefix(BOM)
+    )
+    with suppress(TemplateLimitError):  # told where the template is used
+        return parted if _shown(tokenizer) < _shown(parted) else tokenizer
+    return tokenizer
+
+
+def _shown(tokenizer: Any) -> int:
+    """How many messages of two short chats a template shows."""
+    user, system = "Xq7 user part 7qX", "Xq7 system part 7qX"
+    asked = [{"role": "user", "content": user}]
+    count = 0
+    for messages in (asked, [{"role": "system", "content": system}, *asked]):
+        render = partial(
+            tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=True
+        )
+        try:
+            text = str(limited(render))
+        except TemplateLimitError:
+            raise
+        except Exception:  # a template raises what it likes
+            continue
+        count += (user in text) + (system in text)
+    return count

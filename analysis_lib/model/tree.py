@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# The prefix tree
+LONG = 1024  # tokens: from here on a row's own mask costs more than its share of a prefix saves
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,21 @@ class Pack:
 
     tokens, depths  (b, t) ids and true positions
     sees            (b, t, t) bool: a token (second axis) sees a token of its line (third axis): its
-                    ancestors and itself
+                    ancestors and itself. None where the lines are whole rows, to be run plainly
     rows, paths     the rows that end here and, for each, the flat positions (line x t + place) of
                     its tokens after the prefix
     """
 
     tokens: NDArray[np.int64]
     depths: NDArray[np.int64]
-    sees: NDArray[np.bool_]
+    sees: NDArray[np.bool_] | None
     rows: list[int]
     paths: list[list[int]]
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one long row, which is run plainly, prefix and all: it needs no mask."""
+        return len(self.rows) == 1 and self.tokens.size > LONG
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,12 @@ class Plan:
     packs: list[Pack]
     n_tokens: int
     n_row_tokens: int
+
+    @property
+    def width(self) -> int:
+        """The most tokens that one token could see: the prefix and a line behind it."""
+        lines = [p.tokens.shape[1] for p in self.packs if p.sees is not None and not p.alone]
+        return len(self.prefix) + max(lines, default=0)
 
 
 class _Line:
@@ -79,12 +90,13 @@ def plan_rows(
     *,
     most: int | None = None,
     line_tokens: int | None = None,
+    reach: float = np.inf,
 ) -> Plan:
     """Lays token rows out as a prefix tree.
 
     A pack has at most pack_tokens, a line at most line_tokens, and each at least one row.
     Without line_tokens a pack is one line. The common prefix has at most `most` tokens, and never a
-    row's last one.
+    row's last one. A line with its prefix has at most `reach` tokens, where no row is longer.
     """
     if not rows or min(map(len, rows)) < 2:
         raise ValueError("rows of at least 2 tokens are needed")
@@ -92,12 +104,11 @@ def plan_rows(
     first, last = rows[order[0]], rows[order[-1]]
     longest = min(map(len, rows)) - 1
     shared = min(common_length(first, last), longest if most is None else min(most, longest))
+    widest = min(line_tokens or pack_tokens, pack_tokens, reach - shared)
     lines = [_Line()]
     for i in order:
         row = rows[i][shared:]
-        if lines[-1].tokens and len(lines[-1].tokens) + len(row) > min(
-            line_tokens or pack_tokens, pack_tokens
-        ):
+        if lines[-1].tokens and len(lines[-1].tokens) + len(row) > widest:
             lines.append(_Line())
         lines[-1].add(i, row, shared)
     groups: list[list[_Line]] = [[]]
@@ -112,6 +123,27 @@ def plan_rows(
     return Plan(
         tuple(first[:shared]), [_pack(group) for group in groups], n_tokens, sum(map(len, rows))
     )
+
+
+def plain_plan(rows: Sequence[Sequence[int]], pack_tokens: int, *, most_rows: int = 32) -> Plan:
+    """Whole rows in packs of equal length: nothing shared, nothing padded.
+
+    A pack has at most pack_tokens and most_rows rows, and at least one row.
+    """
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(i)
+    packs = []
+    for t, members in by_length.items():
+        size = max(1, min(most_rows, pack_tokens // t))
+        for at in range(0, len(members), size):
+            part = members[at : at + size]
+            tokens = np.array([list(rows[i]) for i in part], dtype=np.int64)
+            paths = [list(range(j * t, (j + 1) * t)) for j in range(len(part))]
+            depths = np.tile(np.arange(t), (len(part), 1))
+            packs.append(Pack(tokens, depths, None, part, paths))
+    n_tokens = sum(map(len, rows))
+    return Plan((), packs, n_tokens, n_tokens)
 
 
 def _pack(lines: Sequence[_Line]) -> Pack:

@@ -18,6 +18,7 @@ from ..collect.responses import sample_responses
 from ..collect.states import hidden_states
 from ..data.prompts import load_safety_prompts
 from ..data.queries import load_queries
+from ..data.units import query_units
 from ..judge.strings import verdict_is_final
 from ..judge.verdicts import judge_responses, refusal_rates
 from ..model.chat import ChatModel
@@ -78,8 +79,8 @@ def measure(model: ChatModel, store: Store | None = None) -> Card:
     Z, harmful = space.transform(states), rows["harmful"].astype(float).to_numpy()
     none = (rows["prompt"] == "none").to_numpy()
     about = _rates(model, queries, rows, store)
-    refusal = fit_direction(Z, about["refusal_rate"], name="refusal", groups=rows["query_id"])
-    harmfulness = fit_direction(Z, harmful, name="harmfulness", groups=rows["query_id"])
+    refusal = fit_direction(Z, about["refusal_rate"], name="refusal", groups=query_units(rows))
+    harmfulness = fit_direction(Z, harmful, name="harmfulness", groups=query_units(rows))
     logits = refusal.logit(Z)[harmful == 1], about["true_logit"][harmful == 1]
 
     config, names = DROConfig(learning_rate=DRO_LEARNING_RATE), [p for p in prompts if p != "none"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import checkpoints
-from .about import certificates_of, check_about
+from .about import certificates_of, check_about, check_batch, witnesses_of
 from .batches import (
     DTYPES,
     FORMAT_VERSION,
@@ -38,6 +38,9 @@ class Store:
     ----------
     folder : Path or str, optional
         Default: ANALYSIS_LIB_STORE, else the platform's folder for caches.
+    recheck : bool
+        Whether a call first computes one known state of a loaded model anew. Where it differs,
+        the call uses no store, and a warning says why.
 
     Raises
     ------
@@ -60,7 +63,8 @@ class Store:
     [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, folder: Path | str | None = None) -> None:
+    def __init__(self, folder: Path | str | None = None, *, recheck: bool = True) -> None:
+        self.recheck = recheck
         self.folder = absolute(folder) if folder is not None else default_folder()
         self._index = {kind: Index(self.root, kind) for kind in SUFFIX}
 
@@ -145,6 +149,44 @@ class Store:
                 found[key] = known[names]
         return found
 
+    def witnesses(self, keys: Sequence[str], model: str) -> list[dict[str, Any]]:
+        """What batches say of a state of the model that wrote them.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            Keys of responses.
+        model : str
+            A model's fingerprint.
+
+        Returns
+        -------
+        list of dict
+            The witnesses of the responses' batches; without one, of all batches of the model.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from analysis_lib import Store
+        >>> seen = {"ids": [1], "soft": "", "layer": -1, "dtype": "float32", "width": 1}
+        >>> about = {"model": "a", "witness": seen | {"size": 2.0, "state": [2.0]}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store, key = Store(folder), "0" * 64
+        ...     store.write_responses([key], [{"response": "No.", "end": "eos"}], about=about)
+        ...     store.witnesses([key], "a")[0]["ids"]
+        [1]
+        """
+        here = self._index["responses"]
+        near = {id(b): b.about for k in keys if k in here.where for b in here.copies(k)}
+        if found := witnesses_of(near.values()):
+            return found
+        return witnesses_of(about for about in self._abouts() if about.get("model") == model)
+
+    def _abouts(self) -> Iterator[Mapping[str, Any]]:
+        for index in self._index.values():
+            index.scan()
+            yield from (batch.about for batch in index.batches.values())
+
     def write_states(
         self, keys: Sequence[str], states: np.ndarray, *, dtype: str, about: Mapping[str, Any]
     ) -> None:
@@ -189,7 +231,7 @@ class Store:
         if not array or states.dtype != np.float32 or states.ndim != 2 or 0 in states.shape[1:]:
             what = f"{states.dtype} {states.shape}" if array else type(states).__name__
             raise ValueError(f"states must be a float32 array of shape (n, d), not {what}")
-        if _check_batch(keys, len(states)):
+        if check_batch(keys, len(states)):
             rows = encode_states(keys, states, dtype)
             self._commit_batch("states", states_head(keys, rows, check_about(about), dtype), rows)
 
@@ -247,7 +289,7 @@ class Store:
         ...     list(store.read_responses([key])) == [key]
         True
         """
-        if _check_batch(keys, len(rows)):
+        if check_batch(keys, len(rows)):
             lines = [encode_response(key, row) for key, row in zip(keys, rows, strict=True)]
             self._commit_batch("responses", responses_head(keys, lines, check_about(about)), lines)
 
@@ -318,7 +360,7 @@ class Store:
         """
         check_key(key)
         content = checkpoints.encode(key, tensors, about)
-        self._commit(checkpoints.path_of(self.root, key), [content])
+        commit(checkpoints.path_of(self.root, key), [content])
 
     def drop_checkpoint(self, key: str) -> None:
         """Removes a training's checkpoint, once its outcome is kept.
@@ -349,19 +391,4 @@ class Store:
         remove(checkpoints.path_of(self.root, key))
 
     def _commit_batch(self, kind: str, head: bytes, rows: Sequence[bytes]) -> None:
-        self._commit(self.root / kind / (digest(head) + SUFFIX[kind]), [head, *rows])
-
-    def _commit(self, path: Path, parts: Sequence[bytes]) -> None:
-        commit(path, parts)
-
-
-def _check_batch(keys: Sequence[str], n: int) -> bool:
-    """Whether there is anything to write. Raises ValueError."""
-    if len(keys) != n:
-        raise ValueError(f"{len(keys)} keys for {n} rows; give one key per row")
-    for key in keys:
-        check_key(key)
-    if len(set(keys)) != n:
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise ValueError(f"key {twice} occurs twice in one batch; write each row once")
-    return n > 0
+        commit(self.root / kind / (digest(head) + SUFFIX[kind]), [head, *rows])

@@ -13,6 +13,8 @@ from ..analysis.estimators import grouped_folds
 from ..analysis.space import AnchorSpace
 from ..collect.responses import sample_responses
 from ..collect.states import hidden_states
+from ..data.labels import read_labels, with_labels
+from ..data.units import query_units
 from ..judge.strings import verdict_is_final
 from ..judge.verdicts import judge_responses, refusal_rates
 from ..model.chat import ChatModel
@@ -174,12 +176,15 @@ def train_methods(
     for k in sorted({m.k for m in methods if isinstance(m.config, DROConfig)}):
         space = AnchorSpace.fit(states, k=k)
         Z = space.transform(states)
-        refusal = fit_direction(Z, rows["refusal_rate"], name="refusal", groups=rows["query_id"])
+        refusal = fit_direction(Z, rows["refusal_rate"], name="refusal", groups=query_units(rows))
         spaces[k] = (
             space,
             refusal,
             fit_direction(
-                Z, rows["harmful"].astype(float), name="harmfulness", groups=rows["query_id"]
+                Z,
+                read_labels(rows["harmful"]).astype(float),
+                name="harmfulness",
+                groups=query_units(rows),
             ),
         )
     trained = {}
@@ -262,12 +267,8 @@ def cross_validate_unlikelihood(
     (['weight', 'compliance', 'false_refusal', 'error'], 1)
     """
     config = config or PromptTuningConfig()
-    pairs = (
-        queries["pair_id"].fillna("")
-        if "pair_id" in queries
-        else pd.Series("", index=queries.index)
-    )
-    groups = queries["query_id"].where(pairs == "", pairs)
+    queries = with_labels(queries)
+    groups = query_units(queries, pairs=True)
     folds = grouped_folds(groups.to_numpy(), n_splits, config.seed)
     harmful = queries.set_index("query_id")["harmful"]
     rows = []

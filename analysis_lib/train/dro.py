@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from ..analysis.directions import Direction
 from ..analysis.space import AnchorSpace
 from ..collect.inputs import check_queries
+from ..data.labels import with_labels
 from ..model.chat import ChatModel
 from ..model.forward import Forward
-from ..model.passes import last_states, run_plan, shares_prefixes
+from ..model.passes import last_states, plan_ways, run_plan
 from ..model.soft_prompt import SoftPrompt
-from ..model.tree import plan_rows
 from ..store.store import Store
 from .kept import KeptTraining, array_digest
 from .loop import OnStep, check_config, train_soft_prompt
@@ -221,6 +221,7 @@ def train_dro(
     """
     config = config or DROConfig()
     check_queries(queries, "harmful")
+    queries = with_labels(queries)
     labelled = queries[queries["harmful"].notna()]
     _check(model, labelled, space, refusal, harmfulness)
     texts, labels = labelled["text"].tolist(), labelled["harmful"].astype(float).tolist()
@@ -284,9 +285,6 @@ def _parts(
 
     Backward runs on each part before the next is asked for.
     """
-    if not shares_prefixes(forward):
-        yield list(range(len(rows))), last_states(forward, rows)[0][:, 0]
-        return
-    plan = plan_rows(rows, forward.backward_tokens, line_tokens=forward.line_tokens)
-    for pack, states, _ in run_plan(forward, plan, backward_by_pack=True):
-        yield pack.rows, states[:, 0]
+    for plan in plan_ways(forward, rows, forward.backward_tokens, line_tokens=forward.line_tokens):
+        for pack, states, _ in run_plan(forward, plan, backward_by_pack=True):
+            yield pack.rows, states[:, 0]

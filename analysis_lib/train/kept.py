@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..collect.inputs import usable
+from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from ..model.chat import ChatModel
 from ..model.soft_prompt import SoftPrompt
 from ..store.batches import StoreError, row_key
@@ -45,7 +46,7 @@ class KeptTraining:
         config: Any,
         *inputs: Any,
     ):
-        self.store, self.model = usable(store, model), model
+        self.store, self.model, self.prompt = usable(store, model), model, prompt
         if self.store is not None:
             self.key = row_key(
                 kind="soft_prompt",
@@ -73,11 +74,18 @@ class KeptTraining:
             return None
         keys = self._tokens(row.pop("length"))
         found = self.store.read_states(keys)
-        if len(found) < len(keys):
+        if len(found) < len(keys) or not self._is_unchanged([self.key]):
             return None
         row["history"] = pd.DataFrame(**row["history"])
         embeddings = np.stack([found[key] for key in keys])
         return SoftPrompt(name, embeddings, model=self.model.fingerprint, **row)
+
+    def _is_unchanged(self, keys: Sequence[str]) -> bool:
+        """Whether the model computes what the store keeps of it; gives the store up where not."""
+        self.store = loaded_and_usable(self.store, self.model) if not keys else self.store
+        known = longest_witness(self.store, self.model, keys)
+        self.store = unchanged(self.store, self.model, known)
+        return self.store is not None
 
     def resume(
         self, soft: torch.Tensor, optimizer: torch.optim.Optimizer
@@ -86,7 +94,9 @@ class KeptTraining:
 
         The history is empty without a checkpoint.
         """
-        found = self.store.read_checkpoint(self.key) if self.store is not None else None
+        if self.store is None or not self._is_unchanged([]):
+            return []
+        found = self.store.read_checkpoint(self.key)
         if found is None:
             return []
         tensors, about = found
@@ -126,7 +136,9 @@ class KeptTraining:
             "history": soft.history.to_dict("split", index=False),
             "length": len(soft.embeddings),
         }
-        about = self._about(soft.name, "soft tokens")
+        with torch.no_grad():
+            seen = row_witness(self.model, self.model.render(["x"], self.prompt))
+        about = self._about(soft.name, "soft tokens") | {"witness": seen}
         keys = self._tokens(len(soft.embeddings))
         try:
             self.store.write_states(keys, soft.embeddings, dtype="float32", about=about)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
 from ..collect.inputs import check_queries
+from ..data.labels import with_labels
 from ..model.chat import ChatModel
 from ..model.errors import ChatModelError
 from ..model.forward import Forward
-from ..model.passes import run_plan, shares_prefixes
+from ..model.passes import plan_ways, run_plan, shares_prefixes
+from ..model.replies import generation_prompt_ids, reply_ids, turn_ids
 from ..model.soft_prompt import SoftPrompt
-from ..model.tree import Pack, plan_rows
+from ..model.tree import Pack
 from ..store.store import Store
 from .kept import KeptTraining
 from .loop import OnStep, check_config, train_soft_prompt
@@ -43,6 +48,9 @@ class PromptTuningConfig:
         Longer gradients are clipped to this norm.
     seed : int
         Shuffles the queries.
+    baseline : "ours" or "study"
+        "ours" trains the tokens of the replies, each to its end. "study" does as the study's code,
+        see `study_tuning`.
 
     Raises
     ------
@@ -68,9 +76,52 @@ class PromptTuningConfig:
     max_response_tokens: int = 100
     max_grad_norm: float = 1.0
     seed: int = 42
+    baseline: str = "ours"
 
     def __post_init__(self) -> None:
         check_config(self)
+        if self.baseline not in ("ours", "study"):
+            raise ValueError(f"no baseline {self.baseline!r}; take 'ours' or 'study'")
+
+
+FIVEFOLD = ("Llama-2-7b-chat-hf", "CodeLlama-7b-Instruct-hf")
+"""Models for which the study gives the unlikelihood the weight 5."""
+
+
+def study_tuning(model: ChatModel, **changes: Any) -> PromptTuningConfig:
+    """Prompt tuning as the study's code does it, on the study's responses.
+
+    It differs from the default in what it trains on. Without a safety prompt (the prompt "none")
+    bad responses alone are taken; under a prompt, all. A step has 50 responses, drawn over all
+    queries, and what is left at an epoch's end is dropped. The trained tokens are all that the chat
+    template writes from the end of the query on, role markers and the next generation prompt
+    included, 101 at most. Unlikelihood has the weight 5 for Llama-2 and CodeLlama, else 1.
+
+    Parameters
+    ----------
+    model : ChatModel
+        Its name decides the weight.
+    **changes
+        Other settings of `PromptTuningConfig`.
+
+    Returns
+    -------
+    PromptTuningConfig
+
+    References
+    ----------
+    chujiezheng/LLM-Safeguard, code/train_unlikelihood.py at 5dbb72cf.
+
+    Examples
+    --------
+    >>> from analysis_lib import ChatModel, study_tuning
+    >>> config = study_tuning(ChatModel.load("organism"), epochs=1)
+    >>> config.baseline, config.batch_size, config.weight_unlikelihood
+    ('study', 50, 1.0)
+    """
+    weight = 5.0 if model.name.rpartition("/")[2] in FIVEFOLD else 1.0
+    settings = {"batch_size": 50, "weight_unlikelihood": weight, "max_response_tokens": 101}
+    return PromptTuningConfig(**{**settings, **changes}, baseline="study")
 
 
 def train_prompt_tuning(
@@ -155,23 +206,19 @@ def train_prompt_tuning(
     asked = table.drop_duplicates("query_id")
     rendered = model.render(asked["text"].tolist(), start)
     heads = dict(zip(asked["query_id"], (row.ids for row in rendered)))
-    replies = _distinct_replies(model, table, config.max_response_tokens)
-    names = [name for name in heads if replies[name]]
-    if not names:
+    examples = (_by_reply if config.baseline == "study" else _by_query)(model, table, config)
+    if not examples:
         raise ValueError("every judged response is empty; sample responses to train on first")
 
     def step(batch: NDArray[Any]) -> dict[str, float]:
-        rows, targets = [], []
-        for i in batch:
-            for (reply, is_good), count in replies[names[i]].items():
-                rows.append((*heads[names[i]], *reply[:-1]))
-                targets.append((reply, is_good, count))
-        return _tuning_loss(forward, rows, targets, config)
+        targets = [one for i in batch for one in examples[i]]
+        rows = [(*_head(heads[of], reply), *reply.ids[:-1]) for of, reply in targets]
+        return _tuning_loss(forward, rows, [reply for _, reply in targets], config)
 
-    n = len(names)
     return train_soft_prompt(
-        forward, start, config, n, step, kept, on_step, progress, "prompt tuning"
-    )
+        forward, start, config, len(examples), step, kept, on_step, progress, "prompt tuning",
+        order=_drawn if config.baseline == "study" else None,
+    )  # fmt: skip
 
 
 def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
@@ -180,6 +227,7 @@ def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame
     Unscored and unlabelled responses are left out.
     """
     check_queries(queries, "harmful")
+    queries = with_labels(queries)
     if lacking := {"query_id", "response", "refused"} - set(judged.columns):
         raise ValueError(
             f"the judged responses lack the column {', '.join(sorted(lacking))}; "
@@ -196,42 +244,86 @@ def _training_table(queries: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame
     return table.assign(good=(table["refused"] == 1) == table["harmful"].astype(bool))
 
 
-Replies = dict[tuple[tuple[int, ...], bool], int]  # (token ids, whether good) -> how often
+@dataclass(frozen=True)
+class Reply:
+    """A reply to train on: token ids, whether it is good, how often it counts.
 
-
-def _distinct_replies(model: ChatModel, table: pd.DataFrame, longest: int) -> dict[str, Replies]:
-    """The distinct replies of each query, of at most `longest` tokens.
-
-    The end token belongs to those that ended.
+    n_prompt of the head's last tokens are left out: the generation prompt, where `ids` begins with it.
     """
-    found: dict[str, Replies] = {name: {} for name in table["query_id"]}
-    encoded = model.tokenizer(table["response"].tolist(), add_special_tokens=False)["input_ids"]
-    ends = table["end"] if "end" in table else ["eos"] * len(table)
-    eos = model.tokenizer.eos_token_id
-    stop = [] if eos is None else [eos]
-    for name, reply, end, good in zip(table["query_id"], encoded, ends, table["good"]):
-        ids = tuple((list(reply) + (stop if end == "eos" else []))[:longest])
-        if ids:
-            key = ids, bool(good)
-            found[name][key] = found[name].get(key, 0) + 1
-    return found
+
+    ids: tuple[int, ...]
+    good: bool
+    count: int = 1
+    n_prompt: int = 0
+
+
+Example = list[tuple[str, Reply]]  # what falls into one step together: (query_id, reply)
+
+
+def _head(row: tuple[int, ...], reply: Reply) -> tuple[int, ...]:
+    return row[: len(row) - reply.n_prompt]
+
+
+def _by_query(model: ChatModel, table: pd.DataFrame, config: PromptTuningConfig) -> list[Example]:
+    """The distinct replies of each query, cut; the end token belongs to those that ended."""
+    ended = (table["end"] == "eos").tolist() if "end" in table else [True] * len(table)
+    if model.tokenizer.eos_token_id is None:
+        ended = [False] * len(table)
+    counts: dict[str, dict[tuple[tuple[int, ...], bool], int]] = {}
+    encoded = reply_ids(model, table["response"].tolist(), ended)
+    for name, reply, good in zip(table["query_id"], encoded, table["good"]):
+        if ids := reply[: config.max_response_tokens]:
+            of_query = counts.setdefault(name, {})
+            of_query[ids, bool(good)] = of_query.get((ids, bool(good)), 0) + 1
+    return [
+        [(name, Reply(ids, good, count)) for (ids, good), count in counts[name].items()]
+        for name in table["query_id"].unique()
+        if name in counts
+    ]
+
+
+def _by_reply(model: ChatModel, table: pd.DataFrame, config: PromptTuningConfig) -> list[Example]:
+    """Each reply by itself, as the study's code takes them: see `study_tuning`."""
+    if "prompt" not in table:
+        raise ValueError(
+            "baseline='study' needs the column prompt of the judged responses; "
+            "make them with judge_responses"
+        )
+    table = table[(table["prompt"] != "none") | ~table["good"]]
+    turns = turn_ids(model, [reply.strip() for reply in table["response"]])
+    n_prompt = len(generation_prompt_ids(model))
+    return [
+        [(name, Reply(ids[: config.max_response_tokens], bool(good), n_prompt=n_prompt))]
+        for name, ids, good in zip(table["query_id"], turns, table["good"])
+    ]
+
+
+def _drawn(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """(epoch, indices) of each step in the study's order; a rest of an epoch is dropped."""
+    if n < batch_size:
+        raise ValueError(
+            f"{n} responses are fewer than the {batch_size} of one step; "
+            "give more, or lower batch_size"
+        )
+    generator, order = random.Random(seed), list(range(n))
+    for epoch in range(1, epochs + 1):
+        generator.shuffle(order)
+        for at in range(0, n - batch_size + 1, batch_size):
+            yield epoch, np.array(order[at : at + batch_size])
 
 
 def _tuning_loss(
     forward: Forward,
     rows: Sequence[tuple[int, ...]],
-    targets: Sequence[tuple[tuple[int, ...], bool, int]],
+    replies: Sequence[Reply],
     config: PromptTuningConfig,
 ) -> dict[str, float]:
-    """Gradients of the mean token losses of good and of bad replies; returns the losses.
-
-    targets: (reply, good, count) for each row.
-    """
+    """Gradients of the mean token losses of good and of bad replies, one a row; returns the losses."""
     # The heads without their last token.
-    most = min(len(row) - len(reply) for row, (reply, _, _) in zip(rows, targets, strict=True))
-    plan = plan_rows(rows, forward.backward_tokens, most=most)
+    most = min(len(row) - len(reply.ids) for row, reply in zip(rows, replies, strict=True))
+    plans = plan_ways(forward, rows, forward.backward_tokens, most=most, most_rows=1)
     n_tokens = {
-        kind: max(1, sum(count * len(reply) for reply, good, count in targets if good is kind))
+        kind: max(1, sum(one.count * len(one.ids) for one in replies if one.good is kind))
         for kind in (True, False)
     }
     weights = {True: 1.0, False: config.weight_unlikelihood}
@@ -239,25 +331,30 @@ def _tuning_loss(
 
     def reply_nodes(pack: Pack) -> list[int]:
         return sorted(
-            {node for i, path in zip(pack.rows, pack.paths) for node in path[-len(targets[i][0]) :]}
+            {
+                node
+                for i, path in zip(pack.rows, pack.paths)
+                for node in path[-len(replies[i].ids) :]
+            }
         )
 
-    for pack, logits, _ in run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True):
+    runs = (run_plan(forward, plan, logits_at=reply_nodes, backward_by_pack=True) for plan in plans)
+    for pack, logits, _ in chain.from_iterable(runs):
         place = {node: j for j, node in enumerate(reply_nodes(pack))}
         log_p = torch.log_softmax(logits.to(forward.work_dtype), dim=-1)
         losses = []
         for kind in (True, False):
             chosen = [
-                (path, *targets[i])
+                (path, replies[i])
                 for i, path in zip(pack.rows, pack.paths)
-                if targets[i][1] is kind
+                if replies[i].good is kind
             ]
             if not chosen:
                 continue
-            at = [place[node] for path, reply, _, _ in chosen for node in path[-len(reply) :]]
-            tokens = [token for _, reply, _, _ in chosen for token in reply]
+            at = [place[node] for path, reply in chosen for node in path[-len(reply.ids) :]]
+            tokens = [token for _, reply in chosen for token in reply.ids]
             counts = torch.tensor(
-                [float(count) for _, reply, _, count in chosen for _ in reply],
+                [float(reply.count) for _, reply in chosen for _ in reply.ids],
                 dtype=log_p.dtype,
                 device=log_p.device,
             )

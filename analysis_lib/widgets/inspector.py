@@ -12,6 +12,7 @@ from .. import figures
 from ..analysis.directions import Direction, Fold, fit_folds, held_out_scores
 from ..analysis.estimators import fit_data, logistic, mean_difference, run_estimator
 from ..analysis.space import AnchorSpace, FitError
+from ..data.units import query_units
 from .layers import layer_name, layer_options
 from .panel import Panel, arrays, control, html, join, pairs
 
@@ -175,13 +176,13 @@ class Inspector(Panel):
         return self._points[layer]
 
     def _data(self, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Coordinates (m, k), target (m,) and query ids (m,) of the rows whose target is known."""
+        """Coordinates (m, k), target (m,) and units (m,) of the rows whose target is known."""
         column, _ = ESTIMATORS[label]
         target = self._rows[column].astype("Float64").to_numpy(float, na_value=np.nan)
         known = ~np.isnan(target)
         Z, groups = (
             self._layer()[1][known, : self.k.value],
-            self._rows["query_id"].to_numpy()[known],
+            query_units(self._rows).to_numpy()[known],
         )
         return fit_data(Z, target[known], groups, label)
 

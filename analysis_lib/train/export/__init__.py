@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ...model.architecture import has_per_layer_embeddings, no_soft_tokens
 from ...model.chat import ChatModel
+from ...model.errors import ChatModelError
 from ...model.soft_prompt import SoftPrompt
 from .head import completion_body, prompt_embeds, write_peft, write_vllm
 from .page import ABOUT
@@ -77,6 +79,8 @@ def export(
     ['README.md', 'adapter_config.json']
     """
     soft.check(model)
+    if has_per_layer_embeddings(model.config):
+        raise ChatModelError(no_soft_tokens(model.name))
     if not forms:
         small = model.weight_bytes < MOST_UNASKED
         forms = [form for form in FORMS if form != "plain" or small]
