@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from functools import cache
@@ -223,6 +224,53 @@ def tokenizer(kind: str, template: str):
         chat_template=template,
         additional_special_tokens=[s for s in special if s not in (bos, eos)],
     )
+
+
+@cache
+def _llama_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-pair encoding with "▁" for spaces and bytes for the rest."""
+    made = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=["▁"], show_progress=False
+    )
+    made.train_from_iterator([*CORPUS, "[ [ ["], trainer)
+    parts = json.loads(made.to_str())["model"]
+    return parts["vocab"], [tuple(pair) for pair in parts["merges"]]
+
+
+def llama_tokenizer(template: str, kind: str = "LlamaTokenizer", **options):
+    """A tokenizer of Llama's kind, in transformers' own class; options such as legacy=True."""
+    vocabulary, merges = _llama_vocabulary()
+    made = getattr(transformers, kind)(vocab=dict(vocabulary), merges=list(merges), **options)
+    made.chat_template = template
+    made.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|end_of_turn|>"]}
+    )
+    return made
+
+
+def as_in_transformers_4(made) -> Tokenizer:
+    """What a fast tokenizer of Llama's kind was in transformers 4, of the same tokens."""
+    former = Tokenizer.from_str(made.backend_tokenizer.to_str())
+    former.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    former.pre_tokenizer = pre_tokenizers.Sequence([])
+    return former
+
+
+def llama_chat(made) -> ChatModel:
+    """A small random Llama with a tokenizer of Llama's kind."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(made), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return ChatModel.wrap(model, made, name="tiny llama")
 
 
 def build(

@@ -16,6 +16,7 @@ from .checks import weight_map
 from .fingerprint import digest_in_memory, digest_of_source, refuse_change, state_of
 from .forward import Forward
 from .generation import Generation, generation_of, read_generation
+from .llama_tokens import warn_of_ids
 from .loading import (
     bytes_of_weights,
     choose_device,
@@ -72,12 +73,11 @@ class ChatModel:
     ):
         self.name, self.source, self.revision = name, source, revision
         self.dtype, self.template, self.quantization = dtype, template, quantization
-        self.config = config
         self.asked_device, self.dtype_name = device, str(dtype).removeprefix("torch.")
         self.renderer = Renderer(tokenizer, config, name=name, template=template, day=date)
         text = text_config(config)
         self.n_layers, self.hidden_size = int(text.num_hidden_layers), int(text.hidden_size)
-        self.n_embeddings = self.renderer.n_embeddings
+        self.config, self.n_embeddings = config, self.renderer.n_embeddings
         # Held while something changes how the model computes.
         self.lock = threading.RLock()
         self._forward: Forward | None = None
@@ -173,7 +173,7 @@ class ChatModel:
         )
         chat._files = source.files
         # A template that cannot be rendered is told now.
-        chat.renderer.frame("")
+        warn_of_ids(source.name, source.place, commit, tokenizer, chat.renderer.frame(""))
         if source.is_folder:
             _ = chat._weight_map, chat.generation
         return chat
@@ -319,9 +319,9 @@ class ChatModel:
     def render(self, queries: Sequence[str], prompt: Prompt = "") -> list[Rendered]:
         """Renders each query under the prompt, with the generation prompt, as token ids.
 
-        A model without a system role gets the prompt in front of the query, and says so. Soft tokens take exactly the positions of their start text's
-        tokens. White space at the ends of a text is left out. Special tokens and role markers in it
-        are broken by a space, so that no query opens a new role. Both are said.
+        A model without a system role gets the prompt in front of the query, and says so. Soft
+        tokens take their start text's places, or stand `apart`. White space at the ends of a text
+        is left out. Special tokens and role markers are broken by a space. Both are said.
 
         Parameters
         ----------

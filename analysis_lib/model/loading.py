@@ -18,6 +18,7 @@ from .classes import auto_class, refuse_architecture, without_weights
 from .errors import ChatModelError
 from .fingerprint import FileStat, weight_files
 from .folders import check_folder, is_file, model_folder
+from .llama_tokens import keep_study_ids
 from .templates import TEMPLATES, processor_template, read_template, study_models
 
 
@@ -120,6 +121,7 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
             "merge the adapter (merge_and_unload) and save the model, or remove adapter_config.json"
         )
     _check_tokenizer(name, tokenizer, source.template)
+    keep_study_ids(place, tokenizer)
     return config, tokenizer, revision
 
 

@@ -41,6 +41,11 @@ class SoftTokens(Protocol):
     @property
     def start_text(self) -> str: ...
 
+    @property
+    def apart(self) -> bool:
+        """Whether the text on both sides is tokenized as beside a special token."""
+        ...
+
     def check(self, model: Any) -> None:
         """Raises where they belong to another model or chat template."""
 
@@ -111,7 +116,7 @@ class Renderer(TemplateTexts):
         head = len(self.frame(system)[0])
         if not system:
             return [Rendered(ids, (0, 0)) for ids, _ in self._encode(texts, 0, head)]
-        begins = self._places(texts, asked, system)
+        begins, slot = self._places(texts, asked, system), system
         soft: tuple[int, ...] | None = None
         digest = ""
         if not isinstance(prompt, str):
@@ -122,16 +127,19 @@ class Renderer(TemplateTexts):
                 )
             soft = tuple(range(self.n_embeddings, self.n_embeddings + len(prompt.embeddings)))
             digest = soft_digest(prompt.embeddings)
+            if prompt.apart:
+                slot, head = self._mark, head + len(self._mark) - len(system)
+                texts = [t[:at] + slot + t[at + len(system) :] for t, at in zip(texts, begins)]
         out: list[Rendered] = []
         start = stop = 0
         found: tuple[Any, int] | None = None  # the offsets and beginning that gave start and stop
-        encoded = self._encode(texts, max(begins) + len(system), head)
+        encoded = self._encode(texts, max(begins) + len(slot), head)
         for (ids, offsets), begin in zip(encoded, begins):
             if found is None or offsets is not found[0] or begin != found[1]:
-                end = begin + len(system)
+                end = begin + len(slot)
                 inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
                 if found is None:
-                    self._check_spelling(system, [offsets[i] for i in inside], begin)
+                    self._check_spelling(slot, [offsets[i] for i in inside], begin)
                 start, stop, found = inside[0], inside[-1] + 1, (offsets, begin)
             if soft is None:
                 out.append(Rendered(ids, (start, stop)))
@@ -258,6 +266,17 @@ class Renderer(TemplateTexts):
                 f"prompt, and the context of {self.name!r} holds {self.context}; "
                 "shorten or drop it"
             )
+
+    @cached_property
+    def _mark(self) -> str:
+        """A special token that takes no white space beside it. Raises ChatModelError."""
+        for _, token in sorted(self.tokenizer.added_tokens_decoder.items()):
+            if token.special and not (token.lstrip or token.rstrip or token.normalized):
+                return str(token.content)
+        raise ChatModelError(
+            f"the tokenizer of {self.name!r} has no special token that stands apart from the text "
+            "beside it; make the soft prompt without apart=True"
+        )
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +14,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from ..data.prompts import load_safety_prompts
 from .chat import ChatModel
 from .errors import ChatModelError
+from .published_prompts import PUBLISHED, published_fields
 from .template_checks import refuse_template
-from .templates import read_template, study_models
-
-# Names of the study's published files. DRO's have a "type", those of prompt tuning do not.
-_PUBLISHED = re.compile(
-    r"(?:type\.(?P<type>\w+)_)?length\.(?P<length>default|short|mistral)"
-    r"(?P<ablation>_no\w+)?\.safetensors"
-)
 
 
 class SoftPromptError(ValueError):
@@ -52,6 +44,10 @@ class SoftPrompt:
         One row a step: step, epoch, the losses and gradient_norm.
     template : str
         The chat template it was trained in, see `template_digest`; "" where it was not recorded.
+    apart : bool
+        Whether the text on both sides is tokenized as beside a special token, as the study does:
+        many tokenizers of Llama's kind then put a "▁" in front. By default the other tokens of the
+        chat are those that it has under the start text.
 
     Raises
     ------
@@ -82,6 +78,7 @@ class SoftPrompt:
     config: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     template: str = ""
+    apart: bool = False
 
     def __post_init__(self) -> None:
         shape = np.shape(self.embeddings)
@@ -97,7 +94,9 @@ class SoftPrompt:
             )
 
     @classmethod
-    def from_text(cls, model: ChatModel, text: str, *, name: str) -> SoftPrompt:
+    def from_text(
+        cls, model: ChatModel, text: str, *, name: str, apart: bool = False
+    ) -> SoftPrompt:
         """The soft prompt equal to a text prompt: its tokens' embeddings, exactly as rendered.
 
         Parameters
@@ -108,6 +107,8 @@ class SoftPrompt:
             The text prompt.
         name : str
             Its name in tables and files.
+        apart : bool
+            Whether it is the study's start: the tokens of the text alone, and `apart` (see above).
 
         Returns
         -------
@@ -129,11 +130,12 @@ class SoftPrompt:
         """
         return cls(
             name,
-            embed_text(model, text),
+            embed_text(model, text, apart=apart),
             text,
             model.fingerprint,
             model.name,
             template=model.renderer.template_digest,
+            apart=apart,
         )
 
     def check(self, model: ChatModel) -> None:
@@ -186,6 +188,7 @@ class SoftPrompt:
             k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")
         }
         meta |= {
+            "apart": json.dumps(self.apart),
             "config": json.dumps(dict(self.config)),
             "history": json.dumps(self.history.to_dict("split", index=False)),
         }
@@ -205,7 +208,7 @@ class SoftPrompt:
         """Reads what `save` wrote, or a soft prompt that was published with the study.
 
         The 48 published ones (github.com/chujiezheng/LLM-Safeguard_data) need their model: the
-        folder names the model, the file the start prompt.
+        folder names the model, the file the start prompt. They are `apart`.
 
         Parameters
         ----------
@@ -246,8 +249,8 @@ class SoftPrompt:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 embeddings = file.get_tensor("soft_prompt").float().numpy()
-            if "start_text" not in meta and (named := _PUBLISHED.fullmatch(Path(path).name)):
-                return cls._published(Path(path), embeddings, named, model)
+            if "start_text" not in meta and (named := PUBLISHED.fullmatch(Path(path).name)):
+                return cls(**published_fields(Path(path), embeddings, named, model))
             config, history = json.loads(meta["config"]), json.loads(meta["history"])
             names = {k: meta[k] for k in ("name", "start_text", "model", "model_name")}
             soft = cls(
@@ -255,6 +258,7 @@ class SoftPrompt:
                 config=config,
                 history=pd.DataFrame(**history),
                 template=meta.get("template", ""),
+                apart=json.loads(meta.get("apart", "false")),
                 **names,
             )
         except (FileNotFoundError, ChatModelError):
@@ -268,62 +272,8 @@ class SoftPrompt:
             soft.check(model)
         return soft
 
-    @classmethod
-    def _published(
-        cls,
-        path: Path,
-        embeddings: NDArray[np.float32],
-        named: re.Match[str],
-        model: ChatModel | None,
-    ) -> SoftPrompt:
-        """One of the study's 48: the folder names the model, the file the start prompt."""
-        if model is None:
-            raise ChatModelError(
-                f"{path.name} does not say which model it belongs to; load it with "
-                "SoftPrompt.load(path, model)"
-            )
-        if embeddings.shape[1:] != (model.hidden_size,):
-            raise ChatModelError(
-                f"{path} has embeddings of shape {embeddings.shape}, those of {model.name!r} have "
-                f"{model.hidden_size} dimensions; load the model it was trained on"
-            )
-        folder, study = path.parent.name, study_models().set_index("model")
-        if folder in study.index:
-            hub_id, template = str(study.loc[folder, "hub_id"]), str(study.loc[folder, "template"])
-            chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-            theirs = model.tokenizer.apply_chat_template(
-                chat,
-                tokenize=False,
-                add_generation_prompt=True,
-                chat_template=read_template(template),
-            )
-            if (
-                model.source in set(study["hub_id"]) - {hub_id}
-                or model.renderer.apply("s", "q") != theirs
-            ):
-                raise ChatModelError(
-                    f"{path} was trained on {folder!r} in the chat template {template!r} and "
-                    f"cannot be used on {model.name!r} in {model.template!r}; "
-                    f"open the model with ChatModel.load({folder!r}), or "
-                    f"its folder with template={template!r}"
-                )
-        method = "prompt tuning" if named["type"] is None else "DRO"
-        config = {"method": method, "published": f"{folder}/{path.name}"}
-        kind = "tuned" if named["type"] is None else "dro"
-        name = f"{kind}_{named['length']}{named['ablation'] or ''}"
-        start = load_safety_prompts()[named["length"]]
-        return cls(
-            name,
-            embeddings,
-            start,
-            model.fingerprint,
-            model.name,
-            config,
-            template=model.renderer.template_digest,
-        )
 
-
-def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
+def embed_text(model: ChatModel, text: str, *, apart: bool = False) -> NDArray[np.float32]:
     """Embeddings of a system message's tokens, exactly as rendered in context.
 
     Parameters
@@ -332,6 +282,8 @@ def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
         The model whose input embeddings are taken.
     text : str
         The system message.
+    apart : bool
+        Whether its tokens are those of the text alone, as in the study.
 
     Returns
     -------
@@ -353,9 +305,12 @@ def embed_text(model: ChatModel, text: str) -> NDArray[np.float32]:
         raise ChatModelError(
             "a soft prompt starts at a text prompt; give its text, not an empty one"
         )
-    row = model.render(["x"], text)[0]
-    table = model.embedding_table()
-    ids = torch.tensor(row.ids[row.slot[0] : row.slot[1]], device=table.device)
+    row, table = model.render(["x"], text)[0], model.embedding_table()
+    found = row.ids[row.slot[0] : row.slot[1]]
+    if apart:
+        alone = model.renderer.escape(text.strip(), "a prompt")
+        found = model.tokenizer(alone, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor(found, device=table.device)
     return table[ids].to(model.dtype).float().cpu().numpy()
 
 

@@ -27,7 +27,8 @@ def study_models() -> pd.DataFrame:
     -------
     DataFrame
         model (its name in the study, which `ChatModel.load` takes), hub_id, revision ("" where
-        none is known), template (name of the study's chat template) and note.
+        none is known), template (name of the study's chat template), tokenizer ("fast" or "slow":
+        which kind of transformers 4.37 the study used) and note.
 
     References
     ----------

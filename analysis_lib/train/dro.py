@@ -146,6 +146,7 @@ def train_dro(
     config: DROConfig | None = None,
     *,
     name: str = "dro",
+    apart: bool = False,
     store: Store | None = None,
     on_step: OnStep | None = None,
     progress: bool | None = None,
@@ -171,6 +172,8 @@ def train_dro(
         Default: the study's settings.
     name : str
         The soft prompt's name.
+    apart : bool
+        Whether it stands apart from the text beside it, as the study's: see `SoftPrompt`.
     store : Store, optional
         A finished training of equal inputs is read from it: no weights are loaded and no step is
         taken. A training that was killed or stopped goes on from its last checkpoint. Checkpoints
@@ -223,7 +226,7 @@ def train_dro(
     _check(model, labelled, space, refusal, harmfulness)
     texts, labels = labelled["text"].tolist(), labelled["harmful"].astype(float).tolist()
     inputs = [space.mean, space.basis, refusal.weight, harmfulness.weight]
-    digests = [array_digest(a) for a in inputs]
+    digests = [array_digest(a) for a in inputs] + ["apart"] * apart
     kept = KeptTraining(store, "DRO", model, prompt, config, texts, labels, digests)
     if (known := kept.read(name)) is not None:
         return known
@@ -231,7 +234,7 @@ def train_dro(
     dtype, device = forward.work_dtype, forward.device
     geometry = Geometry.of(space, refusal, harmfulness, device, dtype)
     harmful = torch.tensor(labels, dtype=dtype, device=device)
-    start = SoftPrompt.from_text(model, prompt, name=name)
+    start = SoftPrompt.from_text(model, prompt, name=name, apart=apart)
     with torch.no_grad(), forward.soft_tokens(None):
         under_text = last_states(forward, [row.ids for row in model.render(texts, prompt)])[0]
     base = under_text[:, 0].to(dtype)

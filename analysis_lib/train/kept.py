@@ -130,7 +130,7 @@ class KeptTraining:
         """Keeps the finished training; warns where the store cannot, so that it is not lost."""
         if self.store is None:
             return
-        row = {key: getattr(soft, key) for key in ("start_text", "model_name", "template")}
+        row = {key: getattr(soft, key) for key in ("start_text", "model_name", "template", "apart")}
         row |= {
             "config": dict(soft.config),
             "history": soft.history.to_dict("split", index=False),

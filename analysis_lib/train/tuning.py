@@ -132,6 +132,7 @@ def train_prompt_tuning(
     config: PromptTuningConfig | None = None,
     *,
     name: str = "prompt_tuning",
+    apart: bool = False,
     store: Store | None = None,
     on_step: OnStep | None = None,
     progress: bool | None = None,
@@ -155,7 +156,7 @@ def train_prompt_tuning(
         Default: `PromptTuningConfig()`.
     name : str
         The soft prompt's name.
-    store, on_step, progress
+    apart, store, on_step, progress
         As in `train_dro`.
 
     Returns
@@ -192,7 +193,7 @@ def train_prompt_tuning(
     table = _training_table(queries, judged)
     end = ["end"] if "end" in table else []
     columns = ("text", "harmful", "response", "refused", *end)
-    values = [table[column].astype(str).tolist() for column in columns]
+    values = [table[column].astype(str).tolist() for column in columns] + [["apart"]] * apart
     kept = KeptTraining(store, "prompt tuning", model, prompt, config, *values)
     if (known := kept.read(name)) is not None:
         return known
@@ -201,7 +202,7 @@ def train_prompt_tuning(
         raise ChatModelError(
             f"prompt tuning needs a model whose tokens can share a prefix; {model.name!r} cannot"
         )
-    start = SoftPrompt.from_text(model, prompt, name=name)
+    start = SoftPrompt.from_text(model, prompt, name=name, apart=apart)
     asked = table.drop_duplicates("query_id")
     rendered = model.render(asked["text"].tolist(), start)
     heads = dict(zip(asked["query_id"], (row.ids for row in rendered)))

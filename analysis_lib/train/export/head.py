@@ -14,6 +14,7 @@ import torch
 
 from ...model.architecture import text_config
 from ...model.chat import ChatModel
+from ...model.rendering import Rendered
 from ...model.soft_prompt import SoftPrompt
 from .page import base_name, loading_code, python_literal, shell_word, write_readme
 from .parts import PROBES, ExportError, save_tokenizer
@@ -133,20 +134,40 @@ def _embed(soft: SoftPrompt, model: ChatModel, ids: Sequence[int]) -> torch.Tens
 
 
 def _head(soft: SoftPrompt, model: ChatModel, folder: Path) -> tuple[torch.Tensor, int]:
-    """Embeddings (n, d) up to the soft prompt's end, and the number of ids that they replace.
+    """Embeddings (n, d) with the soft prompt at their end, and the number of ids that they replace.
 
     These are the first ids of the chat under the start text. Writes the tokenizer, whose chat
     template puts the start text into the slot.
     """
-    row = model.render(["x"], soft)[0]
-    chats = model.render(PROBES, soft.start_text)
-    saved = save_tokenizer(copy.deepcopy(model.tokenizer), soft.start_text.strip(), model, folder)
-    if saved != [list(chat.ids) for chat in chats]:
+    rows, chats = model.render(PROBES, soft), model.render(PROBES, soft.start_text)
+    end, cut = _common_tail(rows, chats, model.name)
+    tokenizer, ids = copy.deepcopy(model.tokenizer), [chat.ids for chat in chats]
+    if not save_tokenizer(tokenizer, soft.start_text.strip(), ids, model, folder):
         raise ExportError(
             f"the chat template of {model.name!r} renders the start text in another way when it is "
             "its default; remove special tokens and role markers from the text"
         )
-    return _embed(soft, model, row.ids[: row.slot[1]]), chats[0].slot[1]
+    return _embed(soft, model, rows[0].ids[:end]), cut
+
+
+def _common_tail(rows: Sequence[Rendered], chats: Sequence[Rendered], name: str) -> tuple[int, int]:
+    """Where rows and chats begin to be equal, as (place in a row, place in a chat).
+
+    Beside a soft prompt that stands apart, there may be a token that the text does not have.
+    """
+    ends = []
+    for row, chat in zip(rows, chats):
+        pairs = zip(reversed(row.ids), reversed(chat.ids))
+        ends.append(len(row.ids) - next(i for i, (a, b) in enumerate(pairs) if a != b))
+    end = max(ends)
+    heads = {row.ids[:end] for row in rows}
+    cuts = {end + len(chat.ids) - len(row.ids) for row, chat in zip(rows, chats)}
+    if len(heads) > 1 or len(cuts) > 1:
+        raise ExportError(
+            f"in chats of {name!r} the tokens behind the soft prompt depend on the query, so no "
+            "head of the chat can be exact; use the form plain"
+        )
+    return end, cuts.pop()
 
 
 def write_peft(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...model.chat import ChatModel
+from ...model.llama_tokens import read_tokenizer, take_as_it_is
 from ...model.soft_prompt import SoftPrompt
 from .page import write_readme
 from .parts import PROBES, ExportError, save_tokenizer
@@ -54,6 +55,7 @@ def write_plain(soft: SoftPrompt, model: ChatModel, folder: Path) -> None:
         around new tokens differently.
     """
     _refuse_weights(model, folder)
+    model.model.config.save_pretrained(folder)  # by it transformers chooses the tokenizer's class
     names, ids = _soft_ids(soft, model, folder)
     state, n_rows = _with_rows(soft, model, ids)
     model.model.save_pretrained(folder, state_dict=state)
@@ -93,7 +95,7 @@ def _soft_ids(soft: SoftPrompt, model: ChatModel, folder: Path) -> tuple[list[st
         tokenizer, names = soft_tokens(model.tokenizer, len(soft.embeddings), folder)
         ids = tokenizer.convert_tokens_to_ids(names)
         wanted = [[ids[i - first] if i >= first else i for i in row.ids] for row in rows]
-        if save_tokenizer(tokenizer, "".join(names), model, folder) == wanted:
+        if save_tokenizer(tokenizer, "".join(names), wanted, model, folder):
             return names, ids
     raise ExportError(
         f"the tokenizer of {model.name!r} splits the text around new tokens differently, so the "
@@ -132,7 +134,8 @@ def _characters(tokenizer: Any, n: int, folder: Path) -> tuple[Any, list[str]]:
         ]
         model["vocab"] += [[name, 0.0] for name in names]
     path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-    return type(tokenizer).from_pretrained(folder), names
+    take_as_it_is(folder)
+    return read_tokenizer(folder), names
 
 
 def _with_rows(
