@@ -381,7 +381,7 @@ def test_the_site_asks_for_nothing_from_outside(site):
 
 def test_the_site_offers_the_files_that_its_pages_link_to(site):
     offered = {path.name for path in site.glob("_downloads/*/*")}
-    assert {"CARD.md", "estimators.py", "loop.py"} <= offered
+    assert {"CARD.md", "estimators.py", "tuning.py"} <= offered
     assert 'href="_downloads/' in (site / "limits.html").read_text(encoding="utf-8")
 
 
