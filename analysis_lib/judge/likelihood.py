@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from ..collect.inputs import check_prompts, check_queries, usable
+from ..collect.inputs import Keep, check_prompts, check_queries, keeper, usable
 from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
@@ -87,9 +87,10 @@ def refusal_probability(
     if not starts:
         raise ValueError("no opening has a token; give texts such as 'I cannot'")
     parts = []
+    keep = keeper()
     for name, prompt in prompts.items():
         replies = [sorted(starts)] * len(queries)
-        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, replies, store)
+        found = _reply_log_p(model, queries["text"].tolist(), name, prompt, replies, store, keep)
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
         part = {"query_id": queries["query_id"].tolist(), "prompt": name}
         parts.append(pd.DataFrame(part | {"log_odds": np.log(p / (1 - p))}))
@@ -155,8 +156,9 @@ def next_token_loss(
     own = [given[i] for i in sorted(given)]
     n_tokens = [sum(map(len, replies)) for replies in own]
     parts = []
+    keep = keeper()
     for name, prompt in prompts.items():
-        found = _reply_log_p(model, asked["text"].tolist(), name, prompt, own, store)
+        found = _reply_log_p(model, asked["text"].tolist(), name, prompt, own, store, keep)
         loss = [-log_p.sum() / n for log_p, n in zip(found, n_tokens, strict=True)]
         part = {"query_id": asked["query_id"].tolist(), "prompt": name}
         parts.append(pd.DataFrame(part | {"n_tokens": n_tokens, "loss": loss}))
@@ -193,6 +195,7 @@ def _reply_log_p(
     prompt: Prompt,
     replies: Sequence[Sequence[tuple[int, ...]]],
     store: Store | None,
+    keep: Keep,
 ) -> list[NDArray[np.float64]]:
     """For each text, the log probability of each of its replies (token ids), float64."""
     store = usable(store, model)
@@ -239,5 +242,5 @@ def _reply_log_p(
                 "prompts": [name],
                 "witness": seen,
             }
-            store.write_responses(list(new), list(new.values()), about=about)
+            keep(store.write_responses, list(new), list(new.values()), about=about)
     return [found[i] for i in range(len(rows))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.prompts import load_safety_prompts
+from ..data.user_files import write_whole
 from .chat import ChatModel
 from .errors import ChatModelError
 from .template_checks import refuse_template
@@ -29,7 +29,7 @@ _PUBLISHED = re.compile(
 
 
 class SoftPromptError(ValueError):
-    """A file holds no soft prompt; the message says what to give."""
+    """A file holds no soft prompt, or cannot be written; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,11 @@ class SoftPrompt:
         path : str or Path
             Where to; missing folders are made. A file of that name is replaced whole.
 
+        Raises
+        ------
+        SoftPromptError
+            Where no file can be written there.
+
         Examples
         --------
         >>> import tempfile
@@ -189,16 +194,16 @@ class SoftPrompt:
             "config": json.dumps(dict(self.config)),
             "history": json.dumps(self.history.to_dict("split", index=False)),
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(
-            save(
-                {"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)},
-                metadata=meta,
-            )
+        content = save(
+            {"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)}, metadata=meta
         )
-        part.replace(path)
+        try:
+            write_whole(Path(path), content)
+        except (OSError, ValueError) as error:  # ValueError: NUL in the path
+            raise SoftPromptError(
+                f"the soft prompt cannot be written to {str(path)[:200]!r} ({error}); "
+                "choose another path, with a file name of at most 100 letters, digits, - and _"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, model: ChatModel | None = None) -> SoftPrompt:
