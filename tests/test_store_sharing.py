@@ -97,7 +97,7 @@ def test_the_second_user_of_a_group_writes_replaces_and_compacts(tmp_path, umask
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_a_private_store_is_closed_to_others(tmp_path, umask, monkeypatch, how):
-    monkeypatch.setenv("ANALYSIS_LIB_STORE_PRIVATE", "1" if how == "environment" else "0")
+    monkeypatch.setenv("ANALYSIS_LIB_PRIVATE", "1" if how == "environment" else "0")
     private = True if how == "argument" else None
     fill(store := Store(tmp_path / "store", private=private))
     fill(Store(tmp_path / "store", private=False), 3)  # what is in a closed folder stays closed
@@ -123,7 +123,7 @@ def test_a_store_of_another_user_cannot_be_made_private(tmp_path, umask, monkeyp
 
 
 def test_another_value_of_the_variable_is_refused(monkeypatch):
-    monkeypatch.setenv("ANALYSIS_LIB_STORE_PRIVATE", "yes")
+    monkeypatch.setenv("ANALYSIS_LIB_PRIVATE", "yes")
     with pytest.raises(StoreError, match="is 'yes'; set it to 1"):
         Store()
 

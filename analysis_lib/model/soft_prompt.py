@@ -190,19 +190,16 @@ class SoftPrompt:
         meta = {
             k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")
         }
-        meta |= {
-            "config": json.dumps(dict(self.config)),
-            "history": json.dumps(self.history.to_dict("split", index=False)),
-        }
-        content = save(
-            {"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)}, metadata=meta
-        )
+        history = json.dumps(self.history.to_dict("split", index=False))
+        meta |= {"config": json.dumps(dict(self.config)), "history": history}
+        tensor = np.ascontiguousarray(self.embeddings, dtype=np.float32)
+        content = save({"soft_prompt": tensor}, metadata=meta)
         try:
             write_whole(Path(path), content)
         except (OSError, ValueError) as error:  # ValueError: NUL in the path
             raise SoftPromptError(
                 f"the soft prompt cannot be written to {str(path)[:200]!r} ({error}); "
-                "choose another path, with a file name of at most 100 letters, digits, - and _"
+                "choose another path, with a short file name of letters, digits, - and _"
             ) from error
 
     @classmethod

@@ -22,11 +22,11 @@ def default_folder() -> Path:
 
 
 def private_by_default() -> bool:
-    """``ANALYSIS_LIB_STORE_PRIVATE``. Raises StoreError for anything but 0, 1 or nothing."""
-    named = os.environ.get("ANALYSIS_LIB_STORE_PRIVATE", "")
+    """``ANALYSIS_LIB_PRIVATE``. Raises StoreError for anything but 0, 1 or nothing."""
+    named = os.environ.get("ANALYSIS_LIB_PRIVATE", "")
     if named not in ("", "0", "1"):
         raise StoreError(
-            f"ANALYSIS_LIB_STORE_PRIVATE is {named!r}; set it to 1 for a store that only you can "
+            f"ANALYSIS_LIB_PRIVATE is {named!r}; set it to 1 for a store that only you can "
             "read, or to 0"
         )
     return named == "1"

@@ -42,14 +42,13 @@ class Store:
         Whether a call first computes one known state of a loaded model anew. Where it differs,
         the call uses no store, and a warning says why.
     private : bool, optional
-        Whether nobody else can read the store (0700, files 0600), from the next write on. Default:
-        ANALYSIS_LIB_STORE_PRIVATE=1. Else a group's folder (setgid) stays writable for the group.
+        Whether nobody else can read the store, from the next write on. Default:
+        ANALYSIS_LIB_PRIVATE.
 
     Raises
     ------
     StoreError
-        Where the folder cannot be a path. Where it cannot be read or written, the first use raises
-        it.
+        Where the folder cannot be a path. The first use raises it where that cannot be read.
 
     Examples
     --------
