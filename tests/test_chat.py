@@ -716,6 +716,10 @@ def test_a_model_with_an_adapter_is_refused(folder, monkeypatch):
             "from_pretrained",
             lambda *args, own=kind.from_pretrained, **options: own(str(folder)),
         )
+    config = transformers.PreTrainedConfig.get_config_dict(str(folder))
+    monkeypatch.setattr(
+        transformers.PreTrainedConfig, "get_config_dict", lambda *args, **options: config
+    )
     fails("org/model", "holds an adapter beside the model")
     (folder / "adapter_config.json").unlink()
     assert ChatModel.load("org/model").name == "org/model"
