@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import sys
 import time
@@ -25,6 +26,7 @@ from .injection import result
 from .texts import HOSTILE
 
 OUTSIDE = "outside the folder"
+_TOLD = "columns left out|copies count as one query"  # what the loaders warn of
 _COLUMNS = ["query_id", "text", "harmful", "query_set"]
 _PIECES = (
     rb"""" ' , { } [ ] : \ \ud800 text text,text harmful query_id nan NaN null true -1e999 =1+1 """
@@ -117,9 +119,6 @@ def sound(loaded: pd.DataFrame | dict[str, str]) -> bool:
     return bool(len(loaded)) and fit and bool(whole) and all(map(readable, cells))
 
 
-TOLD = ("columns left out", "copies count as one query")  # what a table may say of its file
-
-
 def loading(path: Path, load: Callable[[Path], Any]) -> tuple[str, str]:
     """What a file became: ("table" or "refused", ""), else ("wrong" or "unsaid", what happened)."""
     with warnings.catch_warnings(record=True) as caught:
@@ -132,7 +131,7 @@ def loading(path: Path, load: Callable[[Path], Any]) -> tuple[str, str]:
             return ("refused", "") if clear else ("unsaid", said[:300])
         except BaseException as error:
             return "wrong", f"{type(error).__name__}: {error}"[:300]
-    if any(not any(told in str(one.message) for told in TOLD) for one in caught):
+    if any(not re.search(_TOLD, str(one.message)) for one in caught):
         return "unsaid", str(caught[0].message)[:300]
     if not sound(loaded) or OUTSIDE in repr(loaded):
         return "wrong", repr(loaded)[:300]

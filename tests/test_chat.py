@@ -35,6 +35,7 @@ from analysis_lib.collect.responses import sample_responses
 from analysis_lib.collect.states import hidden_states
 from analysis_lib.data.shipped import ROOT
 from analysis_lib.judge.likelihood import refusal_probability
+from analysis_lib.model import checks
 from analysis_lib.model.architecture import text_config
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
@@ -715,6 +716,10 @@ def test_a_model_with_an_adapter_is_refused(folder, monkeypatch):
             "from_pretrained",
             lambda *args, own=kind.from_pretrained, **options: own(str(folder)),
         )
+    config = transformers.PreTrainedConfig.get_config_dict(str(folder))
+    monkeypatch.setattr(
+        transformers.PreTrainedConfig, "get_config_dict", lambda *args, **options: config
+    )
     fails("org/model", "holds an adapter beside the model")
     (folder / "adapter_config.json").unlink()
     assert ChatModel.load("org/model").name == "org/model"
@@ -748,6 +753,53 @@ def test_a_configuration_that_asks_for_compiled_code_of_the_hub_is_refused(folde
     config = json.loads((folder / "config.json").read_text()) | {entry: "someone/kernel"}
     (folder / "config.json").write_text(json.dumps(config))
     fails(folder, "asks for compiled code of the hub", "take the entry")
+
+
+KERNEL = "someone/kernel"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"text_config": {"_attn_implementation": KERNEL}},
+        {"text_config": {"attn_implementation": "paged|" + KERNEL}},
+        {"text_config": {"experts_implementation": KERNEL}},
+        {"vision_config": {"attn_implementation": KERNEL + "@main:forward"}},
+        {"attn_implementation": {"": "sdpa", "text_config": KERNEL}},
+        {"attn_implementation": {"": "sdpa", "of_another": KERNEL}},
+        {"decoder": {"layers": [{"_attn_implementation_internal": KERNEL}]}},
+    ],
+)
+def test_compiled_code_that_a_nested_configuration_asks_for_is_refused(folder, entries):
+    """Before a class of transformers reads it."""
+    config = {"model_type": "qwen2_5_vl", "architectures": ["X"], **entries}
+    (folder / "config.json").write_text(json.dumps(config))
+    fails(folder, "asks for compiled code of the hub", "take the entry")
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"attn_implementation": "flash_attention_2"}, "asks for compiled code of the hub"),
+        ({"experts_implementation": "sonicmoe"}, "asks for compiled code of the hub"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "pip uninstall kernels"),
+    ],
+)
+def test_what_transformers_fetches_with_the_package_kernels_is_refused(
+    folder, entries, message, monkeypatch
+):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    monkeypatch.setattr(checks, "find_spec", lambda name: name == "kernels" or None)
+    fails(folder, message)
+
+
+@pytest.mark.parametrize("built_in", [None, "eager", "sdpa"])
+def test_an_attention_that_transformers_has_is_not_refused(folder, built_in, monkeypatch):
+    config = json.loads((folder / "config.json").read_text()) | {"attn_implementation": built_in}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(checks, "find_spec", lambda name: name == "kernels" or None)
+    assert ChatModel.load(str(folder), device="cpu").name == str(folder)
 
 
 def test_a_folder_that_changes_under_an_open_model_is_found_out(folder, tmp_path):
@@ -972,7 +1024,6 @@ def test_folder_without_tokenizer(folder):
 
 
 def test_folder_without_the_tokenizers_vocabulary(folder):
-    (folder / "tokenizer.json").unlink()
     fails(folder, "comes without a tokenizer")
 
 

@@ -421,7 +421,17 @@ def test_own_prompts_come_after_the_built_in_ones(tmp_path):
                 json.dumps({name: "x"}),
                 "the name .* cannot be part of a file's name; write letters, digits, space",
             )
-            for name in ("../../x", "/x", "a\\b", ".x", "..", "a\nb", "a\u202eb", "x" * 101)
+            for name in (
+                "../../x",
+                "/x",
+                "a\\b",
+                ".x",
+                "..",
+                "a\nb",
+                "a\u202eb",
+                "x" * 101,
+                "日" * 80,
+            )
         ),
         ("gone.txt", None, "cannot be read"),
         ("", None, "no .txt file in this folder"),
@@ -617,3 +627,12 @@ def test_a_saved_table_holds_no_formula(tmp_path):
     assert back["id"].iloc[5:7].tolist() == texts[5:7] and pd.isna(back["id"].iloc[7])
     assert (back["'=rise"] == -1.5).all() and back["n"].iloc[1] == -2
     assert table["id"].iloc[:7].tolist() == texts[:7]  # the caller's table is left as it was
+
+
+@pytest.mark.parametrize(
+    "name", ["../rates", "a/b", "a\\b", "..", "", " ", ".a", "a\0b", "a\nb", "x" * 300, "日" * 80]
+)
+def test_a_table_is_written_beside_the_others_or_refused(tmp_path, name):
+    with pytest.raises(DataError, match="cannot be a file's name; write letters, digits, space"):
+        save_table(pd.DataFrame({"a": [1]}), tmp_path / "out", name)
+    assert list(tmp_path.rglob("*.csv")) == []

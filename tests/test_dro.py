@@ -17,7 +17,7 @@ from analysis_lib.collect.states import hidden_states
 from analysis_lib.model import forward
 from analysis_lib.model.chat import ChatModel
 from analysis_lib.model.errors import ChatModelError
-from analysis_lib.model.soft_prompt import SoftPrompt, embed_text
+from analysis_lib.model.soft_prompt import SoftPrompt, SoftPromptError, embed_text
 from analysis_lib.store.batches import StoreDamage, StoreError
 from analysis_lib.store.store import Store
 from analysis_lib.store.upkeep import ls
@@ -789,6 +789,17 @@ def test_untrained_soft_prompt_round_trip(tmp_path):
     assert (
         np.array_equal(got.embeddings, soft.embeddings) and got.history.empty and got.config == {}
     )
+
+
+@pytest.mark.parametrize("name", ["s\0.safetensors", "x" * 300, "a/" + "y" * 300])
+def test_a_soft_prompt_that_no_file_can_hold_is_a_clear_error(tmp_path, name):
+    soft = SoftPrompt.from_text(chat("llama"), SAFETY, name="../../s\n")
+    with pytest.raises(SoftPromptError, match="cannot be written to .*choose another path"):
+        soft.save(f"{tmp_path}/{name}")
+    long = tmp_path / ("x" * 243 + ".safetensors")  # what the system takes
+    soft.save(long)
+    assert SoftPrompt.load(long).name == soft.name
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [long]
 
 
 def test_soft_prompt_of_another_model_is_refused(tmp_path):

@@ -751,10 +751,8 @@ def test_what_is_typed_is_kept_in_a_store_and_read_from_it(tmp_path, monkeypatch
 
 def test_probe_and_console_work_where_nothing_can_be_kept(tmp_path):
     class Full(Store):
-        def write_states(self, *args, **kwargs):
+        def _commit_batch(self, *args, **kwargs):
             raise StoreError("cannot write to the store: no space is left")
-
-        write_responses = write_states
 
     with pytest.warns(UserWarning, match="nothing is kept: cannot write"):
         w, _ = make_probe(query="How to use a stun gun?", n_samples=2, store=Full(tmp_path))
@@ -899,7 +897,7 @@ def test_stop_keeps_what_was_learned_and_save_and_export_write_it(tmp_path):
         w.message.value == ""
         and (tmp_path / "exports" / "careful" / "peft" / "adapter_config.json").is_file()
     )
-    for bad in ("../up", "", ".hidden", "a/b"):
+    for bad in ("../up", "", ".hidden", "a/b", "a?b", "x" * 300, "日" * 80):
         w.name.value = bad
         w.save.click()
         assert "is no file name" in w.message.value

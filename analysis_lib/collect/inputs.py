@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ import pandas as pd
 from ..model.chat import ChatModel
 from ..model.rendering import Prompt, SoftTokens
 from ..model.tampering import altered, altered_everywhere
+from ..store.batches import StoreError
 from ..store.store import Store
 
 
@@ -66,6 +67,30 @@ def usable(store: Store | None, model: ChatModel) -> Store | None:
         )
         return None
     return store
+
+
+Keep = Callable[..., None]
+
+
+def keeper() -> Keep:
+    """keep(write, ...) of one call: write(...), with one warning where the store cannot be written.
+
+    What was computed must not be lost with it.
+    """
+    told = False
+
+    def keep(write: Callable[..., None], *rows: Any, **about: Any) -> None:
+        nonlocal told
+        try:
+            write(*rows, **about)
+        except StoreError as error:
+            if not told:
+                told = True
+                warnings.warn(
+                    f"what is computed is returned, but nothing is kept: {error}", stacklevel=4
+                )
+
+    return keep
 
 
 def check_queries(queries: pd.DataFrame, *more: str) -> None:

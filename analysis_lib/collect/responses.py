@@ -28,7 +28,7 @@ from ..model.rendering import Prompt, Rendered
 from ..model.tree import common_length
 from ..store.batches import row_key
 from ..store.store import Store
-from .inputs import Progress, check_prompts, check_queries, usable
+from .inputs import Keep, Progress, check_prompts, check_queries, keeper, usable
 from .recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from .sampling import Jobs, SampleTree, Settings, room_for_replies
 
@@ -107,7 +107,7 @@ def sample_responses(
         Where the model's logits hold NaN or infinity, a text cannot be rendered, or a query fills
         the context.
     StoreError
-        Where the store cannot be read or written.
+        Where the store cannot be read. Where it cannot be written, a warning says so.
 
     References
     ----------
@@ -139,6 +139,7 @@ def sample_responses(
     texts, ids = queries["text"].tolist(), queries["query_id"].tolist()
     table: list[tuple[Any, ...]] = []
     bar = Progress(len(prompts) * len(texts) * n_samples, "responses", progress)
+    keep = keeper()
     for name, prompt in prompts.items():
         rows = model.render(texts, prompt)
         embeddings = None if isinstance(prompt, str) else prompt.embeddings
@@ -150,6 +151,7 @@ def sample_responses(
             name=name,
             embeddings=embeddings,
             store=store,
+            keep=keep,
             done=bar.add,
         )
         for query_id, responses in zip(ids, got):
@@ -199,6 +201,7 @@ def sample_rows(
     name: str,
     embeddings: NDArray[np.float32] | None = None,
     store: Store | None = None,
+    keep: Keep | None = None,
     done: Callable[..., None] = lambda **new: None,
 ) -> list[list[dict[str, str]]]:
     """n_samples {"response", "end"} for each rendered row: found in the store, or sampled.
@@ -207,6 +210,7 @@ def sample_rows(
     embeddings: what their soft tokens stand for. done(found=n) or done(computed=n) is called as
     they come.
     """
+    keep = keep or keeper()
     store = _usable(store, model, settings)
     room_for_replies(model, rows, settings)  # refuses a row that leaves none
     keys = _keys(model, rows, n_samples, settings) if store is not None else []
@@ -238,7 +242,7 @@ def sample_rows(
                     }
                     # Queries may render alike: one row for each key.
                     kept = {keys[i][s]: response for (i, s), response in new.items()}
-                    store.write_responses(list(kept), list(kept.values()), about=about)
+                    keep(store.write_responses, list(kept), list(kept.values()), about=about)
                 done(computed=len(new))
     return got
 

@@ -28,7 +28,7 @@ from ..store.batches import row_key
 from ..store.store import Store
 from .certificates import certify, new_certificate, recall, widen
 from .found import Asked, fill_kept
-from .inputs import Progress, check_prompts, check_queries, usable
+from .inputs import Progress, check_prompts, check_queries, keeper, usable
 from .recheck import known_row, loaded_and_usable, longest_witness, unchanged, witness
 
 CHUNK_ROWS = 512  # rows computed and kept at a time: what a killed run can lose
@@ -162,7 +162,7 @@ def hidden_states(
     ChatModelError
         Where a text cannot be rendered, or a soft prompt does not fit the model.
     StoreError
-        Where the store cannot be read or written.
+        Where the store cannot be read. Where it cannot be written, a warning says so.
 
     References
     ----------
@@ -256,6 +256,7 @@ class _Capture:
         self.bar, self.n_check, self.checks_left = bar, n_check, n_check
         self.rng = np.random.default_rng(0)
         self.certificate = new_certificate(model)
+        self.keep = keeper()
 
     def find(self, block: NDArray[np.float32], name: str, prompt: Prompt) -> Asked:
         """Writes the kept states of every query under one prompt into block (queries, layers, d)."""
@@ -365,7 +366,7 @@ class _Capture:
             new = {asked.keys[i][j]: block[i, j] for i in part if asked.keys[i][j] not in held}
             if new:
                 states = np.stack(list(new.values()))
-                self.store.write_states(list(new), states, dtype=dtype, about=about)
+                self.keep(self.store.write_states, list(new), states, dtype=dtype, about=about)
 
 
 def _keys(model: ChatModel, rows: Sequence[Rendered], layers: Sequence[int]) -> list[list[str]]:

@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .shipped import ROOT
-from .user_files import DataError, JsonPairs, check_text, read_text, shown
+from .user_files import (
+    FILE_NAME,
+    DataError,
+    JsonPairs,
+    check_text,
+    fits_file_name,
+    read_text,
+    shown,
+)
 
 PROMPTS = ("default", "short", "mistral")
 
@@ -58,10 +66,9 @@ def load_safety_prompts(path: str | Path | None = None) -> dict[str, str]:
     for name, text, where in _user_prompts(path):
         check_text(text, where)
         # Files are saved under this name.
-        if not name.isprintable() or set(name) & set("/\\:") or name[0] == "." or len(name) > 100:
+        if not fits_file_name(name):
             raise DataError(
-                f"{where}: the name {shown(name)} cannot be part of a file's name; "
-                "write letters, digits, space, - and _, at most 100 of them"
+                f"{where}: the name {shown(name)} cannot be part of a file's name; {FILE_NAME}"
             )
         if not text.strip():
             raise DataError(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from .user_files import FILE_NAME, DataError, fits_file_name, shown
+
 RUN_BY_SPREADSHEETS = ("=", "+", "-", "@", "\t")
 
 
@@ -30,6 +32,11 @@ def save_table(table: pd.DataFrame, out: str | Path, name: str) -> Path:
     Path
         The file.
 
+    Raises
+    ------
+    DataError
+        Where the name cannot be a file's name. Nothing is written outside `out`/tables.
+
     Examples
     --------
     >>> import tempfile
@@ -40,6 +47,8 @@ def save_table(table: pd.DataFrame, out: str | Path, name: str) -> Path:
     ...     print(save_table(table, out, "rates").read_text().split())
     ['prompt,rise', 'none,0.5', "'=1+1,-1.0"]
     """
+    if not fits_file_name(name):
+        raise DataError(f"the table's name {shown(name)} cannot be a file's name; {FILE_NAME}")
     file = Path(out) / "tables" / f"{name}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     safe = table.map(_as_text).rename(columns=_as_text)

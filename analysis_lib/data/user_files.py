@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 
@@ -37,6 +38,21 @@ LABELS = {
 
 class DataError(ValueError):
     """A file or a name given by the user is wrong; the message says what, where and what to do."""
+
+
+FILE_NAME = "write letters, digits, space, - and _, at most 100 of them"
+
+
+def fits_file_name(name: str) -> bool:
+    """Whether a name can be part of a file's name on any system, with an ending beside it."""
+    return (
+        name.strip() != ""
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+        and name[0] != "."
+        and len(name) <= 100
+        and len(name.encode()) <= 200
+    )
 
 
 _Row = tuple[int, dict[str, object]]  # line in the file, from 1; fields
@@ -174,6 +190,18 @@ def _field(value: object, column: str, where: str) -> str:
     text = "" if value is None else str(value)
     check_text(text, f"{where}, column {column!r}")
     return text.strip()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Puts a file in place, whole or not at all. Missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A short name: that of the file may be as long as the system takes.
+    part = path.with_name(f".{uuid4().hex}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def shown(value: object) -> str:

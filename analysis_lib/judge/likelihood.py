@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..collect.certificates import certify_numbers
-from ..collect.inputs import check_prompts, check_queries, usable
+from ..collect.inputs import Keep, check_prompts, check_queries, keeper, usable
 from ..collect.recheck import loaded_and_usable, longest_witness, row_witness, unchanged
 from ..collect.states import CHUNK_ROWS
 from ..model.chat import ChatModel
@@ -93,6 +93,7 @@ def refusal_probability(
     if not starts:
         raise ValueError("no opening has a token; give texts such as 'I cannot'")
     parts = []
+    keep = keeper()
     for name, prompt in prompts.items():
         replies = [sorted(starts)] * len(queries)
         found = _reply_log_p(
@@ -102,6 +103,7 @@ def refusal_probability(
             prompt,
             replies,
             store,
+            keep,
             never=model.generation.never,
         )
         p = np.array([np.exp(log_p).sum() for log_p in found]).clip(1e-9, 1 - 1e-9)
@@ -171,8 +173,9 @@ def next_token_loss(
     own = [given[i] for i in sorted(given)]
     n_tokens = [sum(map(len, replies)) for replies in own]
     parts = []
+    keep = keeper()
     for name, prompt in prompts.items():
-        found = _reply_log_p(model, asked["text"].tolist(), name, prompt, own, store)
+        found = _reply_log_p(model, asked["text"].tolist(), name, prompt, own, store, keep)
         loss = [-log_p.sum() / n for log_p, n in zip(found, n_tokens, strict=True)]
         part = {"query_id": asked["query_id"].tolist(), "prompt": name}
         parts.append(pd.DataFrame(part | {"n_tokens": n_tokens, "loss": loss}))
@@ -209,6 +212,7 @@ def _reply_log_p(
     prompt: Prompt,
     replies: Sequence[Sequence[tuple[int, ...]]],
     store: Store | None,
+    keep: Keep,
     *,
     never: tuple[int, ...] = (),
 ) -> list[NDArray[np.float64]]:
@@ -252,7 +256,7 @@ def _reply_log_p(
                 "prompts": [name],
                 "witness": seen,
             }
-            store.write_responses(list(new), list(new.values()), about=about)
+            keep(store.write_responses, list(new), list(new.values()), about=about)
     return [found[i] for i in range(len(rows))]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,58 @@ _ADAPTER = re.compile(
 # Masks and angles of older checkpoints, which newer models compute themselves.
 _COMPUTED = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
+_IMPLEMENTATION = re.compile(r"(attn|experts)_implementation")
+# What transformers computes by itself. For others, such as flash_attention_2 without flash_attn, it
+# fetches code of the hub where the package kernels is installed.
+_BUILT_IN = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm", "paged|eager"}
+_QUANTIZED_BY_KERNELS = {"mxfp4", "fp8", "fbgemm_fp8", "eetq", "nvfp4", "mxfp8", "metal"}
 
-def refuse_configuration(name: str, config: Any) -> None:
-    """A configuration may name code of the hub and files of its own choice."""
-    asked = [
-        str(getattr(config, f"_{what}_implementation_internal", "")) for what in ("attn", "experts")
-    ]
-    if "/" in " ".join(asked):
-        raise ChatModelError(
-            f"the configuration of {name!r} asks for compiled code of the hub, which is never run; "
-            "take the entry "
-            '"attn_implementation" (or "experts_implementation") out of its config.json'
-        )
-    if getattr(config, "transformers_weights", None):
-        raise ChatModelError(
-            f"the configuration of {name!r} names its own file of weights, which is not read; take "
-            "the entry "
-            '"transformers_weights" out of its config.json'
-        )
+
+def refuse_configuration(name: str, config: Mapping[str, Any]) -> None:
+    """A configuration, or one inside it, may name code of the hub and files of its own choice.
+
+    config: as it stands in the file, before a class of transformers takes it.
+    """
+    for entry, value in _entries(config):
+        if what := _IMPLEMENTATION.search(entry):
+            asked = value.values() if isinstance(value, dict) else [value]
+            if any(_fetched(str(one)) for one in asked if one is not None):
+                raise ChatModelError(
+                    f"the configuration of {name!r} asks for compiled code of the hub, which is "
+                    f'never run; take the entry "{what[0]}" out of its config.json'
+                )
+        if entry == "quant_method" and str(value) in _QUANTIZED_BY_KERNELS and _with_kernels():
+            raise ChatModelError(
+                f"the weights of {name!r} are quantized by {str(value)!r}, for which transformers "
+                "fetches compiled code of the hub where the package kernels is installed; such "
+                "code is never run: pip uninstall kernels"
+            )
+        if entry == "transformers_weights" and value:
+            raise ChatModelError(
+                f"the configuration of {name!r} names its own file of weights, which is not read; "
+                'take the entry "transformers_weights" out of its config.json'
+            )
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every (name, value) of a configuration and of all that lies in it."""
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            yield from part.items()
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+
+
+def _fetched(implementation: str) -> bool:
+    """Whether transformers would fetch what computes attention or experts."""
+    return "/" in implementation or (implementation not in _BUILT_IN and _with_kernels())
+
+
+def _with_kernels() -> bool:
+    return find_spec("kernels") is not None
 
 
 def weight_map(name: str, source: str, revision: str | None) -> dict[str, str] | None:

@@ -92,7 +92,7 @@ def _refuse_misspelt(name: str, place: str) -> None:
 
 def read_source(source: Source) -> tuple[Any, Any, str | None]:
     """Configuration, tokenizer with its chat template, and commit. Raises ChatModelError."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
     name, place, revision = source.name, source.place, source.revision
     try:
@@ -100,8 +100,8 @@ def read_source(source: Source) -> tuple[Any, Any, str | None]:
             # One commit for all files; it stands for the weights in the fingerprint.
             revision = _check_repository(name, place, revision)
         adapter = _cached(place, "adapter_config.json", revision)
+        refuse_configuration(name, PreTrainedConfig.get_config_dict(place, revision=revision)[0])
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
-        refuse_configuration(name, config)
         refuse_architecture(name, config)
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
         if not tokenizer.chat_template:
@@ -311,12 +311,16 @@ def load_classifier(
 
     Reads safetensors only and runs no remote code. Raises ChatModelError as `ChatModel.load` does.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        PreTrainedConfig,
+    )
 
     name = str(name)
     safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        refuse_configuration(name, AutoConfig.from_pretrained(name, **safe))
+        refuse_configuration(name, PreTrainedConfig.get_config_dict(name, revision=revision)[0])
         weight_map(name, name, revision)
         tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(

@@ -248,10 +248,15 @@ class Renderer(TemplateTexts):
         return out
 
     def check_tokens(self, rows: Sequence[Rendered], queries: Sequence[str]) -> None:
-        """Raises ChatModelError where a row has a token that the model has no embedding for."""
+        """Raises ChatModelError where a row has no token, or one without an embedding."""
         for row, query in zip(rows, queries):
             ids = (*row.ids[: row.slot[0]], *row.ids[row.slot[1] :]) if row.soft else row.ids
-            if max(ids) >= self.n_embeddings:
+            if not row.ids:
+                raise ChatModelError(
+                    f"the chat of the query {query[:60]!r} has no token, so nothing can be computed; "
+                    "drop it from the queries, or pass template=FILE with one that marks the roles"
+                )
+            if ids and max(ids) >= self.n_embeddings:
                 raise ChatModelError(
                     f"the query {query[:60]!r} has a token that {self.name!r} has no embedding for "
                     f"(its tokenizer knows more than {self.n_embeddings} tokens); "

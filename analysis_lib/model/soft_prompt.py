@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from ..data.user_files import write_whole
 from .chat import ChatModel
 from .errors import ChatModelError
 from .published_prompts import PUBLISHED, published_fields
@@ -21,7 +21,7 @@ from .template_checks import refuse_template
 
 
 class SoftPromptError(ValueError):
-    """A file holds no soft prompt; the message says what to give."""
+    """A file holds no soft prompt, or cannot be written; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,11 @@ class SoftPrompt:
         path : str or Path
             Where to; missing folders are made. A file of that name is replaced whole.
 
+        Raises
+        ------
+        SoftPromptError
+            Where no file can be written there.
+
         Examples
         --------
         >>> import tempfile
@@ -187,21 +192,18 @@ class SoftPrompt:
         meta = {
             k: getattr(self, k) for k in ("name", "start_text", "model", "model_name", "template")
         }
-        meta |= {
-            "apart": json.dumps(self.apart),
-            "config": json.dumps(dict(self.config)),
-            "history": json.dumps(self.history.to_dict("split", index=False)),
-        }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(
-            save(
-                {"soft_prompt": np.ascontiguousarray(self.embeddings, dtype=np.float32)},
-                metadata=meta,
-            )
-        )
-        part.replace(path)
+        history = json.dumps(self.history.to_dict("split", index=False))
+        meta |= {"config": json.dumps(dict(self.config)), "history": history}
+        meta |= {"apart": json.dumps(self.apart)}
+        tensor = np.ascontiguousarray(self.embeddings, dtype=np.float32)
+        content = save({"soft_prompt": tensor}, metadata=meta)
+        try:
+            write_whole(Path(path), content)
+        except (OSError, ValueError) as error:  # ValueError: NUL in the path
+            raise SoftPromptError(
+                f"the soft prompt cannot be written to {str(path)[:200]!r} ({error}); "
+                "choose another path, with a short file name of letters, digits, - and _"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, model: ChatModel | None = None) -> SoftPrompt:

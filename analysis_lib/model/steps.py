@@ -206,10 +206,11 @@ def attending(
         own_key, own_value = own[layer]
         own_key[:, :, length], own_value[:, :, length] = key[:, :, 0], value[:, :, 0]
         kv_heads, n_shared = shared_key.shape[:2]
-        query = query.reshape(rows, kv_heads, heads // kv_heads, d)
+        each = heads // kv_heads  # -1 has no answer where nothing is shared
+        query = query.reshape(rows, kv_heads, each, d)
         # All rows meet the prefix in one product a head.
         stacked = query.transpose(0, 1).reshape(kv_heads, -1, d)
-        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, -1, n_shared)
+        shared = (stacked @ shared_key.transpose(1, 2)).view(kv_heads, rows, each, n_shared)
         both = [shared.transpose(0, 1), query @ own_key.transpose(2, 3)]
         scores = torch.cat(both, dim=-1) * scaling
         if options.get("softcap") and caps:
@@ -221,7 +222,7 @@ def attending(
                 far[:, None, None].to(scores.device), torch.finfo(scores.dtype).min
             )
         weight = torch.softmax(scores, dim=-1, dtype=forward.work_dtype).to(value.dtype)
-        stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, -1, n_shared)
+        stacked = weight[..., :n_shared].transpose(0, 1).reshape(kv_heads, rows * each, n_shared)
         out = (stacked @ shared_value).view(kv_heads, rows, -1, d).transpose(0, 1)
         out = out + weight[..., n_shared:] @ own_value
         return out.reshape(rows, 1, heads, d), None

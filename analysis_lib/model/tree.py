@@ -98,8 +98,8 @@ def plan_rows(
     Without line_tokens a pack is one line. The common prefix has at most `most` tokens, and never a
     row's last one. A line with its prefix has at most `reach` tokens, where no row is longer.
     """
-    if not rows or min(map(len, rows)) < 2:
-        raise ValueError("rows of at least 2 tokens are needed")
+    if not rows or min(map(len, rows)) < 1:
+        raise ValueError("rows of at least 1 token are needed")
     order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
     first, last = rows[order[0]], rows[order[-1]]
     longest = min(map(len, rows)) - 1

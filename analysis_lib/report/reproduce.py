@@ -269,7 +269,7 @@ def environment_of(model: ChatModel) -> dict[str, str]:
 
 
 def _soft_prompts(out: Path) -> list[Path]:
-    return sorted((out / "soft_prompts").glob("*.safetensors"))
+    return sorted((out / "soft_prompts").glob("[!.]*.safetensors"))
 
 
 def _newer(paths: Sequence[Path], before: Mapping[Path, int]) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,17 @@ def default_folder() -> Path:
     """``ANALYSIS_LIB_STORE``, else the platform's cache folder; absolute. Raises StoreError."""
     named = os.environ.get("ANALYSIS_LIB_STORE")
     return absolute(named or platformdirs.user_cache_path("analysis_lib") / "store")
+
+
+def private_by_default() -> bool:
+    """``ANALYSIS_LIB_PRIVATE``. Raises StoreError for anything but 0, 1 or nothing."""
+    named = os.environ.get("ANALYSIS_LIB_PRIVATE", "")
+    if named not in ("", "0", "1"):
+        raise StoreError(
+            f"ANALYSIS_LIB_PRIVATE is {named!r}; set it to 1 for a store that only you can "
+            "read, or to 0"
+        )
+    return named == "1"
 
 
 def absolute(folder: Path | str) -> Path:
@@ -46,14 +58,24 @@ def listing(folder: Path) -> list[str]:
         ) from error
 
 
-def commit(target: Path, parts: Iterable[bytes], mtime_ns: int | None = None) -> None:
-    """Put a file in place, whole or not at all, over what is there. Raises StoreError."""
+def commit(
+    target: Path, parts: Iterable[bytes], mtime_ns: int | None = None, *, private: bool = False
+) -> None:
+    """Put a file in place, whole or not at all, over what is there. Raises StoreError.
+
+    Its permissions follow the store's folder: for the owner alone where nobody else may enter it,
+    for the group too where that writes there (setgid), else as the umask says. private: closes the
+    folder first.
+    """
     root = target.parent.parent
     temporary = root / "writing" / f"{uuid.uuid4().hex}.tmp"
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(exist_ok=True)
-        with open(temporary, "wb") as file:
+        rights = _make_folders(root, private)
+        for folder in (temporary.parent, target.parent):
+            _make_folder(folder, rights)
+        with open(temporary, "wb", opener=_private if rights == _PRIVATE else None) as file:
+            if rights == _SHARED:
+                _widen(temporary, 0o060)
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
@@ -66,6 +88,59 @@ def commit(target: Path, parts: Iterable[bytes], mtime_ns: int | None = None) ->
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+_PRIVATE, _SHARED, _USUAL = "private", "shared", "usual"
+
+
+def _make_folders(root: Path, private: bool) -> str:
+    """Make the folder of this format where it lacks; who may use what lies in it."""
+    if private:
+        root.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.stat().st_mode & 0o077:  # made before it was to be private
+            _close(root)
+        return _PRIVATE
+    if not root.exists():
+        missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            _make_folder(folder, _SHARED if _shared(folder.parent) else _USUAL)
+    if not root.stat().st_mode & 0o077:
+        return _PRIVATE
+    return _SHARED if _shared(root) else _USUAL
+
+
+def _make_folder(folder: Path, rights: str) -> None:
+    if not folder.exists():
+        folder.mkdir(mode=0o700 if rights == _PRIVATE else 0o777, exist_ok=True)
+        if rights == _SHARED:
+            _widen(folder, 0o070)
+
+
+def _close(root: Path) -> None:
+    try:
+        root.chmod(0o700)
+    except PermissionError as error:
+        raise StoreError(
+            f"the store at {root.parent} belongs to another user, so it cannot be made private; "
+            "choose a folder of your own with --store or ANALYSIS_LIB_STORE"
+        ) from error
+
+
+def _shared(folder: Path) -> bool:
+    """Whether a group works in a folder."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _widen(path: Path, bits: int) -> None:
+    """Give the group rights, where the file system has such."""
+    with contextlib.suppress(OSError):
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | bits)
 
 
 def _why_not_written(folder: Path, error: OSError) -> str:

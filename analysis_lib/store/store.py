@@ -25,7 +25,7 @@ from .batches import (
     states_head,
     warn,
 )
-from .files import absolute, commit, default_folder, remove
+from .files import absolute, commit, default_folder, private_by_default, remove
 from .index import Index
 
 
@@ -41,12 +41,14 @@ class Store:
     recheck : bool
         Whether a call first computes one known state of a loaded model anew. Where it differs,
         the call uses no store, and a warning says why.
+    private : bool, optional
+        Whether nobody else can read the store, from the next write on. Default:
+        ANALYSIS_LIB_PRIVATE.
 
     Raises
     ------
     StoreError
-        Where the folder cannot be a path. Where it cannot be read or written, the first use raises
-        it.
+        Where the folder cannot be a path. The first use raises it where that cannot be read.
 
     Examples
     --------
@@ -63,8 +65,11 @@ class Store:
     [1.0, 1.0, 1.0]
     """
 
-    def __init__(self, folder: Path | str | None = None, *, recheck: bool = True) -> None:
+    def __init__(
+        self, folder: Path | str | None = None, *, recheck: bool = True, private: bool | None = None
+    ) -> None:
         self.recheck = recheck
+        self.private = private_by_default() if private is None else private
         self.folder = absolute(folder) if folder is not None else default_folder()
         self._index = {kind: Index(self.root, kind) for kind in SUFFIX}
 
@@ -360,7 +365,7 @@ class Store:
         """
         check_key(key)
         content = checkpoints.encode(key, tensors, about)
-        commit(checkpoints.path_of(self.root, key), [content])
+        commit(checkpoints.path_of(self.root, key), [content], private=self.private)
 
     def drop_checkpoint(self, key: str) -> None:
         """Removes a training's checkpoint, once its outcome is kept.
@@ -391,4 +396,5 @@ class Store:
         remove(checkpoints.path_of(self.root, key))
 
     def _commit_batch(self, kind: str, head: bytes, rows: Sequence[bytes]) -> None:
-        commit(self.root / kind / (digest(head) + SUFFIX[kind]), [head, *rows])
+        target = self.root / kind / (digest(head) + SUFFIX[kind])
+        commit(target, [head, *rows], private=self.private)

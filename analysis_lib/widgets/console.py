@@ -15,6 +15,7 @@ import pandas as pd
 from plotly.subplots import make_subplots
 
 from .. import figures
+from ..data.user_files import FILE_NAME, fits_file_name, shown
 from .panel import Panel, check_space, control, html, kept
 
 import ipywidgets as widgets  # isort: skip  (after figures, which makes it quick)
@@ -370,8 +371,8 @@ class Console(Panel):
         name = self.name.value.strip()
         if self.soft_prompt is None:
             raise ValueError("there is no soft prompt yet; press Start first")
-        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
-            raise ValueError(f"{name!r} is no file name; use letters, digits and hyphens")
+        if not fits_file_name(name) or set(name) & set('*?"<>|'):
+            raise ValueError(f"{shown(name)} is no file name; {FILE_NAME}")
         return replace(self.soft_prompt, name=name), name
 
     def _save(self, _button: object) -> None:
