@@ -399,8 +399,7 @@ by `python -m tools.families` on {day}: Python {python}, torch {torch}, transfor
 - states, soft: the largest difference of a last-token state from the plain pass of its row alone,
   relative to its size; rows are longer than every window and lie on both sides of every switch. *soft*:
   the same under a soft prompt. *rounding*: how far the plain pass itself lies from float32. In
-  bfloat16 a router of experts may decide a near-tie otherwise, which moves one state by much; such a
-  model is asked in float32.
+  bfloat16 a state may differ by more; the model is then asked in float32, where both ways must agree.
 - greedy: replies equal to those of `generate`. Where its cache gives other replies than plain passes
   do, the note counts those of `generate` without a cache. In bfloat16 near-ties may fall either way.
 - log p: the largest difference of a reply's mean log probability, in nats.
