@@ -125,6 +125,8 @@ def test_a_study_model_opened_by_its_name_renders_the_ids_of_the_study(tmp_path,
     monkeypatch.setattr(
         transformers.utils, "cached_file", lambda name, file, **o: files.get(file)
     )  # a hub that is reached
+    config = transformers.PreTrainedConfig.get_config_dict(tmp_path)
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", lambda *a, **o: config)
     for kind in (transformers.AutoConfig, transformers.AutoTokenizer):
         read = kind.from_pretrained
         monkeypatch.setattr(kind, "from_pretrained", lambda *a, read=read, **o: read(tmp_path))

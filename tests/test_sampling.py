@@ -733,3 +733,12 @@ def test_stop_strings_of_the_generation_configuration_end_a_reply_before_them():
     assert hit.any() and (cut["end"] == "stop_string").equals(hit)
     for before, after, ended in zip(free["response"], cut["response"], hit):
         assert after == (before[: before.index(marker)].strip() if ended else before)
+
+
+def test_no_query_has_no_replies(store):
+    model, none = chat("qwen2"), QUERIES.head(0)
+    for _ in range(2):  # a store that knows nothing, and one that knows the model
+        table = sample_responses(model, none, {"none": ""}, n_samples=1, store=store)
+        assert list(table.columns) == ["query_id", "prompt", "sample", "response", "end"]
+        assert table.empty
+        sample_responses(model, QUERIES, {"none": ""}, n_samples=1, max_new_tokens=2, store=store)

@@ -169,10 +169,10 @@ def swapped_blocks(model):
 
 
 @contextlib.contextmanager
-def data_edit(model):
+def data_edit(model, by=0.3):
     weight = model.forward.blocks[1].mlp.down_proj.weight
     before = weight.data.clone()
-    weight.data += 0.3
+    weight.data += by
     yield
     weight.data.copy_(before)
 
@@ -446,7 +446,8 @@ def test_a_clean_model_of_another_dtype_finds_its_rows(dtype, tmp_path):
         first = everything(model, store)
         again = everything(model, store)
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
-    with data_edit(model), pytest.warns(UserWarning, match="does not compute"):
+    # In half precision a difference has to stand out of the model's own rounding.
+    with data_edit(model, by=3.0), pytest.warns(UserWarning, match="does not compute"):
         refusal_probability(model, QUERIES, {"none": ""}, openings=["Sure"], store=store)
 
 

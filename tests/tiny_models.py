@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import Counter
@@ -278,7 +279,7 @@ def build(
 ) -> ChatModel:
     """A new random model; weights large enough that attention and positions matter."""
     config_class, settings, kind, template = (FAMILIES | OWN_ATTENTION)[family]
-    chosen = tokenizer(kind, template)
+    chosen = copy.deepcopy(tokenizer(kind, template))  # a test may change it
     common = {
         "vocab_size": -(-len(chosen) // 16) * 16,  # rounded up, as real models do
         "hidden_size": 32,

@@ -210,6 +210,8 @@ def sample_rows(
     embeddings: what their soft tokens stand for. done(found=n) or done(computed=n) is called as
     they come.
     """
+    if not rows:
+        return []
     keep = keep or keeper()
     store = _usable(store, model, settings)
     room_for_replies(model, rows, settings)  # refuses a row that leaves none

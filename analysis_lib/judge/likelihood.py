@@ -220,6 +220,8 @@ def _reply_log_p(
 
     The token ids `never` are left out of what may be said.
     """
+    if not texts:
+        return []
     suppressed = Generation(frozenset(), never=never)
     store = usable(store, model)
     rows = model.render(texts, prompt)
