@@ -153,7 +153,7 @@ def test_the_weight_of_unlikelihood_follows_the_model():
 def test_bad_inputs_of_the_study_s_baseline():
     model = chat("qwen2")
     config = study_tuning(model)
-    with pytest.raises(ValueError, match="9 responses are fewer than the 50|fewer than the 50"):
+    with pytest.raises(ValueError, match=r"^\d responses are fewer than the 50 of one step"):
         train_prompt_tuning(model, QUERIES, judged(model), SAFETY, config)
     with pytest.raises(ValueError, match="needs the column prompt"):
         train_prompt_tuning(model, QUERIES, judged(model).drop(columns="prompt"), SAFETY, config)
